@@ -217,6 +217,7 @@ class VoxLMPreTrainedModel(PreTrainedModel):
                 f"{pretrained_model_name_or_path} lacks {len(missing)} weights of this model: {shown}. They would be "
                 "random; use the checkpoint this config belongs to, or `from_base_models` for a new model"
             )
+        model._freeze()  # loading makes every parameter anew, and trainable
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory, *args, state_dict=None, **kwargs):
@@ -280,11 +281,18 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
         self.processor = None
         # The class name would not tell the library that labels are those of a causal LM.
         self.loss_type = "ForCausalLM"
-        if config.freeze_audio_encoder:
-            self.encoder.requires_grad_(False)
         if config.lora_config is not None:
             self._inject_lora()
+        self._freeze()
         self.post_init()
+
+    def _freeze(self):
+        """Leave only what is to be trained trainable: not the encoder (by default), nor the LLM under LoRA."""
+        if self.config.freeze_audio_encoder:
+            self.encoder.requires_grad_(False)
+        if self.config.lora_config is not None:
+            for name, parameter in self.language_model.named_parameters():
+                parameter.requires_grad_(".lora_" in name)
 
     def _inject_lora(self):
         if not is_peft_available():

@@ -1,0 +1,1 @@
+"""From recordings to a trained model. Run from the checkout: `python -m training.NAME`."""

@@ -1,0 +1,92 @@
+"""The command line: `voxlm transcribe FILE...`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from .. import VoxLMForSpeechSeq2Seq, VoxLMProcessor
+from .formats import WRITERS
+
+
+DEFAULT_MODEL = Path(__file__).resolve().parents[2] / "hub_export" / "voxlm-135m"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the `voxlm` command."""
+    parser = argparse.ArgumentParser(prog="voxlm", description="Speech to text with word times and confidences.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("transcribe", help="transcribe audio files")
+    command.add_argument("files", nargs="+", metavar="FILE", help="audio files")
+    command.add_argument("--model", default=str(DEFAULT_MODEL), help="folder or Hub id (default: voxlm-135m of the checkout)")
+    command.add_argument("--format", choices=list(WRITERS), default="txt", help="output format (default: txt)")
+    command.add_argument("--output-dir", type=Path, help="write one file per recording here instead of to stdout")
+    command.add_argument("--prompt", help="instruction or context for the LLM (default: the one of training)")
+    command.add_argument("--device", default="cpu", help="cpu, cuda, mps, ... (default: cpu)")
+    command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """
+    Run the command line.
+
+    Returns:
+        exit code 0 when every file was transcribed, 1 when some could not be, 2 when nothing could start (bad arguments, no
+        model).
+    """
+    parser = build_parser()
+    try:
+        arguments = parser.parse_args(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    targets = output_paths(arguments.files, arguments.output_dir, arguments.format)
+    try:
+        if arguments.output_dir:
+            arguments.output_dir.mkdir(parents=True, exist_ok=True)
+        model = VoxLMForSpeechSeq2Seq.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
+        model.to(arguments.device)
+        model.processor = VoxLMProcessor.from_pretrained(arguments.model)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        print(f"voxlm: cannot start: {one_line(error)}", file=sys.stderr)
+        return 2
+    failed = 0
+    # The files' own bar; a single long file shows the bar of `transcribe`.
+    for file, target in tqdm(list(zip(arguments.files, targets)), disable=len(targets) < 2, unit="file"):
+        try:
+            result = model.transcribe(file, prompt=arguments.prompt)
+            text = WRITERS[arguments.format](result)
+            if target is None:
+                sys.stdout.write(text if len(targets) == 1 else f"# {file}\n{text}")
+            else:
+                target.write_text(text, encoding="utf-8")
+        except (OSError, ValueError) as error:
+            failed += 1
+            tqdm.write(f"voxlm: {file}: {one_line(error)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def output_paths(files: list[str], output_dir: Path | None, suffix: str) -> list[Path | None]:
+    """Where each file's output goes: `None` for stdout; files of one name in different folders get numbers."""
+    if output_dir is None:
+        return [None] * len(files)
+    taken: set[Path] = set()
+    paths = []
+    for file in files:
+        path, number = output_dir / f"{Path(file).stem}.{suffix}", 2
+        while path in taken:
+            path, number = output_dir / f"{Path(file).stem}-{number}.{suffix}", number + 1
+        taken.add(path)
+        paths.append(path)
+    return paths
+
+
+def one_line(error: Exception) -> str:
+    """An error's message without line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main())
