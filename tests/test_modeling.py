@@ -69,7 +69,7 @@ def test_logits_are_those_of_the_llm_on_merged_embeddings(encoder, llm):
 @pytest.mark.parametrize("kind", ["mlp", "convnext"])
 @torch.no_grad()
 def test_batch_equals_single_with_padding_on_either_side(encoder, kind):
-    model = tiny.model(encoder, projector_kind=kind, frame_gate_threshold=0.5)
+    model = tiny.model(encoder, "qwen3", projector_kind=kind, frame_gate_threshold=0.5)
     processor = model.processor
     audio = [tiny.noise(seconds, seed) for seed, seconds in enumerate((0.53, 1.217, 0.9))]
     prompt = processor.render_prompt()
@@ -82,6 +82,7 @@ def test_batch_equals_single_with_padding_on_either_side(encoder, kind):
     together = model.transcribe(audio, max_new_tokens=6)
     alone = [model.transcribe(clip, max_new_tokens=6) for clip in audio]
     assert [result.text for result in together] == [result.text for result in alone]
+    assert any(result.text for result in together)
 
 
 @pytest.mark.parametrize("encoder", tiny.ENCODERS)
@@ -167,6 +168,17 @@ def test_generation_strategies_and_outputs():
     assert beams.shape[0] == 4
     single = [model.generate(**inputs_of(model, (s,)), max_new_tokens=5, do_sample=False) for s in (1.0,)]
     assert greedy.sequences[0].tolist()[: single[0].shape[1]] == single[0][0].tolist()
+
+
+def test_the_placeholder_is_never_generated():
+    model = tiny.model(llm="llama")
+    with torch.no_grad():
+        model.get_output_embeddings().weight.zero_()
+        model.get_output_embeddings().weight[model.config.audio_token_id] = model.language_model.model.norm.weight
+    inputs = inputs_of(model)
+    for use_cache in (True, False):
+        ids = model.generate(**inputs, max_new_tokens=4, do_sample=False, use_cache=use_cache)
+        assert not (ids[:, inputs["input_ids"].shape[1] :] == model.config.audio_token_id).any()
 
 
 def test_a_waveform_as_first_argument_is_transcribed():

@@ -285,6 +285,9 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
             self._inject_lora()
         self._freeze()
         self.post_init()
+        if config.audio_token_id is not None:
+            # The placeholder stands for audio; as a word of the answer it would mean nothing.
+            self.generation_config.suppress_tokens = [config.audio_token_id]
 
     def _freeze(self):
         """Leave only what is to be trained trainable: not the encoder (by default), nor the LLM under LoRA."""
@@ -510,7 +513,7 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
             inputs_embeds = self.get_input_embeddings()(input_ids)
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
             # `generate` hands the encoded audio to every step; only the pass over the prompt has places for it.
-            if audio_embeds is not None and (past_length == 0 or (input_ids == self.config.audio_token_id).any()):
+            if audio_embeds is not None and past_length == 0:
                 placeholders = self._placeholders(input_ids, audio_embeds_mask).unsqueeze(-1)
                 inputs_embeds = inputs_embeds.masked_scatter(
                     placeholders.to(inputs_embeds.device),

@@ -334,19 +334,19 @@ class VoxLMProcessor(ProcessorMixin):
         if audio is not None:
             rate = kwargs.get("sampling_rate", kwargs.get("audio_kwargs", {}).get("sampling_rate"))
             audio = self.load_batch(audio, rate)
-        if isinstance(text, str):
-            text = [text]
+        if text is not None:
+            text = [text] if isinstance(text, str) else list(text)  # a copy: placeholders are expanded in place
         return images, text, videos, audio
 
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
-        super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
-        if text is not None and audio is not None:
+        if text is not None and audio is not None and all(isinstance(sample, str) for sample in text):
             counts = [sample.count(self.audio_token) for sample in text]
             if len(text) != len(audio) or any(count != 1 for count in counts):
                 raise ValueError(
                     f"Each text needs exactly one {self.audio_token}: got {len(text)} texts with {counts} of them and "
                     f"{len(audio)} audios"
                 )
+        super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
     def __call__(self, text=None, audio=None, **kwargs) -> BatchFeature:
         r"""

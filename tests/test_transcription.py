@@ -1,0 +1,116 @@
+"""Long audio, batches and words, with a tiny random model."""
+
+import numpy as np
+import pytest
+
+from tests import tiny
+from voxlm_hf.transcription_voxlm import calibrate, cut_at_quiet_points
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.model(llm="qwen3")  # a random model that does not stop at once
+
+
+def test_cuts_fall_into_the_pauses():
+    speech = np.concatenate([tiny.noise(7, 0), np.zeros(8000, np.float32), tiny.noise(6, 1), np.zeros(8000), tiny.noise(5, 2)])
+    pieces = cut_at_quiet_points(speech, 16000, 10.0)
+    assert [round(end / 16000, 1) for _, end in pieces] == [
+        pytest.approx(7.25, abs=0.26),
+        pytest.approx(13.75, abs=0.26),
+        19.0,
+    ]
+
+
+@pytest.mark.parametrize("seconds, window", [(0.1, 30), (30.0, 30), (30.01, 30), (95.3, 30), (20, 1)])
+def test_cuts_lose_nothing(seconds, window):
+    waveform = tiny.noise(seconds)
+    pieces = cut_at_quiet_points(waveform, 16000, window)
+    assert pieces[0][0] == 0 and pieces[-1][1] == len(waveform)
+    assert all(first[1] == second[0] for first, second in zip(pieces, pieces[1:]))
+    assert all(0 < end - start <= window * 16000 for start, end in pieces)
+
+
+def test_silence_can_be_cut_too():
+    assert all(end > start for start, end in cut_at_quiet_points(np.zeros(70 * 16000, np.float32), 16000, 30.0))
+
+
+def test_words_are_ordered_and_inside_a_long_recording(model):
+    result = model.transcribe(tiny.noise(7.3), chunk_length_s=2, max_new_tokens=8)
+    assert result.duration == 7.3 and result.truncated
+    assert len(result.words) > 3
+    assert " ".join(word["word"] for word in result.words).split() == result.text.split()
+    times = [time for word in result.words for time in (word["start"], word["end"])]
+    assert times == sorted(times) and times[0] >= 0 and times[-1] <= 7.3
+    assert all(0 <= word["confidence"] <= 1 for word in result.words)
+    assert any(word["start"] > 4 for word in result.words)
+
+
+def test_the_text_does_not_depend_on_times_batch_or_order(model):
+    clips = [tiny.noise(seconds, seed) for seed, seconds in enumerate((2.0, 0.5, 1.3))]
+    together = model.transcribe(clips, max_new_tokens=6)
+    assert [result.text for result in model.transcribe(clips, max_new_tokens=6, return_timestamps=False)] == [
+        result.text for result in together
+    ]
+    for clip, result in zip(clips, together):
+        alone = model.transcribe(clip, max_new_tokens=6)
+        assert alone.text == result.text
+        for first, second in zip(alone.words, result.words):
+            assert first["word"] == second["word"]
+            assert first["start"] == pytest.approx(second["start"], abs=0.021)
+            assert first["confidence"] == pytest.approx(second["confidence"], abs=1e-3)
+    assert model.transcribe(clips, max_new_tokens=6, return_timestamps=False)[0].words == []
+    small = model.transcribe(clips, max_new_tokens=6, batch_size=1)
+    assert [result.text for result in small] == [result.text for result in together]
+
+
+def test_word_confidence_is_the_probability_of_its_tokens(model):
+    """Against the scores that stock `generate` returns."""
+    import torch
+
+    clip = tiny.noise(1.5, 3)
+    result = model.transcribe(clip, max_new_tokens=6)
+    inputs = model.processor.apply_transcription_request(clip)
+    output = model.generate(
+        **inputs, max_new_tokens=6, do_sample=False, return_dict_in_generate=True, output_logits=True
+    )
+    ids = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    logprobs = [float(torch.log_softmax(step[0], -1)[token]) for step, token in zip(output.logits, ids)]
+    words = model.processor.split_words(ids)
+    assert [word.text for word in words] == [word["word"] for word in result.words]
+    for word, timed in zip(words, result.words):
+        assert timed["confidence"] == pytest.approx(np.exp(sum(logprobs[token] for token in word.tokens)), abs=2e-4)
+
+
+def test_beams_and_sampling_go_through(model):
+    beams = model.transcribe(tiny.noise(1), num_beams=2, max_new_tokens=4)
+    sampled = model.transcribe(tiny.noise(1), do_sample=True, temperature=2.0, max_new_tokens=4)
+    assert beams.words is not None and sampled.words is not None
+
+
+def test_calibration_is_monotone_and_the_identity_by_default():
+    values = [0.0, 0.01, 0.3, 0.5, 0.99, 1.0]
+    assert [calibrate(value, 1.0, 0.0) for value in values] == pytest.approx(values, abs=1e-5)
+    mapped = [calibrate(value, 0.6, -0.5) for value in values]
+    assert mapped == sorted(mapped) and mapped[0] >= 0 and mapped[-1] <= 1
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"batch_size": 0}, "batch_size"),
+        ({"chunk_length_s": 0.5}, "chunk_length_s"),
+        ({"prompt": ["a", "b"]}, "2 prompts for 1 recordings"),
+        ({"max_new_tokenz": 3}, "max_new_tokenz"),
+    ],
+)
+def test_bad_options(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        model.transcribe(tiny.noise(1), **options)
+
+
+def test_a_model_without_a_checkpoint_says_where_its_processor_should_come_from():
+    model = tiny.model()
+    model.processor, model.config._name_or_path = None, ""
+    with pytest.raises(ValueError, match="model.processor"):
+        model.transcribe(tiny.noise(1))
