@@ -239,7 +239,8 @@ def lora_key_mapping(config: VoxLMConfig) -> dict[str, str] | None:
         )
     names = "|".join(sorted(targets))
     return {
-        rf"(language_model\..+\.(?:{names}))\.{kind}": rf"\1.base_layer.{kind}" for kind in ("weight", "bias")
+        rf"(language_model\..+\.(?:{names}))\.{kind}": rf"\1.base_layer.{kind}"
+        for kind in ("weight", "bias", "weight_scale")  # the last one where the checkpoint is stored in 8 bits
     }
 
 
@@ -597,7 +598,11 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
             source = self.config._name_or_path
             if not source:
                 raise ValueError("The model was not loaded from a checkpoint; set `model.processor` first")
-            self.processor = VoxLMProcessor.from_pretrained(source)
+            # The same commit as the weights; and where this very code came with the checkpoint, it is trusted already.
+            revision = getattr(self.config, "_commit_hash", None) or "main"
+            self.processor = VoxLMProcessor.from_pretrained(
+                source, revision=revision, trust_remote_code=self.is_remote_code()
+            )
         return self.processor
 
     def transcribe(self, audio, **kwargs):

@@ -79,7 +79,8 @@ def _decode_file(file, name: str) -> tuple[np.ndarray, int]:
     try:
         samples, rate = soundfile.read(file, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, RuntimeError) as error:
-        raise ValueError(f"Cannot read {name} as audio: {error}") from None
+        reason = getattr(error, "error_string", error)
+        raise ValueError(f"Cannot read {name} as audio: {reason}") from None
     return samples.T, rate
 
 

@@ -1,0 +1,65 @@
+"""`voxlm transcribe`: outputs, exit codes, one line per bad file."""
+
+import json
+
+import pytest
+import soundfile
+
+from hub_export.export import export
+from tests import tiny
+from voxlm_hf.app.cli import main, output_paths
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    export(tiny.model(), folder, int8=False)
+    return str(folder)
+
+
+@pytest.fixture
+def recording(tmp_path):
+    path = tmp_path / "one.wav"
+    soundfile.write(path, tiny.noise(0.8), 16000)
+    return path
+
+
+def test_one_file_goes_to_stdout(folder, recording, capsys):
+    assert main(["transcribe", str(recording), "--model", folder, "--format", "json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert set(result) == {"text", "words", "duration", "truncated"} and result["duration"] == 0.8
+
+
+def test_bad_files_do_not_stop_the_others(folder, recording, tmp_path, capsys):
+    bad = tmp_path / "bad.wav"
+    bad.write_text("text")
+    files = [str(bad), str(recording), str(tmp_path / "missing.wav")]
+    output = tmp_path / "out" / "deep"
+    assert main(["transcribe", *files, "--model", folder, "--output-dir", str(output), "--format", "srt"]) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("voxlm:")]
+    assert len(lines) == 2 and "bad.wav" in lines[0] and "missing.wav" in lines[1]
+    assert [path.name for path in output.iterdir()] == ["one.srt"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["transcribe"],
+        ["transcribe", "a.wav", "--format", "doc"],
+        ["transcribe", "a.wav", "--model", "/no/such/model"],
+        ["sing"],
+    ],
+)
+def test_what_cannot_start_is_2(arguments, capsys):
+    assert main(arguments) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_help_is_0(capsys):
+    assert main(["transcribe", "--help"]) == 0
+    assert "--output-dir" in capsys.readouterr().out
+
+
+def test_files_of_one_name_do_not_overwrite_each_other(tmp_path):
+    paths = output_paths(["a/x.wav", "b/x.mp3", "c/y.wav"], tmp_path, "txt")
+    assert [path.name for path in paths] == ["x.txt", "x-2.txt", "y.txt"]
