@@ -60,7 +60,7 @@ def test_logits_are_those_of_the_llm_on_merged_embeddings(encoder, llm):
     embeddings = model.get_input_embeddings()(inputs["input_ids"])
     features = {name: value for name, value in inputs.items() if name.startswith("input_") and name != "input_ids"}
     audio = model.get_audio_features(**features)
-    embeddings[inputs["input_ids"] == model.config.audio_token_id] = audio.audio_embeds[0]
+    embeddings[inputs["input_ids"] == model.config.audio_token_id] = audio.pooler_output[0]
     expected = model.language_model(inputs_embeds=embeddings).logits
     torch.testing.assert_close(model(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
 
@@ -94,7 +94,7 @@ def test_lengths_agree_with_what_the_encoder_really_makes(encoder):
         audio = model.get_audio_features(**features)
         length = features[f"{model.processor.feature_name}_mask"].sum(-1)
         assert audio.last_hidden_state.shape[1] == int(encoder_output_lengths(model.encoder, length))
-        assert audio.audio_embeds.shape[1] == model.processor.num_audio_tokens(int(length))
+        assert audio.pooler_output.shape[1] == model.processor.num_audio_tokens(int(length))
 
 
 def test_bare_audio_gives_what_the_library_encoder_gives_on_the_full_window():
@@ -127,7 +127,7 @@ def test_gated_frames_do_not_exist_for_the_llm():
     with torch.no_grad():
         short = model(
             input_ids=inputs["input_ids"][:, stays],
-            audio_embeds=audio.audio_embeds[:, keep],
+            audio_embeds=audio.pooler_output[:, keep],
             audio_embeds_mask=audio.audio_embeds_mask[:, keep],
         )
         torch.testing.assert_close(model(**inputs).logits[0, stays], short.logits[0], atol=1e-5, rtol=0)

@@ -25,11 +25,11 @@ class CachedFeaturesTrainer(Trainer):
 
     Args:
         processor: of the model.
-        noise (`float`): standard deviation of the noise on the encoder states, so that the LLM sees the projector err as it
-            does on recordings it was not trained on.
+        noise (`float`): largest standard deviation of the noise on the encoder states (each row draws its own), so that the
+            LLM sees the projector err as it does on recordings it was not trained on.
     """
 
-    def __init__(self, *args, processor, noise: float = 0.3, **kwargs):
+    def __init__(self, *args, processor, noise: float = 1.2, **kwargs):
         super().__init__(*args, **kwargs)
         self.processor, self.noise = processor, noise
         self.logged: dict[str, list[float]] = {}
@@ -41,7 +41,8 @@ class CachedFeaturesTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         states, mask = inputs["states"], inputs["mask"]
         if model.training:
-            states = states + self.noise * torch.randn_like(states)
+            strength = self.noise * torch.rand(len(states), 1, 1)
+            states = states + strength * torch.randn_like(states)
         audio_embeds, audio_mask, speech_logits = model.projector(states, mask)
         keep = audio_mask.bool()
         if speech_logits is not None:

@@ -10,9 +10,11 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import ModelOutput, can_return_tuple, is_peft_available
+from transformers.utils import can_return_tuple, is_peft_available
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
 
 from .alignment_voxlm import VoxLMAlignmentHead
 from .configuration_voxlm import VoxLMConfig, preset_bases
@@ -28,22 +30,20 @@ WINDOWED_ENCODERS = ("whisper", "qwen2_audio_encoder")
 
 
 @dataclass
-class VoxLMAudioOutput(ModelOutput):
+class VoxLMAudioOutput(BaseModelOutputWithPooling):
     """
     What the encoder and the projector make of a batch of audio.
 
     Args:
         last_hidden_state (`torch.Tensor` of shape `(batch, frames, audio_size)`): encoder states.
+        pooler_output (`torch.Tensor` of shape `(batch, projected_frames, text_size)`): input embeddings for the LLM.
         frame_mask (`torch.LongTensor` of shape `(batch, frames)`): 1 for real encoder frames.
-        audio_embeds (`torch.Tensor` of shape `(batch, projected_frames, text_size)`): input embeddings for the LLM.
         audio_embeds_mask (`torch.LongTensor` of shape `(batch, projected_frames)`): 1 for real projected frames.
         speech_logits (`torch.Tensor` of shape `(batch, projected_frames)`, *optional*): with a frame gate, the log-odds
             that a frame carries a token of speech.
     """
 
-    last_hidden_state: torch.Tensor | None = None
     frame_mask: torch.Tensor | None = None
-    audio_embeds: torch.Tensor | None = None
     audio_embeds_mask: torch.Tensor | None = None
     speech_logits: torch.Tensor | None = None
 
@@ -124,22 +124,26 @@ def encoder_output_lengths(encoder: nn.Module, lengths: torch.Tensor) -> torch.T
     )
 
 
-def encode_windowed(encoder: nn.Module, input_features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+@merge_with_config_defaults
+@capture_outputs
+def windowed_forward(encoder, input_features, attention_mask, **kwargs) -> BaseModelOutput:
     """
     Drive an encoder of Whisper's layout on bare audio of any length up to its window.
 
     Args:
-        input_features (`torch.Tensor` of shape `(batch, mels, time)`), mask (`torch.LongTensor` of shape `(batch, time)`)
+        encoder (`PreTrainedModel`): takes the place of `self`, for the library's capture of hidden states and attentions.
+        input_features (`torch.Tensor` of shape `(batch, mels, time)`)
+        attention_mask (`torch.LongTensor` of shape `(batch, time)`)
 
     Returns:
-        `(batch, frames, audio_size)`; what lies beyond the mask is undefined.
+        [`BaseModelOutput`] with `(batch, frames, audio_size)`; what lies beyond the mask is undefined.
 
     Raises:
         ValueError: for audio longer than the encoder's learned positions.
     """
     hidden_states = nn.functional.gelu(encoder.conv1(input_features))
     # In a batch the frame after the last real one must be the zero that the convolution pads a single clip with.
-    hidden_states = hidden_states * mask.unsqueeze(1).to(hidden_states.dtype)
+    hidden_states = hidden_states * attention_mask.unsqueeze(1).to(hidden_states.dtype)
     hidden_states = nn.functional.gelu(encoder.conv2(hidden_states)).transpose(1, 2)
     num_frames, positions = hidden_states.shape[1], encoder.embed_positions.weight
     if num_frames > len(positions):
@@ -150,13 +154,13 @@ def encode_windowed(encoder: nn.Module, input_features: torch.Tensor, mask: torc
     hidden_states = hidden_states + positions[:num_frames]
     hidden_states = nn.functional.dropout(hidden_states, p=encoder.dropout, training=encoder.training)
     attention_mask = create_bidirectional_mask(
-        config=encoder.config, inputs_embeds=hidden_states, attention_mask=mask[:, ::2][:, :num_frames]
+        config=encoder.config, inputs_embeds=hidden_states, attention_mask=attention_mask[:, ::2][:, :num_frames]
     )
     for layer in encoder.layers:
-        hidden_states = layer(hidden_states, attention_mask)
+        hidden_states = layer(hidden_states, attention_mask, **kwargs)
     if hasattr(encoder, "avg_pooler"):
         hidden_states = encoder.avg_pooler(hidden_states.transpose(1, 2)).transpose(1, 2)
-    return encoder.layer_norm(hidden_states)
+    return BaseModelOutput(last_hidden_state=encoder.layer_norm(hidden_states))
 
 
 class VoxLMPreTrainedModel(PreTrainedModel):
@@ -193,7 +197,7 @@ class VoxLMPreTrainedModel(PreTrainedModel):
         since they start as the identity).
 
         Raises:
-            ValueError: naming the weights that are missing.
+            ValueError: naming the weights that are missing; not with `output_loading_info=True`, which asks for their list.
         """
         output_loading_info = kwargs.pop("output_loading_info", False)
         if config is None or not hasattr(config, "lora_config"):
@@ -211,7 +215,7 @@ class VoxLMPreTrainedModel(PreTrainedModel):
             pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
         )
         missing = sorted(key for key in info["missing_keys"] if ".lora_" not in key)
-        if missing:
+        if missing and not output_loading_info:
             shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
             raise ValueError(
                 f"{pretrained_model_name_or_path} lacks {len(missing)} weights of this model: {shown}. They would be "
@@ -399,21 +403,22 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
         frames = encoder_output_lengths(self.encoder, lengths)
         return (frames + self.config.projector_stride - 1) // self.config.projector_stride
 
-    def _encode(self, inputs, mask):
+    def _encode(self, inputs, mask, **kwargs) -> BaseModelOutput:
         """Encoder states `(batch, frames, audio_size)` for padded inputs; padding leaves real frames untouched."""
         if self.config.audio_config.model_type in WINDOWED_ENCODERS:
-            return encode_windowed(self.encoder, inputs, mask)
+            return windowed_forward(self.encoder, inputs, attention_mask=mask, **kwargs)
         if getattr(self.config.audio_config, "feat_extract_norm", None) == "group":
             # GroupNorm over time takes the padding into its statistics, so each clip is encoded at its own length.
             rows = [
                 self.encoder(row[None, : int(length)]).last_hidden_state[0]
                 for row, length in zip(inputs, mask.sum(-1))
             ]
-            return nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        return self.encoder(inputs, attention_mask=mask).last_hidden_state
+            return BaseModelOutput(last_hidden_state=nn.utils.rnn.pad_sequence(rows, batch_first=True))
+        return self.encoder(inputs, attention_mask=mask, **kwargs)
 
+    @can_return_tuple
     def get_audio_features(
-        self, input_features=None, input_features_mask=None, input_values=None, input_values_mask=None
+        self, input_features=None, input_features_mask=None, input_values=None, input_values_mask=None, **kwargs
     ) -> VoxLMAudioOutput:
         r"""
         Run the encoder and the projector.
@@ -423,6 +428,7 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
                 `(batch, time, features)`) with input_features_mask (`torch.LongTensor` of shape `(batch, time)`), or
             input_values (`torch.Tensor` of shape `(batch, samples)`) with input_values_mask (same shape), for encoders that
                 take raw audio. Without a mask all of the input is real.
+            **kwargs: for the encoder, such as `output_hidden_states`.
 
         Raises:
             ValueError: for audio too short to give one frame, or longer than the encoder's window.
@@ -439,32 +445,47 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
         parameter = next(self.encoder.parameters())
         inputs, mask = inputs.to(parameter.device, parameter.dtype), mask.to(parameter.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_audio_encoder):
-            frames = self._encode(inputs, mask)
+            encoded = self._encode(inputs, mask, **kwargs)
         lengths = encoder_output_lengths(self.encoder, mask.sum(-1))
         if int(lengths.min()) < 1:
             raise ValueError(
                 f"An audio of {int(mask.sum(-1).min())} input frames is too short: the encoder makes no frame of it"
             )
-        frames = frames[:, : int(lengths.max())]
+        frames = encoded.last_hidden_state[:, : int(lengths.max())]
         frame_mask = (torch.arange(frames.shape[1], device=lengths.device) < lengths.unsqueeze(1)).long()
         audio_embeds, audio_embeds_mask, speech_logits = self.projector(frames, frame_mask)
-        return VoxLMAudioOutput(frames, frame_mask, audio_embeds, audio_embeds_mask, speech_logits)
+        return VoxLMAudioOutput(
+            last_hidden_state=frames,
+            pooler_output=audio_embeds,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+            frame_mask=frame_mask,
+            audio_embeds_mask=audio_embeds_mask,
+            speech_logits=speech_logits,
+        )
 
-    def hide_gated_frames(self, input_ids, attention_mask, audio: VoxLMAudioOutput):
+    def hide_gated_frames(self, input_ids, attention_mask, audio: VoxLMAudioOutput, inputs_embeds=None):
         """`attention_mask` `(batch, length)` with the placeholders of frames below the gate's threshold set to 0."""
         if audio.speech_logits is None:
             return attention_mask
+        placeholders = self._placeholders(input_ids, audio.audio_embeds_mask, inputs_embeds)
         if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
+            attention_mask = torch.ones_like(placeholders, dtype=torch.long)
         keep = (audio.speech_logits.float().sigmoid() > self.config.frame_gate_threshold).to(attention_mask)
-        placeholders = self._placeholders(input_ids, audio.audio_embeds_mask)
         kept = torch.ones_like(attention_mask)
         kept[placeholders] = keep[audio.audio_embeds_mask.bool()].to(kept.device)
         return attention_mask * kept
 
-    def _placeholders(self, input_ids, audio_embeds_mask):
-        """Mask `(batch, length)` of the audio placeholders, checked to be as many as there are projected frames."""
-        placeholders = input_ids == self.config.audio_token_id
+    def _placeholders(self, input_ids, audio_embeds_mask, inputs_embeds=None):
+        """
+        Mask `(batch, length)` of the audio placeholders, checked to be as many as there are projected frames. Without
+        `input_ids` they are found by their embedding.
+        """
+        if input_ids is not None:
+            placeholders = input_ids == self.config.audio_token_id
+        else:
+            token = torch.tensor(self.config.audio_token_id, device=inputs_embeds.device)
+            placeholders = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
         wanted, given = audio_embeds_mask.sum(-1).tolist(), placeholders.sum(-1).tolist()
         if wanted != given:
             raise ValueError(
@@ -508,20 +529,18 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
         audio = None
         if input_features is not None or input_values is not None:
             audio = self.get_audio_features(input_features, input_features_mask, input_values, input_values_mask)
-            audio_embeds, audio_embeds_mask = audio.audio_embeds, audio.audio_embeds_mask
-            attention_mask = self.hide_gated_frames(input_ids, attention_mask, audio)
+            audio_embeds, audio_embeds_mask = audio.pooler_output, audio.audio_embeds_mask
+            attention_mask = self.hide_gated_frames(input_ids, attention_mask, audio, inputs_embeds)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-            # `generate` hands the encoded audio to every step; only the pass over the prompt has places for it.
-            if audio_embeds is not None and past_length == 0:
-                placeholders = self._placeholders(input_ids, audio_embeds_mask).unsqueeze(-1)
-                inputs_embeds = inputs_embeds.masked_scatter(
-                    placeholders.to(inputs_embeds.device),
-                    audio_embeds[audio_embeds_mask.bool()].to(inputs_embeds.device, inputs_embeds.dtype),
-                )
-        elif audio_embeds is not None:
-            raise ValueError("Audio goes with `input_ids`, whose placeholders say where it belongs, not `inputs_embeds`")
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        # `generate` hands the encoded audio to every step; only the pass over the prompt has places for it.
+        if audio_embeds is not None and past_length == 0:
+            placeholders = self._placeholders(input_ids, audio_embeds_mask, inputs_embeds).unsqueeze(-1)
+            inputs_embeds = inputs_embeds.masked_scatter(
+                placeholders.to(inputs_embeds.device),
+                audio_embeds[audio_embeds_mask.bool()].to(inputs_embeds.device, inputs_embeds.dtype),
+            )
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             # Positions count what is seen, so that padding on either side and hidden frames change nothing.
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
@@ -565,7 +584,7 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
         if "input_features" in features or "input_values" in features:
             input_ids = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else inputs
             audio = self.get_audio_features(**features)
-            kwargs["audio_embeds"], kwargs["audio_embeds_mask"] = audio.audio_embeds, audio.audio_embeds_mask
+            kwargs["audio_embeds"], kwargs["audio_embeds_mask"] = audio.pooler_output, audio.audio_embeds_mask
             if input_ids is not None:
                 attention_mask = self.hide_gated_frames(input_ids, kwargs.get("attention_mask"), audio)
                 kwargs["attention_mask"] = attention_mask

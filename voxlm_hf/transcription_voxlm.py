@@ -173,7 +173,7 @@ def _transcribe_batch(model, processor, inputs, with_words: bool, generate_kwarg
     prompt = {
         "input_ids": inputs["input_ids"],
         "attention_mask": model.hide_gated_frames(inputs["input_ids"], inputs["attention_mask"], audio),
-        "audio_embeds": audio.audio_embeds,
+        "audio_embeds": audio.pooler_output,
         "audio_embeds_mask": audio.audio_embeds_mask,
     }
     output = model.generate(**prompt, **options, return_dict_in_generate=True)
