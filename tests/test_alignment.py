@@ -83,4 +83,9 @@ def test_loss_of_hand_made_posteriors():
     assert float(loss) == pytest.approx(-(np.log(0.4) + np.log(0.5)) / 2, abs=1e-6)
     loss = alignment_loss(tokens, pause, words, torch.tensor([[1, -100]]))
     assert float(loss) == pytest.approx(-np.log(0.4), abs=1e-6)
-    assert float(alignment_loss(tokens, pause, words, torch.full((1, 2), -100))) == 0.0
+    nothing = torch.full((1, 2), -100)
+    for token_words in (words, torch.full((1, 3), -100)):
+        scores = tokens.clone().requires_grad_()
+        loss = alignment_loss(scores, pause, token_words, nothing)
+        loss.backward()
+        assert float(loss.detach()) == 0.0 and torch.equal(scores.grad, torch.zeros_like(scores))

@@ -63,8 +63,9 @@ def alignment_loss(token_scores, pause_scores, token_words, frame_words):
     # A floor instead of -inf: a frame whose word has no token must not turn the whole loss into NaN.
     word_score = torch.logsumexp(scores.masked_fill(~same_word, -1e4), dim=1)
     target_score = torch.where(frame_words == -1, pause_scores, word_score)
-    weight = (frame_words != -100).float()
-    return ((total - target_score) * weight).sum() / weight.sum().clamp(min=1)
+    has_target = frame_words != -100
+    losses = torch.where(has_target, total - target_score, 0.0)
+    return losses.sum() / has_target.sum().clamp(min=1)
 
 
 def word_log_posteriors(token_scores: np.ndarray, pause_scores: np.ndarray, token_words: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ from .. import VoxLMForSpeechSeq2Seq, VoxLMProcessor
 from .formats import WRITERS
 
 
+# The checkpoint that ships with the source, beside the package in a checkout.
 DEFAULT_MODEL = Path(__file__).resolve().parents[2] / "hub_export" / "voxlm-135m"
 
 
@@ -20,7 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("transcribe", help="transcribe audio files")
     command.add_argument("files", nargs="+", metavar="FILE", help="audio files")
-    command.add_argument("--model", default=str(DEFAULT_MODEL), help="folder or Hub id (default: voxlm-135m of the checkout)")
+    command.add_argument("--model", help="folder or Hub id (default: hub_export/voxlm-135m of the checkout)")
     command.add_argument("--format", choices=list(WRITERS), default="txt", help="output format (default: txt)")
     command.add_argument("--output-dir", type=Path, help="write one file per recording here instead of to stdout")
     command.add_argument("--prompt", help="instruction or context for the LLM (default: the one of training)")
@@ -44,11 +45,14 @@ def main(argv: list[str] | None = None) -> int:
         return int(stop.code or 0)
     targets = output_paths(arguments.files, arguments.output_dir, arguments.format)
     try:
+        if arguments.model is None and not DEFAULT_MODEL.is_dir():
+            raise ValueError("the default model lies in a checkout only; give --model FOLDER or a Hub id")
+        source = arguments.model or str(DEFAULT_MODEL)
         if arguments.output_dir:
             arguments.output_dir.mkdir(parents=True, exist_ok=True)
-        model = VoxLMForSpeechSeq2Seq.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
+        model = VoxLMForSpeechSeq2Seq.from_pretrained(source, dtype=getattr(torch, arguments.dtype))
         model.to(arguments.device)
-        model.processor = VoxLMProcessor.from_pretrained(arguments.model)
+        model.processor = VoxLMProcessor.from_pretrained(source)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         print(f"voxlm: cannot start: {one_line(error)}", file=sys.stderr)
         return 2

@@ -1,0 +1,202 @@
+"""The shipped checkpoint, in fresh processes in which voxlm_hf cannot be imported."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jiwer
+import pytest
+from safetensors import safe_open
+
+from hub_export.export import CODE_FILES, PACKAGE
+from training.text import strip_punctuation
+
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "hub_export" / "voxlm-135m"
+DATA = ROOT / "tests" / "data"
+REFERENCES = {
+    "1089-134686-0000.flac": "he hoped there would be stew for dinner turnips and carrots and bruised potatoes and fat mutton "
+    "pieces to be ladled out in thick peppered flour fattened sauce",
+    "84-121123-0001.flac": "but in less than five minutes the staircase groaned beneath an extraordinary weight",
+    "austen-0880.flac": "he was not an ill disposed young man",
+}
+# Word starts of austen-0880.flac by PocketSphinx' forced alignment.
+AUSTEN_STARTS = [0.21, 0.33, 0.56, 1.13, 1.30, 1.48, 2.11, 2.33]
+
+PRELUDE = """
+import json, sys
+sys.modules["voxlm_hf"] = None  # any import of the package fails
+import numpy as np, soundfile, soxr, torch
+folder, data = sys.argv[1:3]
+samples, rate = soundfile.read(f"{data}/84-121123-0001.flac", dtype="float32")
+at_44100 = soxr.resample(samples, rate, 44100)
+"""
+
+
+def run(code: str, tmp_path: Path):
+    """Run code in a fresh process outside the checkout, offline; the JSON it prints last."""
+    script = tmp_path / "script.py"
+    script.write_text(PRELUDE + code)
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+    done = subprocess.run(
+        [sys.executable, str(script), str(FOLDER), str(DATA)],
+        cwd=tmp_path,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def error_rate(names_and_texts):
+    references, texts = zip(*((REFERENCES[name], strip_punctuation(text)) for name, text in names_and_texts))
+    return jiwer.wer(list(references), list(texts))
+
+
+@pytest.mark.parametrize("auto_class", ["AutoModel", "AutoModelForSpeechSeq2Seq"])
+def test_auto_classes(auto_class, tmp_path):
+    result = run(
+        f"""
+from transformers import {auto_class}, AutoProcessor, AutoConfig
+config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+model, info = {auto_class}.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+names = ["1089-134686-0000.flac", "84-121123-0001.flac", "austen-0880.flac"]
+inputs = processor.apply_transcription_request([f"{{data}}/{{name}}" for name in names])
+ids = model.generate(**inputs, max_new_tokens=80)
+texts = processor.batch_decode(ids[:, inputs["input_ids"].shape[1]:])
+results = model.transcribe([f"{{data}}/{{name}}" for name in names])
+print(json.dumps({{"type": config.model_type, "missing": sorted(info["missing_keys"]), "generated": texts,
+    "unexpected": sorted(info["unexpected_keys"]), "results": list(zip(names, [dict(r) for r in results]))}}))
+""",
+        tmp_path,
+    )
+    assert result["type"] == "voxlm" and result["missing"] == [] and result["unexpected"] == []
+    assert [text.strip() for text in result["generated"]] == [item["text"] for _, item in result["results"]]
+    assert error_rate([(name, item["text"]) for name, item in result["results"]]) < 0.4
+    for _, item in result["results"]:
+        times = [time for word in item["words"] for time in (word["start"], word["end"])]
+        assert times == sorted(times) and 0 <= times[0] and times[-1] <= item["duration"]
+        assert all(word["end"] > word["start"] and 0 <= word["confidence"] <= 1 for word in item["words"])
+        assert not item["truncated"]
+
+
+def test_every_kind_of_audio(tmp_path):
+    result = run(
+        """
+from transformers import AutoModelForSpeechSeq2Seq
+model = AutoModelForSpeechSeq2Seq.from_pretrained(folder, trust_remote_code=True)
+path = f"{data}/84-121123-0001.flac"
+open("text.wav", "w").write("this is a text file, not a recording")
+same = [samples, path, open(path, "rb").read(), {"array": samples, "sampling_rate": rate}, np.stack([samples, samples]),
+    torch.from_numpy(samples), (samples * 32767).astype(np.int16)]
+texts = [result.text for result in model.transcribe(same, return_timestamps=False)]
+resampled = model.transcribe({"array": at_44100, "sampling_rate": 44100}).text
+errors = []
+for bad in (np.full(16000, np.nan, np.float32), np.zeros(0, np.float32), "text.wav", np.zeros(50, np.float32)):
+    try:
+        errors.append(["no error", model.transcribe(bad).text])
+    except Exception as error:
+        errors.append([type(error).__name__, str(error)])
+silence = [model.transcribe(np.zeros(n, np.float32)).text for n in (1600, 16000, 160000)]
+waveform = model.generate(samples)
+print(json.dumps([texts, resampled, errors, silence, model.transcribe(samples[:1600]).text, waveform["text"], waveform["words"]]))
+""",
+        tmp_path,
+    )
+    texts, resampled, errors, silence, short, text, words = result
+    assert len(set(texts)) == 1 and text == texts[0] and len(words) == len(text.split())
+    assert jiwer.wer(texts[0], resampled) < 0.2
+    assert [kind for kind, _ in errors] == ["ValueError"] * 4
+    assert silence == ["", "", ""]
+    assert len(short.split()) <= 1
+
+
+def test_pipeline(tmp_path):
+    result = run(
+        """
+from transformers import pipeline
+pipe = pipeline("automatic-speech-recognition", model=folder, trust_remote_code=True)
+path = f"{data}/84-121123-0001.flac"
+outputs = [pipe(path), pipe(samples), pipe(open(path, "rb").read()), pipe({"raw": samples, "sampling_rate": rate})]
+batch = pipe([path, f"{data}/austen-0880.flac", samples[:16000]], batch_size=3, return_timestamps="word")
+print(json.dumps([outputs, batch]))
+""",
+        tmp_path,
+    )
+    outputs, batch = result
+    assert all(output == outputs[0] for output in outputs)
+    assert batch[0]["text"] == outputs[0]["text"]
+    starts = [chunk["timestamp"][0] for chunk in batch[1]["chunks"]]
+    assert [chunk["text"] for chunk in batch[1]["chunks"]] == batch[1]["text"].split()
+    if batch[1]["text"].split() == REFERENCES["austen-0880.flac"].split():
+        differences = sorted(abs(found - expected) for found, expected in zip(starts, AUSTEN_STARTS))
+        assert differences[len(differences) // 2] < 0.15
+
+
+def test_padding_and_batch_do_not_change_logits(tmp_path):
+    result = run(
+        """
+from transformers import AutoModel, AutoProcessor
+model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+prompt, clips, worst = processor.render_prompt(), [samples, samples[:20000]], 0.0
+with torch.no_grad():
+    single = model(**processor(text=prompt, audio=clips[1])).logits[0]
+    for side in ("left", "right"):
+        batch = processor(text=[prompt] * 2, audio=clips, padding_side=side)
+        logits = model(**batch).logits[1][batch["attention_mask"][1].bool()]
+        worst = max(worst, float((logits - single).abs().max()))
+print(json.dumps(worst))
+""",
+        tmp_path,
+    )
+    assert result < 1e-4 * 20  # logits reach 20 and more; float32 sums in another order
+
+
+def test_a_saved_copy_is_complete_and_equal(tmp_path):
+    result = run(
+        """
+from transformers import AutoModel, pipeline
+model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+text = model.transcribe(samples).text
+model.save_pretrained("copy")
+model.get_processor().save_pretrained("copy")
+again = pipeline("automatic-speech-recognition", model="copy", trust_remote_code=True)
+print(json.dumps([text, again(samples)["text"]]))
+""",
+        tmp_path,
+    )
+    assert result[0] and result[0] == result[1]
+
+
+def test_code_files_are_those_of_the_package():
+    assert {path.name for path in FOLDER.glob("*.py")} == set(CODE_FILES)
+    for name in CODE_FILES:
+        assert (FOLDER / name).read_text() == (PACKAGE / name).read_text(), (
+            f"{name} differs; run `python -m hub_export.export --code hub_export/voxlm-135m`"
+        )
+
+
+def test_sizes_and_formats():
+    files = [path for path in FOLDER.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 200_000_000
+    assert max(path.stat().st_size for path in files) <= 95_000_000
+    assert not [path.name for path in files if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
+
+
+def test_trained_weights_have_a_file_of_their_own():
+    index = json.loads((FOLDER / "model.safetensors.index.json").read_text())["weight_map"]
+    for name, file in index.items():
+        trained = name.startswith(("projector.", "alignment.")) or ".lora_" in name
+        assert (file == "trained.safetensors") == trained, name
+    stored = set()
+    for file in set(index.values()):
+        with safe_open(FOLDER / file, "pt") as tensors:
+            stored |= set(tensors.keys())
+    assert stored == set(index)

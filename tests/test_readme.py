@@ -1,0 +1,78 @@
+"""Every snippet and command of the README and of the model card runs."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+from tests.test_modeling import plain_tokenizer
+from voxlm_hf.app.cli import main
+
+
+ROOT = Path(__file__).resolve().parents[1]
+CARD = ROOT / "hub_export" / "voxlm-135m" / "README.md"
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    """The code blocks of a Markdown file, in order, with the comment line before each."""
+    return re.findall(rf"(?:<!--[^\n]*-->\n)?```{language}\n.*?```", path.read_text(), flags=re.S)
+
+
+def code_of(block: str) -> str:
+    return re.search(r"```\w+\n(.*?)```", block, flags=re.S)[1]
+
+
+SNIPPETS = [
+    (path.name if path.parent == ROOT else "card", number, block)
+    for path in (ROOT / "README.md", CARD)
+    for number, block in enumerate(blocks(path, "python"))
+]
+
+
+@pytest.mark.parametrize("name, number, block", SNIPPETS, ids=[f"{name}-{number}" for name, number, _ in SNIPPETS])
+def test_snippets_run(name, number, block, tmp_path):
+    code = code_of(block)
+    if "needs the Hub" in block:
+        code = with_tiny_bases(code, tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def with_tiny_bases(code: str, folder: Path) -> str:
+    """Point a snippet's Hub ids, and what it writes, to tiny models in a folder."""
+    from transformers import AutoConfig, AutoModelForCausalLM, WhisperModel
+
+    WhisperModel(AutoConfig.for_model(**tiny.ENCODERS["whisper"][0])).save_pretrained(folder / "audio")
+    tiny.feature_extractor("whisper").save_pretrained(folder / "audio")
+    llm = {**tiny.LLMS["qwen2"], "vocab_size": 300, "pad_token_id": None}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**llm)).save_pretrained(folder / "text")
+    plain_tokenizer().save_pretrained(folder / "text")
+    for name, place in (
+        ("openai/whisper-small", "audio"),
+        ("Qwen/Qwen2-1.5B", "text"),
+        ("my-voxlm", "made"),
+    ):
+        assert name in code
+        code = code.replace(f'"{name}"', repr(str(folder / place)))
+    return code
+
+
+def test_the_transcribe_command(monkeypatch, capsys):
+    (command,) = (code_of(block) for block in blocks(ROOT / "README.md", "bash") if "transcribe command" in block)
+    words = shlex.split(command.split("&&")[-1])
+    assert words[0] == ".venv/bin/voxlm"
+    monkeypatch.chdir(ROOT)
+    assert main(words[1:]) == 0
+    assert '"start"' in capsys.readouterr().out
+
+
+def test_the_test_command_is_what_ci_runs():
+    (command,) = (code_of(block) for block in blocks(ROOT / "README.md", "bash") if "test command" in block)
+    assert command.rstrip().endswith(".venv/bin/python -m pytest")
+    assert "<!-- test command -->" in (ROOT / ".ci" / "run").read_text()
