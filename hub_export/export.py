@@ -136,7 +136,9 @@ def export(model: VoxLMForSpeechSeq2Seq, folder: Path, int8: bool = True):
     write_weights(model, folder, int8)
     copy_code(folder)
     config = model.config.to_dict()
-    config.update(architectures=[type(model).__name__], auto_map=AUTO_MAP, custom_pipelines=CUSTOM_PIPELINES, dtype="float32")
+    config.update(
+        architectures=[type(model).__name__], auto_map=AUTO_MAP, custom_pipelines=CUSTOM_PIPELINES, dtype="float32"
+    )
     for part in ("audio_config", "text_config"):
         config[part]["dtype"] = "float32"
     config.pop("_name_or_path", None)

@@ -39,7 +39,12 @@ def run(code: str, tmp_path: Path):
     """Run code in a fresh process outside the checkout, offline; the JSON it prints last."""
     script = tmp_path / "script.py"
     script.write_text(PRELUDE + code)
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(tmp_path),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path / "hf"),
+    }
     done = subprocess.run(
         [sys.executable, str(script), str(FOLDER), str(DATA)],
         cwd=tmp_path,

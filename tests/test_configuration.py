@@ -55,9 +55,14 @@ def test_validation_names_the_field(field, value):
 def test_presets():
     assert preset_bases("voxlm-2b")[:2] == ("openai/whisper-small", "Qwen/Qwen2-1.5B")
     assert preset_bases("voxlm-9b-global")[2]["lora_config"]["r"] == 32
-    assert {"voxlm-135m", "voxlm-0.5b", "voxlm-4b-multilingual", "voxlm-llama-8b", "voxlm-phi-4", "voxlm-gemma-9b"} < set(
-        PRESETS
-    )
+    assert {
+        "voxlm-135m",
+        "voxlm-0.5b",
+        "voxlm-4b-multilingual",
+        "voxlm-llama-8b",
+        "voxlm-phi-4",
+        "voxlm-gemma-9b",
+    } < set(PRESETS)
     with pytest.raises(ValueError, match="voxlm-135m"):
         VoxLMConfig.preset("voxlm-1b")
 

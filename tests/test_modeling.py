@@ -66,10 +66,10 @@ def test_logits_are_those_of_the_llm_on_merged_embeddings(encoder, llm):
 
 
 @pytest.mark.parametrize("encoder", tiny.ENCODERS)
-@pytest.mark.parametrize("kind", ["mlp", "convnext"])
+@pytest.mark.parametrize("kind, readout", [("mlp", "linear"), ("convnext", "token_mixture")])
 @torch.no_grad()
-def test_batch_equals_single_with_padding_on_either_side(encoder, kind):
-    model = tiny.model(encoder, "qwen3", projector_kind=kind, frame_gate_threshold=0.5)
+def test_batch_equals_single_with_padding_on_either_side(encoder, kind, readout):
+    model = tiny.model(encoder, "qwen3", projector_kind=kind, projector_readout=readout, frame_gate_threshold=0.5)
     processor = model.processor
     audio = [tiny.noise(seconds, seed) for seed, seconds in enumerate((0.53, 1.217, 0.9))]
     prompt = processor.render_prompt()
@@ -136,6 +136,18 @@ def test_gated_frames_do_not_exist_for_the_llm():
     assert ids.tolist() == same.tolist()
 
 
+def test_token_mixture_of_hand_made_frames():
+    """Three tokens with orthogonal embeddings: a sure frame gives its token, a torn one the mean, a repeat is hidden."""
+    projector = tiny.model(projector_readout="token_mixture", frame_gate_threshold=0.5).projector
+    tokens = torch.eye(3)
+    frames = torch.tensor([[[100.0, 0, 0], [100.0, 0, 0], [0, 100.0, 0], [0, 50.0, 50.0], [0, 100.0, 0]]])
+    speech = torch.tensor([[1.0, 1.0, -1.0, 1.0, 1.0]])
+    mixtures, logits = projector.mix_tokens(frames, speech, tokens)
+    expected = torch.tensor([[[1.0, 0, 0], [1.0, 0, 0], [0, 0, 0], [0, 0.5, 0.5], [0, 1.0, 0]]])
+    torch.testing.assert_close(mixtures, expected)
+    assert projector.keep(logits)[0, :4].tolist() == [True, False, False, True]
+
+
 def test_loss_is_cross_entropy_of_the_text_from_its_first_token_to_eos():
     model = tiny.model()
     inputs = inputs_of(model, texts=TEXTS)
@@ -159,7 +171,9 @@ def test_generation_strategies_and_outputs():
     model = tiny.model()
     inputs = inputs_of(model)
     length = inputs["input_ids"].shape[1]
-    greedy = model.generate(**inputs, max_new_tokens=5, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    greedy = model.generate(
+        **inputs, max_new_tokens=5, do_sample=False, return_dict_in_generate=True, output_logits=True
+    )
     assert torch.equal(greedy.sequences[:, :length], inputs["input_ids"])
     assert torch.equal(greedy.sequences[:, length], greedy.logits[0].argmax(-1))
     torch.manual_seed(0)

@@ -13,7 +13,9 @@ def model():
 
 
 def test_cuts_fall_into_the_pauses():
-    speech = np.concatenate([tiny.noise(7, 0), np.zeros(8000, np.float32), tiny.noise(6, 1), np.zeros(8000), tiny.noise(5, 2)])
+    speech = np.concatenate(
+        [tiny.noise(7, 0), np.zeros(8000, np.float32), tiny.noise(6, 1), np.zeros(8000), tiny.noise(5, 2)]
+    )
     pieces = cut_at_quiet_points(speech, 16000, 10.0)
     assert [round(end / 16000, 1) for _, end in pieces] == [
         pytest.approx(7.25, abs=0.26),

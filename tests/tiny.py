@@ -162,9 +162,7 @@ def feature_extractor(encoder: str):
 def config(encoder: str = "whisper", llm: str = "qwen2", **fields) -> VoxLMConfig:
     """A tiny config; `fields` override those of [`VoxLMConfig`]."""
     parts = {"audio_config": ENCODERS[encoder][0], "text_config": LLMS[llm]}
-    parts = {
-        name: AutoConfig.for_model(**values) for name, values in parts.items()
-    }
+    parts = {name: AutoConfig.for_model(**values) for name, values in parts.items()}
     defaults = {"audio_token_id": tokenizer().convert_tokens_to_ids(AUDIO_TOKEN), "alignment_hidden_size": 8}
     return VoxLMConfig(**parts, **{**defaults, **fields})
 

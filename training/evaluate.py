@@ -14,7 +14,9 @@ from voxlm_hf import VoxLMForSpeechSeq2Seq
 
 def word_errors(references: list[str], hypotheses: list[str]) -> jiwer.WordOutput:
     """Pooled word errors after lower-casing and stripping punctuation; `.wer` is errors over reference words."""
-    return jiwer.process_words([strip_punctuation(text) for text in references], [strip_punctuation(text) for text in hypotheses])
+    return jiwer.process_words(
+        [strip_punctuation(text) for text in references], [strip_punctuation(text) for text in hypotheses]
+    )
 
 
 def main():
@@ -35,7 +37,10 @@ def main():
     seconds, duration = time.time() - started, sum(result.duration for result in results)
     errors = word_errors([row["text"] for row in rows], [result.text for result in results])
     print(f"utterances {len(rows)}, {duration / 3600:.2f} h, {seconds:.0f} s ({duration / seconds:.1f} x real time)")
-    print(f"pooled WER {100 * errors.wer:.2f} %: {errors.substitutions} substitutions, {errors.deletions} deletions, ", end="")
+    print(
+        f"pooled WER {100 * errors.wer:.2f} %: {errors.substitutions} substitutions, {errors.deletions} deletions, ",
+        end="",
+    )
     print(f"{errors.insertions} insertions, {errors.hits + errors.substitutions + errors.deletions} reference words")
     print(f"texts ended by the token budget: {sum(result.truncated for result in results)}")
     if arguments.output:

@@ -43,10 +43,10 @@ class CachedFeaturesTrainer(Trainer):
         if model.training:
             strength = self.noise * torch.rand(len(states), 1, 1)
             states = states + strength * torch.randn_like(states)
-        audio_embeds, audio_mask, speech_logits = model.projector(states, mask)
+        audio_embeds, audio_mask, speech_logits = model.project(states, mask)
         keep = audio_mask.bool()
         if speech_logits is not None:
-            keep &= speech_logits.float().sigmoid() > model.config.frame_gate_threshold
+            keep &= model.projector.keep(speech_logits)
         token = self.processor.audio_token
         prompt = self.processor.render_prompt()
         prompts = [prompt.replace(token, token * int(count)) for count in keep.sum(1)]

@@ -148,5 +148,6 @@ def decode_spans(log_posteriors: np.ndarray, pause_penalty: float = 2.0) -> list
 def spans_to_seconds(spans: list[WordSpan], frame_s: float, duration_s: float) -> list[tuple[float, float]]:
     """Spans in frames to `(start, end)` in seconds within `[0, duration_s]`, rounded to milliseconds."""
     return [
-        (round(min(span.start * frame_s, duration_s), 3), round(min(span.end * frame_s, duration_s), 3)) for span in spans
+        (round(min(span.start * frame_s, duration_s), 3), round(min(span.end * frame_s, duration_s), 3))
+        for span in spans
     ]

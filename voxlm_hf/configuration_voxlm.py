@@ -47,6 +47,11 @@ class VoxLMConfig(PreTrainedConfig):
         projector_stride (`int`, defaults to 4): Encoder frames per projected frame (4 x 20 ms for Whisper).
         projector_hidden_size (`int`, *optional*): Width inside the projector, by default the LLM's.
         projector_num_blocks (`int`, defaults to 3): Number of ConvNeXt blocks.
+        projector_readout (`"linear"` or `"token_mixture"`, defaults to `"linear"`):
+            `"linear"`: the projector's output is what the LLM reads. `"token_mixture"`: the output is scored against the LLM's
+            token embeddings, and the LLM reads the mixture of embeddings by these probabilities (LegoSLM, Ma et al. 2025);
+            for projectors that learnt by CTC to write tokens. A frame that repeats the token of the one before it is
+            hidden, as CTC merges it.
         frame_gate_threshold (`float`, *optional*):
             When set, the projector also scores each frame for carrying a token of speech, and frames whose probability is
             not above the threshold are hidden from the LLM (compression by CTC blanks, Gaido et al. 2021).
@@ -75,6 +80,7 @@ class VoxLMConfig(PreTrainedConfig):
     projector_stride: int = 4
     projector_hidden_size: int | None = None
     projector_num_blocks: int = 3
+    projector_readout: Literal["linear", "token_mixture"] = "linear"
     frame_gate_threshold: int | float | None = None
     alignment_hidden_size: int = 128
     lora_config: dict | None = None
@@ -105,6 +111,10 @@ class VoxLMConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must be at least 1, got {value}")
         if self.projector_num_blocks < 0:
             raise ValueError(f"`projector_num_blocks` must not be negative, got {self.projector_num_blocks}")
+        if self.projector_readout == "token_mixture" and self.frame_gate_threshold is None:
+            raise ValueError(
+                "`projector_readout='token_mixture'` needs a `frame_gate_threshold`: not every frame is a token"
+            )
         if not 0 < self.audio_window_s <= 3600:
             raise ValueError(f"`audio_window_s` must be above 0 and at most 3600, got {self.audio_window_s}")
         if self.frame_gate_threshold is not None and not 0 <= self.frame_gate_threshold < 1:
@@ -131,7 +141,9 @@ class VoxLMConfig(PreTrainedConfig):
         calibration = self.confidence_calibration
         if calibration is not None:
             if set(calibration) != {"scale", "bias"}:
-                raise ValueError(f"`confidence_calibration` needs exactly 'scale' and 'bias', got {sorted(calibration)}")
+                raise ValueError(
+                    f"`confidence_calibration` needs exactly 'scale' and 'bias', got {sorted(calibration)}"
+                )
             if calibration["scale"] <= 0:
                 raise ValueError(
                     f"`confidence_calibration['scale']` must be positive to keep the order, got {calibration['scale']}"

@@ -83,7 +83,10 @@ class VoxLMProjector(nn.Module):
         self.blocks = nn.ModuleList([VoxLMConvNeXtBlock(hidden_size) for _ in range(num_blocks)])
         self.linear_out = nn.Linear(hidden_size, text_size)
         self.norm = nn.RMSNorm(text_size, eps=1e-6)
-        self.gate = nn.Linear(hidden_size, 1) if config.frame_gate_threshold is not None else None
+        self.gate_threshold = config.frame_gate_threshold
+        self.gate = nn.Linear(hidden_size, 1) if self.gate_threshold is not None else None
+        # The inverse temperature of the token scores, as a logarithm.
+        self.log_scale = nn.Parameter(torch.zeros(())) if config.projector_readout == "token_mixture" else None
 
     def forward(self, frames, frame_mask):
         """
@@ -105,6 +108,31 @@ class VoxLMProjector(nn.Module):
             hidden_states = block(hidden_states, mask.unsqueeze(-1).to(hidden_states.dtype))
         speech_logits = self.gate(hidden_states).squeeze(-1) if self.gate is not None else None
         return self.norm(self.linear_out(hidden_states)), mask, speech_logits
+
+    def keep(self, speech_logits):
+        """Mask of the frames whose probability of carrying a token is above the gate's threshold."""
+        return speech_logits.float().sigmoid() > self.gate_threshold
+
+    def mix_tokens(self, embeds, speech_logits, token_embeddings):
+        """
+        Read the projected frames as tokens.
+
+        Args:
+            embeds (`torch.Tensor` of shape `(batch, frames, text_size)`), speech_logits (`(batch, frames)`): of `forward`.
+            token_embeddings (`torch.Tensor` of shape `(vocabulary, text_size)`): of the LLM.
+
+        Returns:
+            mixtures of token embeddings by the softmax of their dot products with each frame, zero for frames that the gate
+            hides; and the gate's log-odds, minus infinity for frames that repeat the token before them.
+        """
+        kept = self.keep(speech_logits)
+        scores = embeds[kept] @ token_embeddings.to(embeds.dtype).T * self.log_scale.exp()
+        mixtures = torch.zeros_like(embeds)
+        mixtures[kept] = scores.softmax(-1) @ token_embeddings.to(embeds.dtype)
+        tokens = torch.full(kept.shape, -1, device=embeds.device)
+        tokens[kept] = scores.argmax(-1)
+        repeats = nn.functional.pad((tokens[:, 1:] == tokens[:, :-1]) & kept[:, 1:], (1, 0))
+        return mixtures, speech_logits.masked_fill(repeats, -torch.inf)
 
 
 def encoder_output_lengths(encoder: nn.Module, lengths: torch.Tensor) -> torch.Tensor:
@@ -410,8 +438,7 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
         if getattr(self.config.audio_config, "feat_extract_norm", None) == "group":
             # GroupNorm over time takes the padding into its statistics, so each clip is encoded at its own length.
             rows = [
-                self.encoder(row[None, : int(length)]).last_hidden_state[0]
-                for row, length in zip(inputs, mask.sum(-1))
+                self.encoder(row[None, : int(length)]).last_hidden_state[0] for row, length in zip(inputs, mask.sum(-1))
             ]
             return BaseModelOutput(last_hidden_state=nn.utils.rnn.pad_sequence(rows, batch_first=True))
         return self.encoder(inputs, attention_mask=mask, **kwargs)
@@ -453,7 +480,7 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
             )
         frames = encoded.last_hidden_state[:, : int(lengths.max())]
         frame_mask = (torch.arange(frames.shape[1], device=lengths.device) < lengths.unsqueeze(1)).long()
-        audio_embeds, audio_embeds_mask, speech_logits = self.projector(frames, frame_mask)
+        audio_embeds, audio_embeds_mask, speech_logits = self.project(frames, frame_mask)
         return VoxLMAudioOutput(
             last_hidden_state=frames,
             pooler_output=audio_embeds,
@@ -464,6 +491,21 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
             speech_logits=speech_logits,
         )
 
+    def project(self, frames, frame_mask):
+        """
+        Encoder states to what the LLM reads.
+
+        Args:
+            frames (`torch.Tensor` of shape `(batch, frames, audio_size)`), frame_mask (`(batch, frames)`)
+
+        Returns:
+            embeddings `(batch, projected_frames, text_size)`, their mask, and the gate's log-odds or `None`.
+        """
+        embeds, mask, speech_logits = self.projector(frames, frame_mask)
+        if self.config.projector_readout == "token_mixture":
+            embeds, speech_logits = self.projector.mix_tokens(embeds, speech_logits, self.get_input_embeddings().weight)
+        return embeds, mask, speech_logits
+
     def hide_gated_frames(self, input_ids, attention_mask, audio: VoxLMAudioOutput, inputs_embeds=None):
         """`attention_mask` `(batch, length)` with the placeholders of frames below the gate's threshold set to 0."""
         if audio.speech_logits is None:
@@ -471,7 +513,7 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
         placeholders = self._placeholders(input_ids, audio.audio_embeds_mask, inputs_embeds)
         if attention_mask is None:
             attention_mask = torch.ones_like(placeholders, dtype=torch.long)
-        keep = (audio.speech_logits.float().sigmoid() > self.config.frame_gate_threshold).to(attention_mask)
+        keep = self.projector.keep(audio.speech_logits).to(attention_mask)
         kept = torch.ones_like(attention_mask)
         kept[placeholders] = keep[audio.audio_embeds_mask.bool()].to(kept.device)
         return attention_mask * kept

@@ -102,7 +102,9 @@ def to_waveform(samples: np.ndarray, source_rate: int, target_rate: int) -> np.n
     if samples.size == 0:
         raise ValueError(f"The audio is empty (shape {samples.shape})")
     if samples.ndim == 2 and samples.shape[0] > 32 and samples.shape[1] < samples.shape[0]:
-        raise ValueError(f"Audio of shape {samples.shape} looks like (samples, channels); transpose it: channels come first")
+        raise ValueError(
+            f"Audio of shape {samples.shape} looks like (samples, channels); transpose it: channels come first"
+        )
     if samples.dtype == np.uint8:
         samples = (samples.astype(np.float32) - 128) / 128
     elif np.issubdtype(samples.dtype, np.signedinteger):
@@ -312,7 +314,9 @@ class VoxLMProcessor(ProcessorMixin):
             clip = self._extract(waveform) if len(waveform) >= 0.025 * self.sampling_rate else None
             length = 0 if clip is None else clip.shape[self._time_axis]
             if self.num_audio_tokens(length) < 1:
-                shortest = max(0.025, (self.audio_token_stride - self.audio_token_offset) * self.samples_per_feature / 16000)
+                shortest = max(
+                    0.025, (self.audio_token_stride - self.audio_token_offset) * self.samples_per_feature / 16000
+                )
                 raise ValueError(
                     f"The audio is {len(waveform) / self.sampling_rate:.3f} s long; at least {shortest:.3f} s are needed"
                 )
@@ -383,7 +387,9 @@ class VoxLMProcessor(ProcessorMixin):
             raise ValueError(f"The prompt must be a string, got {type(prompt).__name__}")
         specials = [token for token in self.tokenizer.all_special_tokens if token in prompt]
         if specials:
-            raise ValueError(f"The prompt holds the special token {specials[0]!r}, which would be read as control; remove it")
+            raise ValueError(
+                f"The prompt holds the special token {specials[0]!r}, which would be read as control; remove it"
+            )
         before, after = self.prompt_template.split("{audio}")
         return before.replace("{prompt}", prompt) + self.audio_token + after.replace("{prompt}", prompt)
 

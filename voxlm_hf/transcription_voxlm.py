@@ -136,9 +136,7 @@ def transcribe(
 
     results = []
     for recording, waveform in enumerate(waveforms):
-        parts = [
-            (piece.start_s, output) for piece, output in zip(pieces, outputs) if piece.recording == recording
-        ]
+        parts = [(piece.start_s, output) for piece, output in zip(pieces, outputs) if piece.recording == recording]
         results.append(_join(parts, len(waveform) / rate))
     return results if is_batch(audio) else results[0]
 

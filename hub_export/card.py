@@ -1,0 +1,43 @@
+"""Fill model_card.md with what was measured: `python -m hub_export.card RESULTS.json FOLDER` writes FOLDER/README.md."""
+
+import argparse
+import json
+from pathlib import Path
+from string import Template
+
+
+TEMPLATE = Path(__file__).resolve().parents[1] / "model_card.md"
+
+
+def table(rows: list[dict]) -> str:
+    """Rows of equal keys as a Markdown table."""
+    columns = list(rows[0])
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return "\n".join(lines + ["| " + " | ".join(str(row[column]) for column in columns) + " |" for row in rows])
+
+
+def fill(template: str, results: dict) -> str:
+    """
+    The card's text.
+
+    Args:
+        results: a text, or a list of rows that becomes a table, for every `$field` of the template.
+
+    Raises:
+        KeyError: naming a field that `results` lacks; no figure is made up.
+    """
+    values = {name: table(value) if isinstance(value, list) else value for name, value in results.items()}
+    return Template(template).substitute(values)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("folder", type=Path)
+    arguments = parser.parse_args()
+    text = fill(TEMPLATE.read_text(), json.loads(arguments.results.read_text()))
+    (arguments.folder / "README.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
