@@ -62,6 +62,12 @@ def test_few_frames(frames, words):
         assert all(span.end > span.start for span in spans)
 
 
+def test_many_words():
+    path = [word for word in range(200) for _ in range(3)]
+    spans = decode_spans(scores_from(path, 200))
+    assert [(span.start, span.end) for span in spans] == [(3 * word, 3 * word + 3) for word in range(200)]
+
+
 def test_word_scores_are_the_log_sum_of_their_tokens():
     tokens, pause = np.log([[0.1, 0.2], [0.3, 0.1], [0.4, 0.2]]), np.log([0.2, 0.5])
     posteriors = word_log_posteriors(tokens, pause, np.array([0, 0, 1]))

@@ -50,6 +50,9 @@ def test_forward_backward_generate_save_load(encoder, llm, tmp_path):
     with torch.no_grad():
         assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
     assert not loaded.language_model.get_input_embeddings().weight.requires_grad
+    loaded.save_pretrained(tmp_path / "again")
+    again = VoxLMForSpeechSeq2Seq.from_pretrained(tmp_path / "again")
+    assert all(torch.equal(first, second) for first, second in zip(again.state_dict().values(), model.state_dict().values()))
 
 
 @pytest.mark.parametrize("encoder, llm", PAIRS)
@@ -214,6 +217,13 @@ def test_plain_base_weights_load_into_a_lora_model(llm, tmp_path):
         torch.testing.assert_close(model(**inputs).logits, plain(**inputs).logits, atol=1e-6, rtol=0)
 
 
+def test_lora_can_be_asked_for_when_loading(tmp_path):
+    tiny.model().save_pretrained(tmp_path)
+    model, info = VoxLMForSpeechSeq2Seq.from_pretrained(tmp_path, lora_config={"r": 2}, output_loading_info=True)
+    assert model.config.lora_config["r"] == 2
+    assert info["missing_keys"] and all(".lora_" in key for key in info["missing_keys"])
+
+
 def test_missing_weights_are_an_error(tmp_path):
     from safetensors.torch import load_file, save_file
 
@@ -236,6 +246,12 @@ def test_half_precision(encoder, dtype, tmp_path):
     inputs = inputs_of(model)
     assert model(**inputs).logits.dtype == dtype
     assert isinstance(model.transcribe(tiny.noise(1), max_new_tokens=3).text, str)
+
+
+def test_dtype_can_be_given_as_text_too(tmp_path):
+    tiny.model().save_pretrained(tmp_path)
+    for options in ({"dtype": "auto"}, {"torch_dtype": "auto"}, {"dtype": "float32"}):
+        assert VoxLMForSpeechSeq2Seq.from_pretrained(tmp_path, **options).dtype == torch.float32
 
 
 @pytest.mark.parametrize("encoder", ["whisper", "wav2vec2"])

@@ -24,13 +24,14 @@ def test_cuts_fall_into_the_pauses():
     ]
 
 
-@pytest.mark.parametrize("seconds, window", [(0.1, 30), (30.0, 30), (30.01, 30), (95.3, 30), (20, 1)])
+@pytest.mark.parametrize("seconds, window", [(0.1, 30), (30.0, 30), (30.01, 30), (95.3, 30), (20, 1), (1.01, 1)])
 def test_cuts_lose_nothing(seconds, window):
     waveform = tiny.noise(seconds)
     pieces = cut_at_quiet_points(waveform, 16000, window)
     assert pieces[0][0] == 0 and pieces[-1][1] == len(waveform)
     assert all(first[1] == second[0] for first, second in zip(pieces, pieces[1:]))
-    assert all(0 < end - start <= window * 16000 for start, end in pieces)
+    shortest = min(len(waveform), window * 16000 // 4)
+    assert all(shortest <= end - start <= window * 16000 for start, end in pieces)
 
 
 def test_silence_can_be_cut_too():
@@ -84,10 +85,28 @@ def test_word_confidence_is_the_probability_of_its_tokens(model):
         assert timed["confidence"] == pytest.approx(np.exp(sum(logprobs[token] for token in word.tokens)), abs=2e-4)
 
 
+def test_words_of_a_model_on_the_full_window_end_with_the_recording():
+    model = tiny.model(llm="qwen3", pad_audio_to_window=True)
+    result = model.transcribe(tiny.noise(1.5), max_new_tokens=6)
+    assert result.duration == 1.5 and result.words
+    assert all(0 <= word["start"] < word["end"] <= 1.5 for word in result.words)
+
+
 def test_beams_and_sampling_go_through(model):
     beams = model.transcribe(tiny.noise(1), num_beams=2, max_new_tokens=4)
     sampled = model.transcribe(tiny.noise(1), do_sample=True, temperature=2.0, max_new_tokens=4)
     assert beams.words is not None and sampled.words is not None
+
+
+def test_the_token_budget_is_each_recordings_own():
+    """A model that never stops is cut at the same place alone and in a batch, and says so."""
+    model = tiny.model(llm="phi3")
+    model.generation_config.eos_token_id = None
+    clips = [tiny.noise(0.3), tiny.noise(1.0)]
+    together = model.transcribe(clips, return_timestamps=False)
+    assert [len(result.text) > 0 and result.truncated for result in together] == [True, True]
+    assert model.transcribe(clips[0], return_timestamps=False).text == together[0].text
+    assert len(together[0].text) < len(together[1].text)
 
 
 def test_calibration_is_monotone_and_the_identity_by_default():

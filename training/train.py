@@ -126,7 +126,7 @@ def main():
     model = VoxLMForSpeechSeq2Seq.from_pretrained(arguments.model)
     processor = model.get_processor()
     model.projector.requires_grad_(arguments.train_projector)
-    model.encoder = torch.nn.Identity()  # the states are cached
+    encoder, model.encoder = model.encoder, torch.nn.Identity()  # the states are cached
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     print(f"trained: {trained:,} of {sum(parameter.numel() for parameter in model.parameters()):,} parameters")
     dataset = ConcatDataset([FeatureCache(cache, model.config.audio_hidden_size) for cache in arguments.caches])
@@ -153,12 +153,9 @@ def main():
         processor=processor,
     )
     trainer.train()
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    from safetensors.torch import save_file
-
-    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name in names}
-    save_file(state, arguments.output / "trained.safetensors")
+    model.encoder = encoder
+    model.save_pretrained(arguments.output)
+    processor.save_pretrained(arguments.output)
     (arguments.output / "log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
 
 

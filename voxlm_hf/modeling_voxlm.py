@@ -1,5 +1,6 @@
 """VoxLM: audio encoder, projector, causal LLM with LoRA, alignment head."""
 
+import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .alignment_voxlm import VoxLMAlignmentHead
-from .configuration_voxlm import VoxLMConfig, preset_bases
+from .configuration_voxlm import DEFAULT_LORA, VoxLMConfig, preset_bases
 
 
 if is_peft_available():
@@ -228,17 +229,14 @@ class VoxLMPreTrainedModel(PreTrainedModel):
             ValueError: naming the weights that are missing; not with `output_loading_info=True`, which asks for their list.
         """
         output_loading_info = kwargs.pop("output_loading_info", False)
-        if config is None or not hasattr(config, "lora_config"):
-            hub_kwargs = {
-                key: kwargs[key]
-                for key in ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-                if key in kwargs
-            }
-            config, kwargs = cls.config_class.from_pretrained(
-                config or pretrained_model_name_or_path, return_unused_kwargs=True, **{**kwargs, **hub_kwargs}
+        known = config
+        if known is None or not hasattr(known, "lora_config"):
+            names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+            known = cls.config_class.from_pretrained(
+                known or pretrained_model_name_or_path,
+                **{name: kwargs[name] for name in ("lora_config", *names) if name in kwargs},
             )
-            kwargs.update(hub_kwargs)
-        kwargs.setdefault("key_mapping", lora_key_mapping(config))
+        kwargs.setdefault("key_mapping", cls._lora_key_mapping(known))
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
         )
@@ -250,7 +248,24 @@ class VoxLMPreTrainedModel(PreTrainedModel):
                 "random; use the checkpoint this config belongs to, or `from_base_models` for a new model"
             )
         model._freeze()  # loading makes every parameter anew, and trainable
+        # `save_pretrained` gives base weights their plain names itself; the library would try to undo the renaming once more.
+        model._weight_conversions = None
         return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _lora_key_mapping(cls, config: VoxLMConfig) -> dict[str, str] | None:
+        """Renaming that brings plain LLM weights to the names they have under LoRA; `None` without LoRA."""
+        if config.lora_config is None:
+            return None
+        targets = {**DEFAULT_LORA, **config.lora_config}["target_modules"]
+        if isinstance(targets, str):
+            with torch.device("meta"):  # "all-linear" becomes a list of names when the model is made
+                targets = cls(copy.deepcopy(config)).config.lora_config["target_modules"]
+        names = "|".join(sorted(targets))
+        return {
+            rf"(language_model\..+\.(?:{names}))\.{kind}": rf"\1.base_layer.{kind}"
+            for kind in ("weight", "bias", "weight_scale")  # the last one where the checkpoint is stored in 8 bits
+        }
 
     def save_pretrained(self, save_directory, *args, state_dict=None, **kwargs):
         """[`PreTrainedModel.save_pretrained`]; base weights keep the names they have without LoRA."""
@@ -258,22 +273,6 @@ class VoxLMPreTrainedModel(PreTrainedModel):
             state_dict = self.state_dict() if state_dict is None else state_dict
             state_dict = {key.replace(".base_layer.", "."): value for key, value in state_dict.items()}
         super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
-
-
-def lora_key_mapping(config: VoxLMConfig) -> dict[str, str] | None:
-    """Renaming that brings plain LLM weights to the names they have under LoRA; `None` without LoRA."""
-    if config.lora_config is None:
-        return None
-    targets = config.lora_config["target_modules"]
-    if isinstance(targets, str):
-        raise ValueError(
-            f"`lora_config['target_modules']` is {targets!r} in a saved config; it must be the list of module names"
-        )
-    names = "|".join(sorted(targets))
-    return {
-        rf"(language_model\..+\.(?:{names}))\.{kind}": rf"\1.base_layer.{kind}"
-        for kind in ("weight", "bias", "weight_scale")  # the last one where the checkpoint is stored in 8 bits
-    }
 
 
 class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
@@ -336,14 +335,15 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
                 "This model has LoRA weights (`lora_config` is set), which need peft: pip install peft. "
                 "An export in mode `merged` does without."
             )
-        inject_adapter_in_model(LoraConfig(**self.config.lora_config), self.language_model)
+        settings = {**DEFAULT_LORA, **self.config.lora_config}
+        inject_adapter_in_model(LoraConfig(**settings), self.language_model)
         # The names, not "all-linear": loading must know which weights lie under LoRA before the model exists.
         targets = {
             name.rsplit(".", 1)[-1]
             for name, module in self.language_model.named_modules()
             if isinstance(module, LoraLayer)
         }
-        self.config.lora_config = {**self.config.lora_config, "target_modules": sorted(targets)}
+        self.config.lora_config = {**settings, "target_modules": sorted(targets)}
 
     @classmethod
     def from_base_models(cls, audio=None, text=None, preset=None, dtype=None, **overrides) -> "VoxLMForSpeechSeq2Seq":

@@ -314,9 +314,8 @@ class VoxLMProcessor(ProcessorMixin):
             clip = self._extract(waveform) if len(waveform) >= 0.025 * self.sampling_rate else None
             length = 0 if clip is None else clip.shape[self._time_axis]
             if self.num_audio_tokens(length) < 1:
-                shortest = max(
-                    0.025, (self.audio_token_stride - self.audio_token_offset) * self.samples_per_feature / 16000
-                )
+                missing = (self.audio_token_stride - self.audio_token_offset) * self.samples_per_feature
+                shortest = max(0.025, missing / self.sampling_rate)
                 raise ValueError(
                     f"The audio is {len(waveform) / self.sampling_rate:.3f} s long; at least {shortest:.3f} s are needed"
                 )

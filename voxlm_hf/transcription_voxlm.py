@@ -15,6 +15,8 @@ logger = logging.get_logger(__name__)
 # Token budget of one piece of audio: generous for fast speech (about 4 tokens a second in English) and for scripts that need
 # a token or more per character.
 TOKENS_PER_SECOND, TOKENS_AT_LEAST = 15, 16
+# Where the projector's gate says how many frames carry a token, the text may be this much longer: beyond it is a loop.
+TOKENS_PER_FRAME_HEARD = 1.25
 
 
 @dataclass
@@ -58,7 +60,9 @@ def cut_at_quiet_points(waveform: np.ndarray, sampling_rate: int, window_s: floa
     window, hop = int(window_s * sampling_rate), max(1, sampling_rate // 100)
     cuts, start = [], 0
     while len(waveform) - start > window:
-        tail = waveform[start + window // 2 : start + window].astype(np.float64)
+        # Never so late that a scrap too short to be heard is left over.
+        latest = min(start + window, len(waveform) - window // 4)
+        tail = waveform[start + window // 2 : latest].astype(np.float64)
         energy = np.add.reduceat(tail**2, np.arange(0, len(tail), hop))
         smooth = np.convolve(energy, np.ones(10), mode="same")
         end = start + window // 2 + int(smooth[:-1].argmin()) * hop + hop // 2
@@ -130,7 +134,8 @@ def transcribe(
         inputs = processor.apply_transcription_request(
             [pieces[index].waveform for index in batch], prompt=[prompts[pieces[index].recording] for index in batch]
         )
-        results = _transcribe_batch(model, processor, inputs, bool(return_timestamps), generate_kwargs)
+        durations_s = [len(pieces[index].waveform) / rate for index in batch]
+        results = _transcribe_batch(model, processor, inputs, durations_s, bool(return_timestamps), generate_kwargs)
         for index, result in zip(batch, results):
             outputs[index] = result
 
@@ -156,18 +161,16 @@ def _join(parts: list[tuple[float, VoxLMTranscription]], duration_s: float) -> V
     )
 
 
-def _transcribe_batch(model, processor, inputs, with_words: bool, generate_kwargs: dict) -> list[VoxLMTranscription]:
+def _transcribe_batch(
+    model, processor, inputs, durations_s: list[float], with_words: bool, generate_kwargs: dict
+) -> list[VoxLMTranscription]:
     """One padded batch of model inputs to one result each; times are relative to the piece."""
     inputs = inputs.to(model.device)
     features = {name: value for name, value in inputs.items() if name.startswith(processor.feature_name)}
-    durations_s = [
-        length * processor.samples_per_feature / processor.sampling_rate
-        for length in features[f"{processor.feature_name}_mask"].sum(-1).tolist()
-    ]
-    budget = int(max(durations_s) * TOKENS_PER_SECOND) + TOKENS_AT_LEAST
-    options = {"max_new_tokens": budget, "do_sample": False, **generate_kwargs}
     # Encoded once, for the generation and for the word times.
     audio = model.get_audio_features(**features)
+    budgets = token_budgets(model, audio, durations_s, generate_kwargs.get("max_new_tokens"))
+    options = {"do_sample": False, **generate_kwargs, "max_new_tokens": max(budgets)}
     prompt = {
         "input_ids": inputs["input_ids"],
         "attention_mask": model.hide_gated_frames(inputs["input_ids"], inputs["attention_mask"], audio),
@@ -177,7 +180,9 @@ def _transcribe_batch(model, processor, inputs, with_words: bool, generate_kwarg
     output = model.generate(**prompt, **options, return_dict_in_generate=True)
     prompt_length = inputs["input_ids"].shape[1]
     new_ids = output.sequences[:, prompt_length:]
-    rows = [_until_eos(row, model.generation_config.eos_token_id) for row in new_ids.tolist()]
+    # Each row at its own budget, so that the text does not depend on what else is in the batch.
+    stops = model.generation_config.eos_token_id
+    rows = [_until_eos(row[:budget], stops) for row, budget in zip(new_ids.tolist(), budgets)]
     results = []
     for (ids, ended), duration_s in zip(rows, durations_s):
         results.append(
@@ -186,6 +191,21 @@ def _transcribe_batch(model, processor, inputs, with_words: bool, generate_kwarg
     if with_words and any(ids for ids, _ in rows):
         _add_words(model, processor, prompt, audio, rows, results)
     return results
+
+
+def token_budgets(model, audio, durations_s: list[float], max_new_tokens: int | None) -> list[int]:
+    """
+    Most tokens that each recording's text may have: what the caller says, else a generous bound from the audio.
+
+    Args:
+        audio ([`VoxLMAudioOutput`]): of the batch; durations_s: of each recording, in seconds.
+    """
+    if max_new_tokens is not None:
+        return [max_new_tokens] * len(durations_s)
+    if audio.speech_logits is not None:
+        heard = (model.projector.keep(audio.speech_logits) & audio.audio_embeds_mask.bool()).sum(-1).tolist()
+        return [int(TOKENS_PER_FRAME_HEARD * count) + TOKENS_AT_LEAST for count in heard]
+    return [int(TOKENS_PER_SECOND * duration_s) + TOKENS_AT_LEAST for duration_s in durations_s]
 
 
 def _until_eos(ids: list[int], eos_token_id) -> tuple[list[int], bool]:
@@ -235,7 +255,8 @@ def _add_words(model, processor, prompt, audio, rows, results):
         token_words = np.full(len(ids), -1)
         for number, word in enumerate(words):
             token_words[word.tokens] = number
-        frames = frame_counts[row]
+        # A model fed the full window has frames of silence after the recording's end.
+        frames = min(frame_counts[row], max(1, round(result.duration / processor.frame_s)))
         posteriors = word_log_posteriors(
             token_scores[row, : len(ids), :frames].cpu().numpy(), pause_scores[row, :frames].cpu().numpy(), token_words
         )

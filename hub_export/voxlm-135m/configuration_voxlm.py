@@ -1,0 +1,184 @@
+"""Configuration of VoxLM: an audio encoder, a projector, a causal LLM with LoRA and an alignment head."""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig
+from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+
+
+# preset -> (audio encoder, causal LLM, fields that differ from the defaults)
+PRESETS = {
+    "voxlm-135m": ("openai/whisper-base", "HuggingFaceTB/SmolLM2-135M-Instruct", {}),
+    "voxlm-0.5b": ("openai/whisper-tiny", "Qwen/Qwen2-0.5B", {}),
+    "voxlm-2b": ("openai/whisper-small", "Qwen/Qwen2-1.5B", {}),
+    "voxlm-4b-multilingual": ("openai/whisper-large-v3-turbo", "Qwen/Qwen2.5-3B", {}),
+    "voxlm-9b-global": ("openai/whisper-large-v3", "Qwen/Qwen2.5-7B", {"lora_config": {"r": 32, "lora_alpha": 64}}),
+    "voxlm-llama-8b": ("openai/whisper-large-v3", "meta-llama/Llama-3.1-8B-Instruct", {}),
+    "voxlm-phi-4": ("openai/whisper-large-v3", "microsoft/phi-4", {}),
+    "voxlm-gemma-9b": ("openai/whisper-large-v3", "google/gemma-2-9b-it", {}),
+}
+
+DEFAULT_LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
+
+
+@strict
+class VoxLMConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`VoxLMForSpeechSeq2Seq`].
+
+    Args:
+        audio_config (`PreTrainedConfig` or `dict`):
+            Configuration of the audio encoder, of any model type `AutoModel` knows (Whisper by default).
+        text_config (`PreTrainedConfig` or `dict`):
+            Configuration of the causal LLM, of any model type `AutoModelForCausalLM` knows (Qwen2 by default).
+        audio_token_id (`int`, *optional*):
+            Id of the placeholder that marks the place of one projected audio frame in `input_ids`.
+        freeze_audio_encoder (`bool`, defaults to `True`):
+            Leave the encoder untrained, and in evaluation mode while the rest trains.
+        audio_window_s (`float`, defaults to 30.0):
+            Longest audio, in seconds, of one pass; `transcribe` cuts longer audio at quiet points.
+        pad_audio_to_window (`bool`, defaults to `False`):
+            Feed the encoder and the LLM the full window, padded with silence, instead of the real audio alone. Only for
+            checkpoints that were trained that way.
+        projector_kind (`"mlp"` or `"convnext"`, defaults to `"mlp"`):
+            `"mlp"`: `projector_stride` neighbouring frames are stacked, then Linear, GELU, Linear, RMSNorm.
+            `"convnext"`: the same with residual ConvNeXt blocks over time instead of the GELU, for context.
+        projector_stride (`int`, defaults to 4): Encoder frames per projected frame (4 x 20 ms for Whisper).
+        projector_hidden_size (`int`, *optional*): Width inside the projector, by default the LLM's.
+        projector_num_blocks (`int`, defaults to 3): Number of ConvNeXt blocks.
+        projector_readout (`"linear"` or `"token_mixture"`, defaults to `"linear"`):
+            `"linear"`: the projector's output is what the LLM reads. `"token_mixture"`: the output is scored against the LLM's
+            token embeddings, and the LLM reads the mixture of embeddings by these probabilities (LegoSLM, Ma et al. 2025);
+            for projectors that learnt by CTC to write tokens. A frame that repeats the token of the one before it is
+            hidden, as CTC merges it.
+        frame_gate_threshold (`float`, *optional*):
+            When set, the projector also scores each frame for carrying a token of speech, and frames whose probability is
+            not above the threshold are hidden from the LLM (compression by CTC blanks, Gaido et al. 2021).
+        alignment_hidden_size (`int`, defaults to 128): Width of the alignment head.
+        lora_config (`dict`, *optional*):
+            Arguments of `peft.LoraConfig` for the LLM (`{}` means the defaults: r 16, alpha 32, all linear layers);
+            `None` means no LoRA.
+        prompt (`str`): The instruction used in training and, unless the caller gives one, in inference.
+        prompt_template (`str`): Text around the audio, with the fields `{audio}` and, optionally, `{prompt}`.
+        confidence_calibration (`dict`): Platt scaling of word confidences, `sigmoid(scale * logit(p) + bias)`.
+    """
+
+    model_type = "voxlm"
+    sub_configs_defaults = {
+        "audio_config": SubConfigSpec(config_class=AutoConfig, model_type="whisper"),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen2"),
+    }
+
+    audio_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    audio_token_id: int | None = None
+    freeze_audio_encoder: bool = True
+    audio_window_s: int | float = 30.0
+    pad_audio_to_window: bool = False
+    projector_kind: Literal["mlp", "convnext"] = "mlp"
+    projector_stride: int = 4
+    projector_hidden_size: int | None = None
+    projector_num_blocks: int = 3
+    projector_readout: Literal["linear", "token_mixture"] = "linear"
+    frame_gate_threshold: int | float | None = None
+    alignment_hidden_size: int = 128
+    lora_config: dict | None = None
+    prompt: str = "Transcribe the audio."
+    prompt_template: str = "{audio}\n{prompt}\n"
+    confidence_calibration: dict | None = None
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        if self.lora_config is not None:
+            self.lora_config = {**DEFAULT_LORA, **self.lora_config}
+        if self.confidence_calibration is None:
+            self.confidence_calibration = {"scale": 1.0, "bias": 0.0}
+        super().__post_init__(**kwargs)
+        if self.projector_hidden_size is None:
+            self.projector_hidden_size = self.text_config.hidden_size
+        # The library's tying, generation and Trainer code reads these from the outermost config.
+        self.tie_word_embeddings = self.text_config.tie_word_embeddings
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if getattr(self, name, None) is None:
+                setattr(self, name, getattr(self.text_config, name, None))
+
+    def validate_sizes(self):
+        """Raise a `ValueError` that names the field for a number outside its range."""
+        for name in ("projector_stride", "projector_hidden_size", "alignment_hidden_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}")
+        if self.projector_num_blocks < 0:
+            raise ValueError(f"`projector_num_blocks` must not be negative, got {self.projector_num_blocks}")
+        if self.projector_readout == "token_mixture" and self.frame_gate_threshold is None:
+            raise ValueError(
+                "`projector_readout='token_mixture'` needs a `frame_gate_threshold`: not every frame is a token"
+            )
+        if not 0 < self.audio_window_s <= 3600:
+            raise ValueError(f"`audio_window_s` must be above 0 and at most 3600, got {self.audio_window_s}")
+        if self.frame_gate_threshold is not None and not 0 <= self.frame_gate_threshold < 1:
+            raise ValueError(f"`frame_gate_threshold` must lie in [0, 1) or be None, got {self.frame_gate_threshold}")
+        vocab_size = getattr(self.text_config, "vocab_size", None)
+        if self.audio_token_id is not None and vocab_size and not 0 <= self.audio_token_id < vocab_size:
+            raise ValueError(
+                f"`audio_token_id` is {self.audio_token_id}, outside the LLM's vocabulary of {vocab_size} tokens"
+            )
+
+    def validate_prompt(self):
+        """Raise a `ValueError` for a template that does not hold the audio exactly once."""
+        if self.prompt_template.count("{audio}") != 1:
+            raise ValueError(f"`prompt_template` must contain {{audio}} exactly once, got {self.prompt_template!r}")
+        if self.prompt_template.count("{prompt}") > 1:
+            raise ValueError(f"`prompt_template` may contain {{prompt}} once at most, got {self.prompt_template!r}")
+
+    def validate_dicts(self):
+        """Raise a `ValueError` for malformed `lora_config` or `confidence_calibration`."""
+        if self.lora_config is not None:
+            rank = self.lora_config.get("r", 1)
+            if not isinstance(rank, int) or rank < 1:
+                raise ValueError(f"`lora_config['r']` must be a positive integer, got {rank!r}")
+        calibration = self.confidence_calibration
+        if calibration is not None:
+            if set(calibration) != {"scale", "bias"}:
+                raise ValueError(
+                    f"`confidence_calibration` needs exactly 'scale' and 'bias', got {sorted(calibration)}"
+                )
+            if calibration["scale"] <= 0:
+                raise ValueError(
+                    f"`confidence_calibration['scale']` must be positive to keep the order, got {calibration['scale']}"
+                )
+
+    @property
+    def audio_hidden_size(self) -> int:
+        """Width of the encoder's output frames."""
+        return getattr(self.audio_config, "output_hidden_size", None) or self.audio_config.hidden_size
+
+    @classmethod
+    def preset(cls, name: str, **overrides) -> "VoxLMConfig":
+        """
+        Configuration of a named size (see ARCHITECTURE's table in the README), its two base configs read from the Hub.
+
+        Raises:
+            ValueError: for an unknown name; the known ones are listed.
+        """
+        audio, text, fields = preset_bases(name)
+        return cls(
+            audio_config=AutoConfig.from_pretrained(audio),
+            text_config=AutoConfig.from_pretrained(text),
+            **{"lora_config": {}, **fields, **overrides},
+        )
+
+
+def preset_bases(name: str) -> tuple[str, str, dict]:
+    """Hub ids of the encoder and the LLM of a preset, and the config fields it sets.
+
+    Raises:
+        ValueError: for an unknown name; the known ones are listed.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"Unknown preset {name!r}; known presets: {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+__all__ = ["VoxLMConfig"]

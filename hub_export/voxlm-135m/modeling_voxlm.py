@@ -1,0 +1,689 @@
+"""VoxLM: audio encoder, projector, causal LLM with LoRA, alignment head."""
+
+import copy
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import can_return_tuple, is_peft_available
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .alignment_voxlm import VoxLMAlignmentHead
+from .configuration_voxlm import DEFAULT_LORA, VoxLMConfig, preset_bases
+
+
+if is_peft_available():
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
+
+
+# Encoders with Whisper's layout (two convolutions, learned positions, layers), whose own forward insists on a full window.
+WINDOWED_ENCODERS = ("whisper", "qwen2_audio_encoder")
+
+
+@dataclass
+class VoxLMAudioOutput(BaseModelOutputWithPooling):
+    """
+    What the encoder and the projector make of a batch of audio.
+
+    Args:
+        last_hidden_state (`torch.Tensor` of shape `(batch, frames, audio_size)`): encoder states.
+        pooler_output (`torch.Tensor` of shape `(batch, projected_frames, text_size)`): input embeddings for the LLM.
+        frame_mask (`torch.LongTensor` of shape `(batch, frames)`): 1 for real encoder frames.
+        audio_embeds_mask (`torch.LongTensor` of shape `(batch, projected_frames)`): 1 for real projected frames.
+        speech_logits (`torch.Tensor` of shape `(batch, projected_frames)`, *optional*): with a frame gate, the log-odds
+            that a frame carries a token of speech.
+    """
+
+    frame_mask: torch.Tensor | None = None
+    audio_embeds_mask: torch.Tensor | None = None
+    speech_logits: torch.Tensor | None = None
+
+
+@dataclass
+class VoxLMCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """[`CausalLMOutputWithPast`] plus the audio side: `audio` is a [`VoxLMAudioOutput`] when this pass encoded audio."""
+
+    audio: VoxLMAudioOutput | None = None
+
+
+class VoxLMConvNeXtBlock(nn.Module):
+    """Residual depthwise convolution over time and feed-forward layer (Liu et al. 2022, in one dimension)."""
+
+    def __init__(self, hidden_size: int, kernel_size: int = 7, expansion: int = 3):
+        super().__init__()
+        self.conv = nn.Conv1d(hidden_size, hidden_size, kernel_size, padding=kernel_size // 2, groups=hidden_size)
+        self.norm = nn.LayerNorm(hidden_size)
+        self.up = nn.Linear(hidden_size, expansion * hidden_size)
+        self.down = nn.Linear(expansion * hidden_size, hidden_size)
+
+    def forward(self, hidden_states, mask):
+        """`hidden_states` `(batch, frames, hidden_size)`, `mask` `(batch, frames, 1)`; padding never reaches real frames."""
+        mixed = self.conv((hidden_states * mask).transpose(1, 2)).transpose(1, 2)
+        return hidden_states + self.down(nn.functional.gelu(self.up(self.norm(mixed))))
+
+
+class VoxLMProjector(nn.Module):
+    """Encoder frames to input embeddings of the LLM: stack `projector_stride` frames, then an MLP, then RMSNorm."""
+
+    def __init__(self, config: VoxLMConfig):
+        super().__init__()
+        hidden_size, text_size = config.projector_hidden_size, config.text_config.hidden_size
+        self.stride = config.projector_stride
+        self.linear_in = nn.Linear(self.stride * config.audio_hidden_size, hidden_size)
+        num_blocks = config.projector_num_blocks if config.projector_kind == "convnext" else 0
+        self.blocks = nn.ModuleList([VoxLMConvNeXtBlock(hidden_size) for _ in range(num_blocks)])
+        self.linear_out = nn.Linear(hidden_size, text_size)
+        self.norm = nn.RMSNorm(text_size, eps=1e-6)
+        self.gate_threshold = config.frame_gate_threshold
+        self.gate = nn.Linear(hidden_size, 1) if self.gate_threshold is not None else None
+        # The inverse temperature of the token scores, as a logarithm.
+        self.log_scale = nn.Parameter(torch.zeros(())) if config.projector_readout == "token_mixture" else None
+
+    def forward(self, frames, frame_mask):
+        """
+        Args:
+            frames (`torch.Tensor` of shape `(batch, frames, audio_size)`)
+            frame_mask (`torch.LongTensor` of shape `(batch, frames)`)
+
+        Returns:
+            embeddings `(batch, ceil(frames / stride), text_size)`, their mask, and the gate's log-odds or `None`.
+        """
+        frames = frames.to(self.linear_in.weight.dtype) * frame_mask.unsqueeze(-1).to(self.linear_in.weight.dtype)
+        missing = -frames.shape[1] % self.stride
+        frames = nn.functional.pad(frames, (0, 0, 0, missing))
+        mask = nn.functional.pad(frame_mask, (0, missing))[:, :: self.stride]
+        hidden_states = self.linear_in(frames.reshape(frames.shape[0], -1, self.stride * frames.shape[2]))
+        if len(self.blocks) == 0:
+            hidden_states = nn.functional.gelu(hidden_states)
+        for block in self.blocks:
+            hidden_states = block(hidden_states, mask.unsqueeze(-1).to(hidden_states.dtype))
+        speech_logits = self.gate(hidden_states).squeeze(-1) if self.gate is not None else None
+        return self.norm(self.linear_out(hidden_states)), mask, speech_logits
+
+    def keep(self, speech_logits):
+        """Mask of the frames whose probability of carrying a token is above the gate's threshold."""
+        return speech_logits.float().sigmoid() > self.gate_threshold
+
+    def mix_tokens(self, embeds, speech_logits, token_embeddings):
+        """
+        Read the projected frames as tokens.
+
+        Args:
+            embeds (`torch.Tensor` of shape `(batch, frames, text_size)`), speech_logits (`(batch, frames)`): of `forward`.
+            token_embeddings (`torch.Tensor` of shape `(vocabulary, text_size)`): of the LLM.
+
+        Returns:
+            mixtures of token embeddings by the softmax of their dot products with each frame, zero for frames that the gate
+            hides; and the gate's log-odds, minus infinity for frames that repeat the token before them.
+        """
+        kept = self.keep(speech_logits)
+        scores = embeds[kept] @ token_embeddings.to(embeds.dtype).T * self.log_scale.exp()
+        mixtures = torch.zeros_like(embeds)
+        mixtures[kept] = scores.softmax(-1) @ token_embeddings.to(embeds.dtype)
+        tokens = torch.full(kept.shape, -1, device=embeds.device)
+        tokens[kept] = scores.argmax(-1)
+        repeats = nn.functional.pad((tokens[:, 1:] == tokens[:, :-1]) & kept[:, 1:], (1, 0))
+        return mixtures, speech_logits.masked_fill(repeats, -torch.inf)
+
+
+def encoder_output_lengths(encoder: nn.Module, lengths: torch.Tensor) -> torch.Tensor:
+    """
+    Number of encoder frames for `lengths` input features (or samples), from the encoder's own length function.
+
+    Raises:
+        ValueError: for an encoder that has none.
+    """
+    for name in ("_get_feat_extract_output_lengths", "_get_subsampling_output_length"):
+        if hasattr(encoder, name):
+            output = getattr(encoder, name)(lengths)
+            return (output[-1] if isinstance(output, tuple) else output).long().clamp(min=0)
+    raise ValueError(
+        f"{type(encoder).__name__} has no length function (_get_feat_extract_output_lengths or "
+        "_get_subsampling_output_length), so the number of its frames cannot be known; choose another audio encoder"
+    )
+
+
+@merge_with_config_defaults
+@capture_outputs
+def windowed_forward(encoder, input_features, attention_mask, **kwargs) -> BaseModelOutput:
+    """
+    Drive an encoder of Whisper's layout on bare audio of any length up to its window.
+
+    Args:
+        encoder (`PreTrainedModel`): takes the place of `self`, for the library's capture of hidden states and attentions.
+        input_features (`torch.Tensor` of shape `(batch, mels, time)`)
+        attention_mask (`torch.LongTensor` of shape `(batch, time)`)
+
+    Returns:
+        [`BaseModelOutput`] with `(batch, frames, audio_size)`; what lies beyond the mask is undefined.
+
+    Raises:
+        ValueError: for audio longer than the encoder's learned positions.
+    """
+    hidden_states = nn.functional.gelu(encoder.conv1(input_features))
+    # In a batch the frame after the last real one must be the zero that the convolution pads a single clip with.
+    hidden_states = hidden_states * attention_mask.unsqueeze(1).to(hidden_states.dtype)
+    hidden_states = nn.functional.gelu(encoder.conv2(hidden_states)).transpose(1, 2)
+    num_frames, positions = hidden_states.shape[1], encoder.embed_positions.weight
+    if num_frames > len(positions):
+        raise ValueError(
+            f"The audio gives {num_frames} encoder frames, but the encoder knows {len(positions)} positions; "
+            "cut the audio, or use `model.transcribe`, which does"
+        )
+    hidden_states = hidden_states + positions[:num_frames]
+    hidden_states = nn.functional.dropout(hidden_states, p=encoder.dropout, training=encoder.training)
+    attention_mask = create_bidirectional_mask(
+        config=encoder.config, inputs_embeds=hidden_states, attention_mask=attention_mask[:, ::2][:, :num_frames]
+    )
+    for layer in encoder.layers:
+        hidden_states = layer(hidden_states, attention_mask, **kwargs)
+    if hasattr(encoder, "avg_pooler"):
+        hidden_states = encoder.avg_pooler(hidden_states.transpose(1, 2)).transpose(1, 2)
+    return BaseModelOutput(last_hidden_state=encoder.layer_norm(hidden_states))
+
+
+class VoxLMPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation shared by VoxLM models."""
+
+    config_class = VoxLMConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ("audio", "text")
+    supports_gradient_checkpointing = True
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _no_split_modules = ["VoxLMProjector", "VoxLMAlignmentHead"]
+    _skip_keys_device_placement = ["past_key_values"]
+
+    @torch.no_grad()
+    def initialize_weights(self):
+        """Initialise what no checkpoint filled; LoRA starts as the identity (B = 0), as peft has it."""
+        super().initialize_weights()
+        if self.config.lora_config is not None:
+            for module in self.modules():
+                if isinstance(module, LoraLayer):
+                    for name in module.lora_A:
+                        init.kaiming_uniform_(module.lora_A[name].weight, a=5**0.5)
+                        init.zeros_(module.lora_B[name].weight)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        """
+        [`PreTrainedModel.from_pretrained`], with two differences: weights of plain base models load into a model with
+        LoRA, and weights that the checkpoint lacks are an error, not random numbers (LoRA tensors alone may be missing,
+        since they start as the identity).
+
+        Raises:
+            ValueError: naming the weights that are missing; not with `output_loading_info=True`, which asks for their list.
+        """
+        output_loading_info = kwargs.pop("output_loading_info", False)
+        known = config
+        if known is None or not hasattr(known, "lora_config"):
+            names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+            known = cls.config_class.from_pretrained(
+                known or pretrained_model_name_or_path,
+                **{name: kwargs[name] for name in ("lora_config", *names) if name in kwargs},
+            )
+        kwargs.setdefault("key_mapping", cls._lora_key_mapping(known))
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
+        )
+        missing = sorted(key for key in info["missing_keys"] if ".lora_" not in key)
+        if missing and not output_loading_info:
+            shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+            raise ValueError(
+                f"{pretrained_model_name_or_path} lacks {len(missing)} weights of this model: {shown}. They would be "
+                "random; use the checkpoint this config belongs to, or `from_base_models` for a new model"
+            )
+        model._freeze()  # loading makes every parameter anew, and trainable
+        # `save_pretrained` gives base weights their plain names itself; the library would try to undo the renaming once more.
+        model._weight_conversions = None
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _lora_key_mapping(cls, config: VoxLMConfig) -> dict[str, str] | None:
+        """Renaming that brings plain LLM weights to the names they have under LoRA; `None` without LoRA."""
+        if config.lora_config is None:
+            return None
+        targets = {**DEFAULT_LORA, **config.lora_config}["target_modules"]
+        if isinstance(targets, str):
+            with torch.device("meta"):  # "all-linear" becomes a list of names when the model is made
+                targets = cls(copy.deepcopy(config)).config.lora_config["target_modules"]
+        names = "|".join(sorted(targets))
+        return {
+            rf"(language_model\..+\.(?:{names}))\.{kind}": rf"\1.base_layer.{kind}"
+            for kind in ("weight", "bias", "weight_scale")  # the last one where the checkpoint is stored in 8 bits
+        }
+
+    def save_pretrained(self, save_directory, *args, state_dict=None, **kwargs):
+        """[`PreTrainedModel.save_pretrained`]; base weights keep the names they have without LoRA."""
+        if self.config.lora_config is not None:
+            state_dict = self.state_dict() if state_dict is None else state_dict
+            state_dict = {key.replace(".base_layer.", "."): value for key, value in state_dict.items()}
+        super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+
+
+class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
+    r"""
+    Speech to text with an LLM, word times and word confidences.
+
+    Example:
+
+    ```python
+    >>> from transformers import AutoModelForSpeechSeq2Seq
+
+    >>> model = AutoModelForSpeechSeq2Seq.from_pretrained("hub_export/voxlm-135m", trust_remote_code=True)
+    >>> result = model.transcribe("recording.flac")
+    >>> result["text"], result["words"]
+    ```
+    """
+
+    def __init__(self, config: VoxLMConfig, encoder: PreTrainedModel = None, language_model: PreTrainedModel = None):
+        """
+        Args:
+            config ([`VoxLMConfig`])
+            encoder ([`PreTrainedModel`], *optional*), language_model ([`PreTrainedModel`], *optional*):
+                Pretrained parts that fit `audio_config` and `text_config`; built from the config when not given.
+
+        Raises:
+            ImportError: when the config asks for LoRA and peft is not installed.
+        """
+        super().__init__(config)
+        if encoder is None:
+            encoder = AutoModel.from_config(config.audio_config)
+            encoder = encoder.get_encoder() if config.audio_config.is_encoder_decoder else encoder
+        self.encoder = encoder
+        self.projector = VoxLMProjector(config)
+        self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
+        self.alignment = VoxLMAlignmentHead(
+            config.text_config.hidden_size, config.audio_hidden_size, config.alignment_hidden_size
+        )
+        self.processor = None
+        # The class name would not tell the library that labels are those of a causal LM.
+        self.loss_type = "ForCausalLM"
+        if config.lora_config is not None:
+            self._inject_lora()
+        self._freeze()
+        self.post_init()
+        if config.audio_token_id is not None:
+            # The placeholder stands for audio; as a word of the answer it would mean nothing.
+            self.generation_config.suppress_tokens = [config.audio_token_id]
+
+    def _freeze(self):
+        """Leave only what is to be trained trainable: not the encoder (by default), nor the LLM under LoRA."""
+        if self.config.freeze_audio_encoder:
+            self.encoder.requires_grad_(False)
+        if self.config.lora_config is not None:
+            for name, parameter in self.language_model.named_parameters():
+                parameter.requires_grad_(".lora_" in name)
+
+    def _inject_lora(self):
+        if not is_peft_available():
+            raise ImportError(
+                "This model has LoRA weights (`lora_config` is set), which need peft: pip install peft. "
+                "An export in mode `merged` does without."
+            )
+        settings = {**DEFAULT_LORA, **self.config.lora_config}
+        inject_adapter_in_model(LoraConfig(**settings), self.language_model)
+        # The names, not "all-linear": loading must know which weights lie under LoRA before the model exists.
+        targets = {
+            name.rsplit(".", 1)[-1]
+            for name, module in self.language_model.named_modules()
+            if isinstance(module, LoraLayer)
+        }
+        self.config.lora_config = {**settings, "target_modules": sorted(targets)}
+
+    @classmethod
+    def from_base_models(cls, audio=None, text=None, preset=None, dtype=None, **overrides) -> "VoxLMForSpeechSeq2Seq":
+        """
+        Compose a new, untrained model from a pretrained audio encoder and a pretrained causal LLM.
+
+        Args:
+            audio (`str`), text (`str`): Hub ids or folders. May be left out when `preset` is given.
+            preset (`str`, *optional*): name of a size in `PRESETS`, which fills what is not given.
+            dtype (`torch.dtype`, *optional*): dtype of all weights, float32 by default.
+            **overrides: fields of [`VoxLMConfig`]. `lora_config` defaults to `{}`, LoRA with the default settings.
+
+        Returns:
+            The model in evaluation mode; `model.processor` is the matching [`VoxLMProcessor`].
+
+        Raises:
+            ValueError: for an unknown preset, a missing base, or an encoder whose frame rate cannot be derived.
+        """
+        from .processing_voxlm import VoxLMProcessor
+
+        if preset is not None:
+            preset_audio, preset_text, fields = preset_bases(preset)
+            audio, text, overrides = audio or preset_audio, text or preset_text, {**fields, **overrides}
+        if audio is None or text is None:
+            raise ValueError(f"Both base models are needed, got audio={audio!r} and text={text!r}")
+        dtype = dtype or torch.float32
+        encoder = AutoModel.from_pretrained(audio, dtype=dtype)
+        audio_config = encoder.config
+        encoder = encoder.get_encoder() if audio_config.is_encoder_decoder else encoder
+        language_model = AutoModelForCausalLM.from_pretrained(text, dtype=dtype)
+        processor = VoxLMProcessor.from_base_models(audio, text)
+        tokenizer = processor.tokenizer
+        if len(tokenizer) > language_model.get_input_embeddings().num_embeddings:
+            language_model.resize_token_embeddings(len(tokenizer))
+        text_config = language_model.config
+        text_config.pad_token_id = tokenizer.pad_token_id
+        text_config.eos_token_id = tokenizer.eos_token_id
+        attentions = [part.config._attn_implementation for part in (encoder, language_model)]
+        config = VoxLMConfig(
+            audio_config=audio_config,
+            text_config=text_config,
+            audio_token_id=processor.audio_token_id,
+            dtype=dtype,
+            **{"lora_config": {}, **overrides},
+        )
+        # A new composite config resets the attention of the configs it takes in, which the loaded parts share.
+        encoder.config._attn_implementation, language_model.config._attn_implementation = attentions
+        model = cls(config, encoder=encoder, language_model=language_model).to(dtype)
+        # Projected frames start at the size of the embeddings the LLM is used to.
+        embeddings = language_model.get_input_embeddings().weight
+        nn.init.constant_(model.projector.norm.weight, embeddings.detach().float().pow(2).mean().sqrt().item())
+        processor.configure(model)
+        model.processor = processor
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+        return model.eval()
+
+    def get_input_embeddings(self):
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self):
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value):
+        self.language_model.set_output_embeddings(value)
+
+    def get_encoder(self, modality=None):
+        return self.encoder
+
+    def get_decoder(self):
+        return self.language_model.get_decoder()
+
+    def train(self, mode: bool = True):
+        """As in torch, but a frozen encoder stays in evaluation mode: its dropout and SpecAugment would only add noise."""
+        super().train(mode)
+        if self.config.freeze_audio_encoder:
+            self.encoder.eval()
+        return self
+
+    def audio_lengths(self, lengths: torch.Tensor) -> torch.Tensor:
+        """Number of placeholders for `lengths` input features (or samples), a tensor of integers."""
+        frames = encoder_output_lengths(self.encoder, lengths)
+        return (frames + self.config.projector_stride - 1) // self.config.projector_stride
+
+    def _encode(self, inputs, mask, **kwargs) -> BaseModelOutput:
+        """Encoder states `(batch, frames, audio_size)` for padded inputs; padding leaves real frames untouched."""
+        if self.config.audio_config.model_type in WINDOWED_ENCODERS:
+            return windowed_forward(self.encoder, inputs, attention_mask=mask, **kwargs)
+        if getattr(self.config.audio_config, "feat_extract_norm", None) == "group":
+            # GroupNorm over time takes the padding into its statistics, so each clip is encoded at its own length.
+            rows = [
+                self.encoder(row[None, : int(length)]).last_hidden_state[0] for row, length in zip(inputs, mask.sum(-1))
+            ]
+            return BaseModelOutput(last_hidden_state=nn.utils.rnn.pad_sequence(rows, batch_first=True))
+        return self.encoder(inputs, attention_mask=mask, **kwargs)
+
+    @can_return_tuple
+    def get_audio_features(
+        self, input_features=None, input_features_mask=None, input_values=None, input_values_mask=None, **kwargs
+    ) -> VoxLMAudioOutput:
+        r"""
+        Run the encoder and the projector.
+
+        Args:
+            input_features (`torch.Tensor` of shape `(batch, mels, time)` or, for encoders that want it so,
+                `(batch, time, features)`) with input_features_mask (`torch.LongTensor` of shape `(batch, time)`), or
+            input_values (`torch.Tensor` of shape `(batch, samples)`) with input_values_mask (same shape), for encoders that
+                take raw audio. Without a mask all of the input is real.
+            **kwargs: for the encoder, such as `output_hidden_states`.
+
+        Raises:
+            ValueError: for audio too short to give one frame, or longer than the encoder's window.
+        """
+        inputs, mask = (
+            (input_features, input_features_mask) if input_features is not None else (input_values, input_values_mask)
+        )
+        if inputs is None:
+            raise ValueError("Audio is needed: pass `input_features`, or `input_values` for encoders of raw audio")
+        time_axis = 2 if self.config.audio_config.model_type in WINDOWED_ENCODERS else 1
+        if mask is None:
+            mask = torch.ones(inputs.shape[0], inputs.shape[time_axis], dtype=torch.long, device=inputs.device)
+        mask = mask.long()
+        parameter = next(self.encoder.parameters())
+        inputs, mask = inputs.to(parameter.device, parameter.dtype), mask.to(parameter.device)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_audio_encoder):
+            encoded = self._encode(inputs, mask, **kwargs)
+        lengths = encoder_output_lengths(self.encoder, mask.sum(-1))
+        if int(lengths.min()) < 1:
+            raise ValueError(
+                f"An audio of {int(mask.sum(-1).min())} input frames is too short: the encoder makes no frame of it"
+            )
+        frames = encoded.last_hidden_state[:, : int(lengths.max())]
+        frame_mask = (torch.arange(frames.shape[1], device=lengths.device) < lengths.unsqueeze(1)).long()
+        audio_embeds, audio_embeds_mask, speech_logits = self.project(frames, frame_mask)
+        return VoxLMAudioOutput(
+            last_hidden_state=frames,
+            pooler_output=audio_embeds,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+            frame_mask=frame_mask,
+            audio_embeds_mask=audio_embeds_mask,
+            speech_logits=speech_logits,
+        )
+
+    def project(self, frames, frame_mask):
+        """
+        Encoder states to what the LLM reads.
+
+        Args:
+            frames (`torch.Tensor` of shape `(batch, frames, audio_size)`), frame_mask (`(batch, frames)`)
+
+        Returns:
+            embeddings `(batch, projected_frames, text_size)`, their mask, and the gate's log-odds or `None`.
+        """
+        embeds, mask, speech_logits = self.projector(frames, frame_mask)
+        if self.config.projector_readout == "token_mixture":
+            embeds, speech_logits = self.projector.mix_tokens(embeds, speech_logits, self.get_input_embeddings().weight)
+        return embeds, mask, speech_logits
+
+    def hide_gated_frames(self, input_ids, attention_mask, audio: VoxLMAudioOutput, inputs_embeds=None):
+        """`attention_mask` `(batch, length)` with the placeholders of frames below the gate's threshold set to 0."""
+        if audio.speech_logits is None:
+            return attention_mask
+        placeholders = self._placeholders(input_ids, audio.audio_embeds_mask, inputs_embeds)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(placeholders, dtype=torch.long)
+        keep = self.projector.keep(audio.speech_logits).to(attention_mask)
+        kept = torch.ones_like(attention_mask)
+        kept[placeholders] = keep[audio.audio_embeds_mask.bool()].to(kept.device)
+        return attention_mask * kept
+
+    def _placeholders(self, input_ids, audio_embeds_mask, inputs_embeds=None):
+        """
+        Mask `(batch, length)` of the audio placeholders, checked to be as many as there are projected frames. Without
+        `input_ids` they are found by their embedding.
+        """
+        if input_ids is not None:
+            placeholders = input_ids == self.config.audio_token_id
+        else:
+            token = torch.tensor(self.config.audio_token_id, device=inputs_embeds.device)
+            placeholders = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+        wanted, given = audio_embeds_mask.sum(-1).tolist(), placeholders.sum(-1).tolist()
+        if wanted != given:
+            raise ValueError(
+                f"`input_ids` hold {given} audio placeholders (token {self.config.audio_token_id}) per row, but the audio "
+                f"gives {wanted} projected frames; prepare both with the model's own processor"
+            )
+        return placeholders
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        input_features: torch.Tensor | None = None,
+        input_features_mask: torch.Tensor | None = None,
+        input_values: torch.Tensor | None = None,
+        input_values_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        audio_embeds: torch.Tensor | None = None,
+        audio_embeds_mask: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> VoxLMCausalLMOutputWithPast:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, length)`): prompt with one placeholder per projected frame.
+            input_features, input_features_mask, input_values, input_values_mask: see [`get_audio_features`].
+            attention_mask (`torch.Tensor` of shape `(batch, length)`): 0 for padding, on either side.
+            audio_embeds (`torch.Tensor` of shape `(batch, projected_frames, text_size)`), audio_embeds_mask: audio that
+                `get_audio_features` has encoded, instead of features.
+            labels (`torch.LongTensor` of shape `(batch, length)`): -100 where no loss is wanted; not shifted.
+            logits_to_keep (`int`): compute the logits (and the loss) of the last positions only.
+
+        Raises:
+            ValueError: when placeholders and projected frames differ in number.
+        """
+        audio = None
+        if input_features is not None or input_values is not None:
+            audio = self.get_audio_features(input_features, input_features_mask, input_values, input_values_mask)
+            audio_embeds, audio_embeds_mask = audio.pooler_output, audio.audio_embeds_mask
+            attention_mask = self.hide_gated_frames(input_ids, attention_mask, audio, inputs_embeds)
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        # `generate` hands the encoded audio to every step; only the pass over the prompt has places for it.
+        if audio_embeds is not None and past_length == 0:
+            placeholders = self._placeholders(input_ids, audio_embeds_mask, inputs_embeds).unsqueeze(-1)
+            inputs_embeds = inputs_embeds.masked_scatter(
+                placeholders.to(inputs_embeds.device),
+                audio_embeds[audio_embeds_mask.bool()].to(inputs_embeds.device, inputs_embeds.dtype),
+            )
+        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+            # Positions count what is seen, so that padding on either side and hidden frames change nothing.
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
+
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **{key: value for key, value in kwargs.items() if key != "num_items_in_batch"},
+        )
+        loss = None
+        if labels is not None:
+            kept = labels[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else labels[:, logits_to_keep]
+            loss = self.loss_function(
+                logits=outputs.logits, labels=kept, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        return VoxLMCausalLMOutputWithPast(
+            loss=loss,
+            logits=outputs.logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            audio=audio,
+        )
+
+    @torch.no_grad()
+    def generate(self, inputs=None, *args, **kwargs):
+        """
+        Token ids, as everywhere in transformers; the audio is encoded once, before the first step.
+
+        For convenience a waveform (floating-point array or tensor) as the first argument, without `input_ids`, is handed to
+        [`transcribe`], whose result has `["text"]` and `["words"]`.
+        """
+        if is_waveform(inputs) and kwargs.get("input_ids") is None:
+            return self.transcribe(inputs, *args, **kwargs)
+        names = ("input_features", "input_features_mask", "input_values", "input_values_mask")
+        features = {name: kwargs.pop(name) for name in names if kwargs.get(name) is not None}
+        if "input_features" in features or "input_values" in features:
+            input_ids = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else inputs
+            audio = self.get_audio_features(**features)
+            kwargs["audio_embeds"], kwargs["audio_embeds_mask"] = audio.pooler_output, audio.audio_embeds_mask
+            if input_ids is not None:
+                attention_mask = self.hide_gated_frames(input_ids, kwargs.get("attention_mask"), audio)
+                kwargs["attention_mask"] = attention_mask
+        return super().generate(inputs, *args, **kwargs)
+
+    def align_scores(self, text_states, token_ids, audio: VoxLMAudioOutput):
+        """
+        Scores of the alignment head.
+
+        Args:
+            text_states (`torch.Tensor` of shape `(batch, tokens, text_size)`): the LLM's last hidden states that predicted
+                `token_ids` (`torch.LongTensor` of shape `(batch, tokens)`).
+            audio ([`VoxLMAudioOutput`]): of the same batch.
+
+        Returns:
+            see [`VoxLMAlignmentHead.forward`].
+        """
+        token_embeds = self.get_input_embeddings()(token_ids)
+        return self.alignment(text_states, token_embeds, audio.last_hidden_state, audio.frame_mask)
+
+    def get_processor(self):
+        """The model's [`VoxLMProcessor`]: `model.processor` if set, else loaded from where the model came from.
+
+        Raises:
+            ValueError: when the model has no such place.
+        """
+        if self.processor is None:
+            from .processing_voxlm import VoxLMProcessor
+
+            source = self.config._name_or_path
+            if not source:
+                raise ValueError("The model was not loaded from a checkpoint; set `model.processor` first")
+            # The same commit as the weights; and where this very code came with the checkpoint, it is trusted already.
+            revision = getattr(self.config, "_commit_hash", None) or "main"
+            self.processor = VoxLMProcessor.from_pretrained(
+                source, revision=revision, trust_remote_code=self.is_remote_code()
+            )
+        return self.processor
+
+    def transcribe(self, audio, **kwargs):
+        """Text, words with times and confidences of one or many recordings; see `transcription_voxlm.transcribe`."""
+        from .transcription_voxlm import transcribe
+
+        return transcribe(self, self.get_processor(), audio, **kwargs)
+
+    def transcription_pipeline(self, **kwargs):
+        """An `automatic-speech-recognition` pipeline over this very model and its processor."""
+        from .pipeline_voxlm import VoxLMASRPipeline
+
+        return VoxLMASRPipeline(model=self, processor=self.get_processor(), **kwargs)
+
+
+def is_waveform(value) -> bool:
+    """Whether `value` is a floating-point array or tensor, that is audio and not token ids."""
+    if isinstance(value, torch.Tensor):
+        return value.is_floating_point()
+    return isinstance(value, np.ndarray) and np.issubdtype(value.dtype, np.floating)
+
+
+__all__ = ["VoxLMForSpeechSeq2Seq", "VoxLMPreTrainedModel"]

@@ -1,0 +1,512 @@
+"""VoxLMProcessor: audio and prompt to model inputs, token ids to text and words."""
+
+import io
+import os
+import unicodedata
+from dataclasses import dataclass
+
+import numpy as np
+import soundfile
+import soxr
+import torch
+from transformers import AutoFeatureExtractor, AutoTokenizer, BatchFeature
+from transformers.processing_utils import ProcessorMixin
+
+
+AUDIO_TOKEN, PAD_TOKEN = "<|audio|>", "<|pad|>"
+# Floats beyond this were surely meant as integers: full scale is 1.
+MAX_AMPLITUDE = 10.0
+NO_SPACE_SCRIPTS = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
+
+
+def read_audio(audio, sampling_rate: int | None = None) -> tuple[np.ndarray, int | None]:
+    """
+    Decode any supported kind of audio.
+
+    Args:
+        audio: a path; the bytes of an audio file; samples as numpy array, torch tensor or list of numbers, mono or
+            `(channels, samples)`; a dict with "array" or "raw" and "sampling_rate", or with "path" or "bytes"; the decoder
+            object of a `datasets` Audio column (`get_all_samples`).
+        sampling_rate: rate of bare samples in Hz; ignored for inputs that carry their own.
+
+    Returns:
+        samples as `(samples,)` or `(channels, samples)` in their own dtype, and their rate, `None` when nobody said.
+
+    Raises:
+        FileNotFoundError, ValueError: for what cannot be read as audio.
+    """
+    if hasattr(audio, "get_all_samples"):
+        samples = audio.get_all_samples()
+        return np.asarray(samples.data), int(samples.sample_rate)
+    if isinstance(audio, dict):
+        for key in ("array", "raw"):
+            if audio.get(key) is not None:
+                if audio.get("sampling_rate") is None:
+                    raise ValueError(f"An audio dict with {key!r} also needs 'sampling_rate'; got keys {sorted(audio)}")
+                return read_audio(audio[key], audio["sampling_rate"])
+        for key in ("bytes", "path"):
+            if audio.get(key) is not None:
+                return read_audio(audio[key], sampling_rate)
+        raise ValueError(f"An audio dict needs 'array', 'raw', 'bytes' or 'path'; got keys {sorted(map(str, audio))}")
+    if isinstance(audio, (str, os.PathLike)):
+        path = os.fspath(audio)
+        if path.startswith(("http://", "https://")):
+            raise ValueError(f"{path} is a URL; download it and pass the file or its bytes")
+        if os.path.isdir(path):
+            raise ValueError(f"{path} is a folder, not an audio file")
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"No such audio file: {path}")
+        return _decode_file(path, path)
+    if isinstance(audio, (bytes, bytearray, memoryview)):
+        return _decode_file(io.BytesIO(audio), f"{len(audio)} bytes")
+    if isinstance(audio, torch.Tensor):
+        audio = audio.detach().cpu()
+        audio = (audio.float() if audio.dtype == torch.bfloat16 else audio).numpy()
+    if isinstance(audio, (list, tuple)):
+        try:
+            audio = np.asarray(audio)
+        except ValueError as error:
+            raise ValueError(f"A list of samples must be rectangular numbers: {error}") from None
+    if isinstance(audio, np.ndarray):
+        return audio, sampling_rate
+    raise ValueError(
+        f"Cannot read audio from {type(audio).__name__}; pass a path, bytes, an array, or a dict with 'array' and "
+        "'sampling_rate'"
+    )
+
+
+def _decode_file(file, name: str) -> tuple[np.ndarray, int]:
+    try:
+        samples, rate = soundfile.read(file, dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, RuntimeError) as error:
+        reason = getattr(error, "error_string", error)
+        raise ValueError(f"Cannot read {name} as audio: {reason}") from None
+    return samples.T, rate
+
+
+def to_waveform(samples: np.ndarray, source_rate: int, target_rate: int) -> np.ndarray:
+    """
+    Samples of any numeric dtype, `(samples,)` or `(channels, samples)`, to mono float32 at `target_rate`.
+
+    Integers are scaled by their full scale, channels averaged, and the rate changed by soxr (a band-limited filter).
+
+    Raises:
+        ValueError: for empty audio, NaN or infinite samples, wrong shapes, dtypes or rates.
+    """
+    if isinstance(source_rate, bool) or not isinstance(source_rate, (int, float, np.integer, np.floating)):
+        raise ValueError(f"`sampling_rate` must be a number of Hz, got {source_rate!r}")
+    if not 0 < source_rate < 10_000_000:
+        raise ValueError(f"`sampling_rate` must be above 0 and below 10 MHz, got {source_rate}")
+    if samples.ndim not in (1, 2):
+        raise ValueError(f"Audio must be (samples,) or (channels, samples), got shape {samples.shape}")
+    if samples.size == 0:
+        raise ValueError(f"The audio is empty (shape {samples.shape})")
+    if samples.ndim == 2 and samples.shape[0] > 32 and samples.shape[1] < samples.shape[0]:
+        raise ValueError(
+            f"Audio of shape {samples.shape} looks like (samples, channels); transpose it: channels come first"
+        )
+    if samples.dtype == np.uint8:
+        samples = (samples.astype(np.float32) - 128) / 128
+    elif np.issubdtype(samples.dtype, np.signedinteger):
+        full_scale = float(2 ** (8 * min(samples.dtype.itemsize, 4) - 1))
+        if samples.dtype.itemsize == 8 and np.abs(samples).max() < 2**15:
+            full_scale = float(2**15)  # int64 is how Python lists and torch carry 16-bit samples
+        samples = (samples / full_scale).astype(np.float32)
+    elif np.issubdtype(samples.dtype, np.floating):
+        samples = samples.astype(np.float32)
+    else:
+        raise ValueError(f"Audio samples must be integers or floats, got dtype {samples.dtype}")
+    if samples.ndim == 2:
+        samples = samples.mean(axis=0, dtype=np.float32)
+    if not np.isfinite(samples).all():
+        raise ValueError(f"{int((~np.isfinite(samples)).sum())} of {samples.size} audio samples are NaN or infinite")
+    peak = float(np.abs(samples).max())
+    if peak > MAX_AMPLITUDE:
+        raise ValueError(
+            f"Audio samples reach {peak:.0f}; floats must lie in about -1..1. Divide by the full scale (32768 for 16 bits) or "
+            "pass integers"
+        )
+    if source_rate != target_rate:
+        samples = soxr.resample(samples, source_rate, target_rate).astype(np.float32)
+    return np.ascontiguousarray(samples)
+
+
+def is_batch(audio) -> bool:
+    """Whether `audio` is several recordings: a list or tuple that does not hold bare numbers."""
+    return isinstance(audio, (list, tuple)) and not (len(audio) > 0 and isinstance(audio[0], (int, float, np.number)))
+
+
+def affine_lengths(length_of, limit: int) -> tuple[int, int]:
+    """
+    Describe a stack of strided convolutions by two integers: `length_of(n) == max(0, (n + offset) // stride)`.
+
+    Every composition of `floor((n + a) / s) + b` has that form, so the processor needs no encoder to count frames.
+
+    Args:
+        length_of: function of a tensor of input lengths; limit: largest length to look at.
+
+    Raises:
+        ValueError: when the function has another form.
+    """
+    inputs = torch.arange(1, limit + 1)
+    outputs = length_of(inputs).clamp(min=0)
+    first = [int(torch.searchsorted(outputs, value)) + 1 for value in (1, 2)]
+    stride = first[1] - first[0]
+    offset = stride - first[0]
+    if stride < 1 or not torch.equal(outputs, ((inputs + offset) // max(stride, 1)).clamp(min=0)):
+        raise ValueError("The encoder's number of frames is no affine function of its input length")
+    return stride, offset
+
+
+@dataclass
+class Word:
+    """A word of the decoded text and the positions of its tokens in the ids it came from."""
+
+    text: str
+    tokens: list[int]
+
+
+class VoxLMProcessor(ProcessorMixin):
+    r"""
+    Feature extractor and tokenizer of a VoxLM model.
+
+    Args:
+        feature_extractor: of the audio encoder, of any kind.
+        tokenizer: of the LLM, with the tokens `<|audio|>` and a pad token of its own.
+        chat_template (`str`, *optional*): Jinja template for `apply_chat_template`.
+        prompt (`str`), prompt_template (`str`), audio_window_s (`float`), pad_audio_to_window (`bool`):
+            as in [`VoxLMConfig`].
+        text_prefix (`str`): what the transcript begins with after the prompt.
+        samples_per_feature (`int`): waveform samples per input feature (1 for encoders of raw audio).
+        samples_per_frame (`int`): waveform samples per encoder frame.
+        audio_token_stride (`int`), audio_token_offset (`int`): `(features + offset) // stride` placeholders per audio.
+    """
+
+    def __init__(
+        self,
+        feature_extractor,
+        tokenizer,
+        chat_template=None,
+        prompt="Transcribe the audio.",
+        prompt_template="{audio}\n{prompt}\n",
+        text_prefix="",
+        audio_window_s=30.0,
+        pad_audio_to_window=False,
+        samples_per_feature=160,
+        samples_per_frame=320,
+        audio_token_stride=8,
+        audio_token_offset=7,
+    ):
+        self.audio_token = AUDIO_TOKEN
+        self.audio_token_id = tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
+        self.prompt = prompt
+        self.prompt_template = prompt_template
+        self.text_prefix = text_prefix
+        self.audio_window_s = audio_window_s
+        self.pad_audio_to_window = pad_audio_to_window
+        self.samples_per_feature = samples_per_feature
+        self.samples_per_frame = samples_per_frame
+        self.audio_token_stride = audio_token_stride
+        self.audio_token_offset = audio_token_offset
+        super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def from_base_models(cls, audio: str, text: str, **kwargs) -> "VoxLMProcessor":
+        """Processor for two base models, with the tokens added that VoxLM needs: `<|audio|>`, and a pad that is not eos."""
+        feature_extractor = AutoFeatureExtractor.from_pretrained(audio)
+        tokenizer = AutoTokenizer.from_pretrained(text)
+        tokenizer.add_special_tokens({"additional_special_tokens": [AUDIO_TOKEN]}, replace_extra_special_tokens=False)
+        if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+            tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+        # The library's pipelines refuse a tokenizer and a feature extractor that pad on different sides.
+        tokenizer.padding_side = "right"
+        return cls(feature_extractor, tokenizer, **kwargs)
+
+    def configure(self, model) -> "VoxLMProcessor":
+        """Take over what the model knows: prompt, window, and the frame rates, measured on its feature extractor and encoder."""
+        config = model.config
+        self.prompt, self.prompt_template = config.prompt, config.prompt_template
+        self.audio_window_s, self.pad_audio_to_window = config.audio_window_s, config.pad_audio_to_window
+        rate = self.sampling_rate
+        silence = np.zeros(2 * rate, dtype=np.float32)
+        one, two = (self._extract(silence[: seconds * rate]).shape[self._time_axis] for seconds in (1, 2))
+        self.samples_per_feature = rate // (two - one)
+        limit = 4 * rate // self.samples_per_feature
+        self.audio_token_stride, self.audio_token_offset = affine_lengths(model.audio_lengths, limit)
+        self.samples_per_frame = self.audio_token_stride * self.samples_per_feature // config.projector_stride
+        return self
+
+    @property
+    def sampling_rate(self) -> int:
+        """Rate in Hz that the encoder works at."""
+        return self.feature_extractor.sampling_rate
+
+    @property
+    def frame_s(self) -> float:
+        """Seconds per encoder frame."""
+        return self.samples_per_frame / self.sampling_rate
+
+    @property
+    def feature_name(self) -> str:
+        """`input_features` or `input_values`, whichever the encoder takes."""
+        return self.feature_extractor.model_input_names[0]
+
+    @property
+    def _time_axis(self) -> int:
+        # Whisper's extractor alone gives (mels, time); the others (time, features) or (samples,).
+        return 1 if "Whisper" in type(self.feature_extractor).__name__ else 0
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", self.feature_name, f"{self.feature_name}_mask"]
+
+    def load_audio(self, audio, sampling_rate: int | None = None) -> np.ndarray:
+        """
+        Any supported kind of audio (see `read_audio`) as a mono float32 waveform at the encoder's rate.
+
+        Args:
+            sampling_rate (`int`, *optional*): rate of bare arrays, by default the encoder's.
+        """
+        samples, rate = read_audio(audio, sampling_rate)
+        return to_waveform(samples, self.sampling_rate if rate is None else rate, self.sampling_rate)
+
+    def load_batch(self, audio, sampling_rate: int | None = None) -> list[np.ndarray]:
+        """One recording or a list of them as a list of waveforms.
+
+        Raises:
+            ValueError: for an empty list.
+        """
+        items = list(audio) if is_batch(audio) else [audio]
+        if not items:
+            raise ValueError("No audio was given: the list is empty")
+        return [self.load_audio(item, sampling_rate) for item in items]
+
+    def _extract(self, waveform: np.ndarray) -> np.ndarray:
+        """Features of one clip at its own length: padding in the extractor would change the last frames."""
+        output = self.feature_extractor(
+            waveform,
+            sampling_rate=self.sampling_rate,
+            padding="longest",
+            truncation=False,
+            return_attention_mask=True,
+            return_tensors="np",
+        )
+        features = np.asarray(output[self.feature_name][0], dtype=np.float32)
+        mask = output.get("attention_mask", output.get("padding_mask"))
+        length = features.shape[self._time_axis]
+        if mask is not None:
+            length = min(length, int(np.asarray(mask[0]).sum()))
+        return features[:, :length] if self._time_axis == 1 else features[:length]
+
+    def _process_audio(self, audio: list[np.ndarray], **kwargs):
+        """Waveforms to padded features with a mask, and the placeholder text of each."""
+        window = round(self.audio_window_s * self.sampling_rate)
+        features = []
+        for waveform in audio:
+            if len(waveform) > window:
+                raise ValueError(
+                    f"The audio is {len(waveform) / self.sampling_rate:.1f} s long, the model's window {self.audio_window_s} s; "
+                    "use `model.transcribe`, which cuts long audio at quiet points"
+                )
+            if self.pad_audio_to_window:
+                waveform = np.pad(waveform, (0, window - len(waveform)))
+            # One analysis window is the least that every extractor can take.
+            clip = self._extract(waveform) if len(waveform) >= 0.025 * self.sampling_rate else None
+            length = 0 if clip is None else clip.shape[self._time_axis]
+            if self.num_audio_tokens(length) < 1:
+                missing = (self.audio_token_stride - self.audio_token_offset) * self.samples_per_feature
+                shortest = max(0.025, missing / self.sampling_rate)
+                raise ValueError(
+                    f"The audio is {len(waveform) / self.sampling_rate:.3f} s long; at least {shortest:.3f} s are needed"
+                )
+            features.append(clip)
+        lengths = [clip.shape[self._time_axis] for clip in features]
+        padded, mask = [], torch.zeros(len(features), max(lengths), dtype=torch.long)
+        for row, (clip, length) in enumerate(zip(features, lengths)):
+            widths = [(0, 0)] * clip.ndim
+            widths[self._time_axis] = (0, max(lengths) - length)
+            padded.append(np.pad(clip, widths))
+            mask[row, :length] = 1
+        inputs = {self.feature_name: torch.from_numpy(np.stack(padded)), f"{self.feature_name}_mask": mask}
+        return inputs, [self.audio_token * self.num_audio_tokens(length) for length in lengths]
+
+    def num_audio_tokens(self, num_features: int) -> int:
+        """Placeholders for an audio of `num_features` input features (or samples)."""
+        return max(0, (num_features + self.audio_token_offset) // self.audio_token_stride)
+
+    def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        if audio is not None:
+            rate = kwargs.get("sampling_rate", kwargs.get("audio_kwargs", {}).get("sampling_rate"))
+            audio = self.load_batch(audio, rate)
+        if text is not None:
+            text = [text] if isinstance(text, str) else list(text)  # a copy: placeholders are expanded in place
+        return images, text, videos, audio
+
+    def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        if text is not None and audio is not None and all(isinstance(sample, str) for sample in text):
+            counts = [sample.count(self.audio_token) for sample in text]
+            if len(text) != len(audio) or any(count != 1 for count in counts):
+                raise ValueError(
+                    f"Each text needs exactly one {self.audio_token}: got {len(text)} texts with {counts} of them and "
+                    f"{len(audio)} audios"
+                )
+        super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
+
+    def __call__(self, text=None, audio=None, **kwargs) -> BatchFeature:
+        r"""
+        Args:
+            text (`str` or `list[str]`): prompts with one `<|audio|>` each, which becomes one placeholder per frame.
+            audio: one or many recordings, of any kind `read_audio` takes.
+            sampling_rate (`int`, *optional*): of bare arrays, by default the encoder's.
+
+        Returns:
+            [`BatchFeature`] with `input_ids`, `attention_mask` (padded on the left unless `padding_side` says otherwise) and
+            `input_features` (or `input_values`) with its mask, as torch tensors unless `return_tensors` says otherwise.
+        """
+        if text is not None and isinstance(text, (list, tuple)) and not text:
+            raise ValueError("`text` is an empty list")
+        text_kwargs = dict(kwargs.pop("text_kwargs", {}))
+        for name, default in (("padding", True), ("padding_side", "left"), ("return_tensors", "pt")):
+            if name not in kwargs:
+                text_kwargs.setdefault(name, default)
+        return super().__call__(text=text, audio=audio, text_kwargs=text_kwargs, **kwargs)
+
+    def render_prompt(self, prompt: str | None = None) -> str:
+        """
+        The text of one request, with one `<|audio|>`.
+
+        Args:
+            prompt (`str`, *optional*): instruction or context for the LLM; by default the one used in training.
+
+        Raises:
+            ValueError: when the prompt holds a special token, which would be taken for control, not text.
+        """
+        prompt = self.prompt if prompt is None else prompt
+        if not isinstance(prompt, str):
+            raise ValueError(f"The prompt must be a string, got {type(prompt).__name__}")
+        specials = [token for token in self.tokenizer.all_special_tokens if token in prompt]
+        if specials:
+            raise ValueError(
+                f"The prompt holds the special token {specials[0]!r}, which would be read as control; remove it"
+            )
+        before, after = self.prompt_template.split("{audio}")
+        return before.replace("{prompt}", prompt) + self.audio_token + after.replace("{prompt}", prompt)
+
+    def apply_transcription_request(self, audio, prompt=None, text=None, sampling_rate=None) -> BatchFeature:
+        """
+        Model inputs for transcribing one or many recordings, or, with `text`, for training on them.
+
+        Args:
+            audio: one or many recordings, of any kind `read_audio` takes.
+            prompt (`str` or `list`, *optional*): instruction or context for all, or one for each; `None` is the config's.
+            text (`str` or `list[str]`, *optional*): the reference transcripts; adds `labels`, which are -100 on the prompt and
+                the padding, and end with eos.
+            sampling_rate (`int`, *optional*): of bare arrays.
+
+        Returns:
+            [`BatchFeature`] of torch tensors, padded on the left.
+        """
+        waveforms = self.load_batch(audio, sampling_rate)
+        prompts = [prompt] * len(waveforms) if prompt is None or isinstance(prompt, str) else list(prompt)
+        texts = [text] if isinstance(text, str) else text
+        for name, values in (("prompts", prompts), ("texts", texts)):
+            if values is not None and len(values) != len(waveforms):
+                raise ValueError(f"Got {len(values)} {name} for {len(waveforms)} recordings")
+        rendered = [self.render_prompt(item) for item in prompts]
+        if texts is None:
+            return self(text=rendered, audio=waveforms)
+        inputs, replacements = self._process_audio(waveforms)
+        rows = [prompt.replace(self.audio_token, audio) for prompt, audio in zip(rendered, replacements)]
+        return BatchFeature({**self.training_ids(rows, texts), **inputs})
+
+    def training_ids(self, prompts: list[str], texts: list[str]) -> dict[str, torch.Tensor]:
+        """`input_ids`, `attention_mask`, `labels`, padded on the left, from expanded prompts and reference texts."""
+        prompt_ids = self.tokenizer(prompts)["input_ids"]
+        text_ids = self.tokenizer([self.text_prefix + text for text in texts], add_special_tokens=False)["input_ids"]
+        rows = [(prompt, text + [self.tokenizer.eos_token_id]) for prompt, text in zip(prompt_ids, text_ids)]
+        longest = max(len(prompt) + len(text) for prompt, text in rows)
+        output = {name: [] for name in ("input_ids", "attention_mask", "labels")}
+        for prompt, text in rows:
+            padding = longest - len(prompt) - len(text)
+            output["input_ids"].append([self.tokenizer.pad_token_id] * padding + prompt + text)
+            output["attention_mask"].append([0] * padding + [1] * (len(prompt) + len(text)))
+            output["labels"].append([-100] * (padding + len(prompt)) + text)
+        return {name: torch.tensor(values) for name, values in output.items()}
+
+    def decode(self, *args, **kwargs):
+        """The tokenizer's `decode`, by default without special tokens and without touching spaces."""
+        kwargs.setdefault("skip_special_tokens", True)
+        kwargs.setdefault("clean_up_tokenization_spaces", False)
+        return self.tokenizer.decode(*args, **kwargs)
+
+    def batch_decode(self, *args, **kwargs):
+        """[`decode`] for a list of sequences."""
+        kwargs.setdefault("skip_special_tokens", True)
+        kwargs.setdefault("clean_up_tokenization_spaces", False)
+        return self.tokenizer.batch_decode(*args, **kwargs)
+
+    def split_words(self, token_ids) -> list[Word]:
+        """
+        The words of a sequence of token ids, each with the positions of its tokens.
+
+        Words end at white space; in scripts that write none (Chinese, Japanese, Thai, ...) they end where a token ends.
+        Punctuation belongs to the word before it. Characters split over several tokens are kept whole, special tokens
+        belong to no word.
+        """
+        special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
+        kept = [(position, int(token)) for position, token in enumerate(token_ids) if int(token) not in special]
+        ids = [token for _, token in kept]
+        full = self.decode(ids)
+        # Tokens and the end of the text they complete; a token that ends inside a character waits for the next ones.
+        units, waiting, start = [], [], 0
+        for count, (position, _) in enumerate(kept, 1):
+            waiting.append(position)
+            prefix = self.decode(ids[:count])
+            if full.startswith(prefix) and len(prefix) > start or count == len(kept):
+                end = len(full) if count == len(kept) else len(prefix)
+                units.append((full[start:end], waiting))
+                waiting, start = [], end
+        words: list[Word] = []
+        open_word = False
+        for text, tokens in units:
+            for piece_number, piece in enumerate(_split_keeping_spaces(text)):
+                positions = tokens if piece_number == 0 else tokens[-1:]
+                if piece.isspace():
+                    open_word = False
+                elif open_word and not _starts_new_word(words[-1].text, piece):
+                    words[-1].text += piece
+                    words[-1].tokens.extend(position for position in positions if position not in words[-1].tokens)
+                else:
+                    words.append(Word(piece, list(positions)))
+                    open_word = True
+        return words
+
+
+def _split_keeping_spaces(text: str) -> list[str]:
+    """Runs of white space and runs of anything else, in order."""
+    runs: list[str] = []
+    for char in text:
+        if runs and runs[-1][-1].isspace() == char.isspace():
+            runs[-1] += char
+        else:
+            runs.append(char)
+    return runs
+
+
+def _is_punctuation(char: str) -> bool:
+    return unicodedata.category(char).startswith("P")
+
+
+def _starts_new_word(word: str, piece: str) -> bool:
+    """Whether `piece`, which follows `word` without a space, is a word of its own: only in scripts without spaces."""
+    first = piece[0]
+    if _is_punctuation(first) or unicodedata.category(first).startswith("M"):
+        return False
+    return _writes_no_spaces(first) or _writes_no_spaces(word[-1])
+
+
+def _writes_no_spaces(char: str) -> bool:
+    return unicodedata.name(char, "").startswith(NO_SPACE_SCRIPTS)
+
+
+__all__ = ["VoxLMProcessor"]

@@ -1,0 +1,255 @@
+"""Transcription: recordings of any length and number to text, words with times and confidences."""
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from transformers.utils import ModelOutput, logging
+
+from .alignment_voxlm import decode_spans, spans_to_seconds, word_log_posteriors
+
+
+logger = logging.get_logger(__name__)
+
+# Token budget of one piece of audio: generous for fast speech (about 4 tokens a second in English) and for scripts that need
+# a token or more per character.
+TOKENS_PER_SECOND, TOKENS_AT_LEAST = 15, 16
+
+
+@dataclass
+class VoxLMTranscription(ModelOutput):
+    """
+    The result for one recording; also a dict (`result["text"]`).
+
+    Args:
+        text (`str`): the transcript.
+        words (`list[dict]`): `{"word", "start", "end", "confidence"}` in order, times in seconds of the recording, confidence
+            in 0..1; empty when times were not asked for.
+        duration (`float`): length of the recording in seconds.
+        truncated (`bool`): whether the token budget ended the text somewhere before the model did.
+    """
+
+    text: str | None = None
+    words: list[dict] | None = None
+    duration: float | None = None
+    truncated: bool | None = None
+
+
+@dataclass
+class Piece:
+    """A stretch of one recording that fits the model's window."""
+
+    recording: int
+    start_s: float
+    waveform: np.ndarray = field(repr=False)
+
+
+def cut_at_quiet_points(waveform: np.ndarray, sampling_rate: int, window_s: float) -> list[tuple[int, int]]:
+    """
+    Cut a waveform into stretches of at most `window_s`, each cut at the quietest tenth of a second of the last half window.
+
+    Args:
+        waveform: `(samples,)`.
+
+    Returns:
+        `(start, end)` in samples, covering the waveform without gaps.
+    """
+    window, hop = int(window_s * sampling_rate), max(1, sampling_rate // 100)
+    cuts, start = [], 0
+    while len(waveform) - start > window:
+        # Never so late that a scrap too short to be heard is left over.
+        latest = min(start + window, len(waveform) - window // 4)
+        tail = waveform[start + window // 2 : latest].astype(np.float64)
+        energy = np.add.reduceat(tail**2, np.arange(0, len(tail), hop))
+        smooth = np.convolve(energy, np.ones(10), mode="same")
+        end = start + window // 2 + int(smooth[:-1].argmin()) * hop + hop // 2
+        cuts.append((start, end))
+        start = end
+    return [*cuts, (start, len(waveform))]
+
+
+def calibrate(probability: float, scale: float, bias: float) -> float:
+    """Platt scaling, `sigmoid(scale * logit(p) + bias)`: monotone, so it changes the values and not the order."""
+    probability = min(max(probability, 1e-6), 1 - 1e-6)
+    return 1 / (1 + math.exp(-(scale * math.log(probability / (1 - probability)) + bias)))
+
+
+@torch.no_grad()
+def transcribe(
+    model,
+    processor,
+    audio,
+    prompt=None,
+    sampling_rate: int | None = None,
+    return_timestamps: bool | str = "word",
+    batch_size: int = 8,
+    chunk_length_s: float | None = None,
+    **generate_kwargs,
+):
+    """
+    Transcribe one or many recordings; longer ones than the model's window are cut at quiet points and joined again.
+
+    Args:
+        model ([`VoxLMForSpeechSeq2Seq`]), processor ([`VoxLMProcessor`])
+        audio: one recording or a list of them, of any kind `processing_voxlm.read_audio` takes.
+        prompt (`str` or `list[str]`, *optional*): instruction or context; by default the one the model was trained with.
+        sampling_rate (`int`, *optional*): of bare arrays, by default the model's.
+        return_timestamps (`bool` or `"word"`): whether to compute word times and confidences. The text is the same.
+        batch_size (`int`): pieces of audio in one pass.
+        chunk_length_s (`float`, *optional*): longest piece, by default (and at most) the model's window.
+        **generate_kwargs: for `model.generate`. The default is greedy.
+
+    Returns:
+        [`VoxLMTranscription`], or a list of them for a list.
+
+    Raises:
+        ValueError: for audio that cannot be read; FileNotFoundError for a missing file.
+    """
+    from .processing_voxlm import is_batch
+
+    waveforms = processor.load_batch(audio, sampling_rate)
+    prompts = [prompt] * len(waveforms) if prompt is None or isinstance(prompt, str) else list(prompt)
+    if len(prompts) != len(waveforms):
+        raise ValueError(f"Got {len(prompts)} prompts for {len(waveforms)} recordings")
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}")
+    rate, window_s = processor.sampling_rate, model.config.audio_window_s
+    if chunk_length_s:
+        if chunk_length_s < 1:
+            raise ValueError(f"`chunk_length_s` must be at least 1 second, got {chunk_length_s}")
+        window_s = min(window_s, chunk_length_s)
+    pieces = [
+        Piece(index, start / rate, waveform[start:end])
+        for index, waveform in enumerate(waveforms)
+        for start, end in cut_at_quiet_points(waveform, rate, window_s)
+    ]
+    # Pieces of like length share a batch, so that little is padding.
+    order = sorted(range(len(pieces)), key=lambda index: len(pieces[index].waveform))
+    outputs: list = [None] * len(pieces)
+    batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+    for batch in logging.tqdm(batches, desc="Transcribing", disable=len(batches) < 3):
+        inputs = processor.apply_transcription_request(
+            [pieces[index].waveform for index in batch], prompt=[prompts[pieces[index].recording] for index in batch]
+        )
+        durations_s = [len(pieces[index].waveform) / rate for index in batch]
+        results = _transcribe_batch(model, processor, inputs, durations_s, bool(return_timestamps), generate_kwargs)
+        for index, result in zip(batch, results):
+            outputs[index] = result
+
+    results = []
+    for recording, waveform in enumerate(waveforms):
+        parts = [(piece.start_s, output) for piece, output in zip(pieces, outputs) if piece.recording == recording]
+        results.append(_join(parts, len(waveform) / rate))
+    return results if is_batch(audio) else results[0]
+
+
+def _join(parts: list[tuple[float, VoxLMTranscription]], duration_s: float) -> VoxLMTranscription:
+    """Results of the pieces of one recording, with their starts in seconds, as one result."""
+    words = []
+    for start_s, part in parts:
+        for word in part.words:
+            shifted = {key: round(min(start_s + word[key], duration_s), 3) for key in ("start", "end")}
+            words.append({**word, **shifted})
+    return VoxLMTranscription(
+        text=" ".join(part.text for _, part in parts if part.text),
+        words=words,
+        duration=round(duration_s, 3),
+        truncated=any(part.truncated for _, part in parts),
+    )
+
+
+def _transcribe_batch(
+    model, processor, inputs, durations_s: list[float], with_words: bool, generate_kwargs: dict
+) -> list[VoxLMTranscription]:
+    """One padded batch of model inputs to one result each; times are relative to the piece."""
+    inputs = inputs.to(model.device)
+    features = {name: value for name, value in inputs.items() if name.startswith(processor.feature_name)}
+    budget = int(max(durations_s) * TOKENS_PER_SECOND) + TOKENS_AT_LEAST
+    options = {"max_new_tokens": budget, "do_sample": False, **generate_kwargs}
+    # Encoded once, for the generation and for the word times.
+    audio = model.get_audio_features(**features)
+    prompt = {
+        "input_ids": inputs["input_ids"],
+        "attention_mask": model.hide_gated_frames(inputs["input_ids"], inputs["attention_mask"], audio),
+        "audio_embeds": audio.pooler_output,
+        "audio_embeds_mask": audio.audio_embeds_mask,
+    }
+    output = model.generate(**prompt, **options, return_dict_in_generate=True)
+    prompt_length = inputs["input_ids"].shape[1]
+    new_ids = output.sequences[:, prompt_length:]
+    rows = [_until_eos(row, model.generation_config.eos_token_id) for row in new_ids.tolist()]
+    results = []
+    for (ids, ended), duration_s in zip(rows, durations_s):
+        results.append(
+            VoxLMTranscription(text=processor.decode(ids).strip(), words=[], duration=duration_s, truncated=not ended)
+        )
+    if with_words and any(ids for ids, _ in rows):
+        _add_words(model, processor, prompt, audio, rows, results)
+    return results
+
+
+def _until_eos(ids: list[int], eos_token_id) -> tuple[list[int], bool]:
+    """The ids before the first eos, and whether there was one."""
+    stops = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or [])
+    for position, token in enumerate(ids):
+        if token in stops:
+            return ids[:position], True
+    return ids, False
+
+
+def _add_words(model, processor, prompt, audio, rows, results):
+    """
+    Fill `results` with words, times and confidences from a teacher-forced pass over prompt and text.
+
+    The pass sees the same tokens as the generation did, so it holds for greedy, sampled and beam-searched text alike.
+    """
+    pad = model.config.pad_token_id if model.config.pad_token_id is not None else 0
+    longest = max(len(ids) for ids, _ in rows)
+    device = prompt["input_ids"].device
+    text_ids = torch.full((len(rows), longest), pad, device=device)
+    for row, (ids, _) in enumerate(rows):
+        text_ids[row, : len(ids)] = torch.tensor(ids, device=device, dtype=torch.long)
+    text_mask = torch.zeros_like(text_ids)
+    for row, (ids, _) in enumerate(rows):
+        text_mask[row, : len(ids)] = 1
+    output = model(
+        **{
+            **prompt,
+            "input_ids": torch.cat([prompt["input_ids"], text_ids], dim=1),
+            "attention_mask": torch.cat([prompt["attention_mask"], text_mask], dim=1),
+        },
+        output_hidden_states=True,
+        logits_to_keep=longest + 1,
+        use_cache=False,
+    )
+    # The state before a token is the one that predicted it.
+    states = output.hidden_states[-1][:, -longest - 1 : -1]
+    logprobs = output.logits[:, :-1].float().log_softmax(-1).gather(-1, text_ids.unsqueeze(-1)).squeeze(-1)
+    token_scores, pause_scores = model.align_scores(states, text_ids, audio)
+    frame_counts = audio.frame_mask.sum(-1).tolist()
+    calibration = model.config.confidence_calibration
+    for row, ((ids, _), result) in enumerate(zip(rows, results)):
+        words = processor.split_words(ids)
+        if not words:
+            continue
+        token_words = np.full(len(ids), -1)
+        for number, word in enumerate(words):
+            token_words[word.tokens] = number
+        # A model fed the full window has frames of silence after the recording's end.
+        frames = min(frame_counts[row], max(1, round(result.duration / processor.frame_s)))
+        posteriors = word_log_posteriors(
+            token_scores[row, : len(ids), :frames].cpu().numpy(), pause_scores[row, :frames].cpu().numpy(), token_words
+        )
+        times = spans_to_seconds(decode_spans(posteriors), processor.frame_s, result.duration)
+        for word, (start, end) in zip(words, times):
+            # The words' tokens are needed all together: the probability of a word is the product over its tokens.
+            probability = math.exp(sum(float(logprobs[row, token]) for token in word.tokens))
+            result.words.append(
+                {
+                    "word": word.text,
+                    "start": start,
+                    "end": end,
+                    "confidence": round(calibrate(probability, **calibration), 4),
+                }
+            )
