@@ -52,7 +52,9 @@ def test_forward_backward_generate_save_load(encoder, llm, tmp_path):
     assert not loaded.language_model.get_input_embeddings().weight.requires_grad
     loaded.save_pretrained(tmp_path / "again")
     again = VoxLMForSpeechSeq2Seq.from_pretrained(tmp_path / "again")
-    assert all(torch.equal(first, second) for first, second in zip(again.state_dict().values(), model.state_dict().values()))
+    assert all(
+        torch.equal(first, second) for first, second in zip(again.state_dict().values(), model.state_dict().values())
+    )
 
 
 @pytest.mark.parametrize("encoder, llm", PAIRS)

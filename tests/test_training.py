@@ -90,7 +90,8 @@ def test_ctc_loss_against_the_library_on_the_same_distribution():
     embeds, tokens, speech = torch.randn(2, 6, 4), torch.randn(3, 4), torch.randn(2, 6)
     mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
     probabilities = torch.cat(
-        [1 - speech.sigmoid().unsqueeze(-1), speech.sigmoid().unsqueeze(-1) * (embeds @ tokens.T * 2).softmax(-1)], dim=-1
+        [1 - speech.sigmoid().unsqueeze(-1), speech.sigmoid().unsqueeze(-1) * (embeds @ tokens.T * 2).softmax(-1)],
+        dim=-1,
     )
     expected = torch.nn.functional.ctc_loss(
         probabilities.log().transpose(0, 1),

@@ -659,6 +659,8 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
             source = self.config._name_or_path
             if not source:
                 raise ValueError("The model was not loaded from a checkpoint; set `model.processor` first")
+            if self.is_remote_code():
+                VoxLMProcessor.register_for_auto_class()  # so that saving it keeps its code, as saving the model does
             # The same commit as the weights; and where this very code came with the checkpoint, it is trusted already.
             revision = getattr(self.config, "_commit_hash", None) or "main"
             self.processor = VoxLMProcessor.from_pretrained(

@@ -137,7 +137,7 @@ def decode_spans(log_posteriors: np.ndarray, pause_penalty: float = 2.0) -> list
     path = np.empty(num_frames, dtype=int)
     for frame in range(num_frames - 1, -1, -1):
         path[frame] = state
-        state -= moves[frame, state]
+        state -= int(moves[frame, state])
     spans = []
     for word in range(num_words):
         frames = np.flatnonzero(path == 2 * word + 1)

@@ -15,6 +15,8 @@ logger = logging.get_logger(__name__)
 # Token budget of one piece of audio: generous for fast speech (about 4 tokens a second in English) and for scripts that need
 # a token or more per character.
 TOKENS_PER_SECOND, TOKENS_AT_LEAST = 15, 16
+# Where the projector's gate says how many frames carry a token, the text may be this much longer: beyond it is a loop.
+TOKENS_PER_FRAME_HEARD = 1.25
 
 
 @dataclass
@@ -165,10 +167,10 @@ def _transcribe_batch(
     """One padded batch of model inputs to one result each; times are relative to the piece."""
     inputs = inputs.to(model.device)
     features = {name: value for name, value in inputs.items() if name.startswith(processor.feature_name)}
-    budget = int(max(durations_s) * TOKENS_PER_SECOND) + TOKENS_AT_LEAST
-    options = {"max_new_tokens": budget, "do_sample": False, **generate_kwargs}
     # Encoded once, for the generation and for the word times.
     audio = model.get_audio_features(**features)
+    budgets = token_budgets(model, audio, durations_s, generate_kwargs.get("max_new_tokens"))
+    options = {"do_sample": False, **generate_kwargs, "max_new_tokens": max(budgets)}
     prompt = {
         "input_ids": inputs["input_ids"],
         "attention_mask": model.hide_gated_frames(inputs["input_ids"], inputs["attention_mask"], audio),
@@ -178,7 +180,9 @@ def _transcribe_batch(
     output = model.generate(**prompt, **options, return_dict_in_generate=True)
     prompt_length = inputs["input_ids"].shape[1]
     new_ids = output.sequences[:, prompt_length:]
-    rows = [_until_eos(row, model.generation_config.eos_token_id) for row in new_ids.tolist()]
+    # Each row at its own budget, so that the text does not depend on what else is in the batch.
+    stops = model.generation_config.eos_token_id
+    rows = [_until_eos(row[:budget], stops) for row, budget in zip(new_ids.tolist(), budgets)]
     results = []
     for (ids, ended), duration_s in zip(rows, durations_s):
         results.append(
@@ -187,6 +191,21 @@ def _transcribe_batch(
     if with_words and any(ids for ids, _ in rows):
         _add_words(model, processor, prompt, audio, rows, results)
     return results
+
+
+def token_budgets(model, audio, durations_s: list[float], max_new_tokens: int | None) -> list[int]:
+    """
+    Most tokens that each recording's text may have: what the caller says, else a generous bound from the audio.
+
+    Args:
+        audio ([`VoxLMAudioOutput`]): of the batch; durations_s: of each recording, in seconds.
+    """
+    if max_new_tokens is not None:
+        return [max_new_tokens] * len(durations_s)
+    if audio.speech_logits is not None:
+        heard = (model.projector.keep(audio.speech_logits) & audio.audio_embeds_mask.bool()).sum(-1).tolist()
+        return [int(TOKENS_PER_FRAME_HEARD * count) + TOKENS_AT_LEAST for count in heard]
+    return [int(TOKENS_PER_SECOND * duration_s) + TOKENS_AT_LEAST for duration_s in durations_s]
 
 
 def _until_eos(ids: list[int], eos_token_id) -> tuple[list[int], bool]:
