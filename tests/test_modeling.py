@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from tests import tiny
 from voxlm_hf import VoxLMForSpeechSeq2Seq
@@ -312,17 +311,9 @@ def test_peft_is_asked_for_by_name(monkeypatch):
 
 
 def test_from_base_models(tmp_path):
-    whisper, llm = tiny.model().config.audio_config, tiny.LLMS["llama"]
-    from transformers import AutoConfig, WhisperModel
-
-    WhisperModel(whisper).save_pretrained(tmp_path / "whisper")
-    tiny.feature_extractor("whisper").save_pretrained(tmp_path / "whisper")
-    # A base as they come: no placeholder, no pad token, and an embedding that must grow.
-    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**llm, "vocab_size": 300, "pad_token_id": None}))
-    base.save_pretrained(tmp_path / "llm")
-    plain_tokenizer().save_pretrained(tmp_path / "llm")
+    base = tiny.save_bases(tmp_path, "llama")
     model = VoxLMForSpeechSeq2Seq.from_base_models(
-        audio=str(tmp_path / "whisper"), text=str(tmp_path / "llm"), prompt="Write down what you hear:"
+        audio=str(tmp_path / "audio"), text=str(tmp_path / "text"), prompt="Write down what you hear:"
     )
     tokenizer = model.processor.tokenizer
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
@@ -338,22 +329,6 @@ def test_from_base_models(tmp_path):
     model.processor.save_pretrained(tmp_path / "made")
     again = VoxLMForSpeechSeq2Seq.from_pretrained(tmp_path / "made")
     assert again.transcribe(tiny.noise(1.0), max_new_tokens=3).text == result.text
-
-
-def plain_tokenizer():
-    """The tiny tokenizer as a base model would have it: neither a pad token nor the placeholder."""
-    from transformers import PreTrainedTokenizerFast
-
-    from tests.tiny import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    backend.train_from_iterator(tiny.TEXTS, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
 
 
 def test_from_base_models_needs_both_and_knows_its_presets():

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from tests import tiny
-from tests.test_modeling import plain_tokenizer
 from voxlm_hf.app.cli import main
 
 
@@ -46,13 +45,7 @@ def test_snippets_run(name, number, block, tmp_path):
 
 def with_tiny_bases(code: str, folder: Path) -> str:
     """Point a snippet's Hub ids, and what it writes, to tiny models in a folder."""
-    from transformers import AutoConfig, AutoModelForCausalLM, WhisperModel
-
-    WhisperModel(AutoConfig.for_model(**tiny.ENCODERS["whisper"][0])).save_pretrained(folder / "audio")
-    tiny.feature_extractor("whisper").save_pretrained(folder / "audio")
-    llm = {**tiny.LLMS["qwen2"], "vocab_size": 300, "pad_token_id": None}
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(**llm)).save_pretrained(folder / "text")
-    plain_tokenizer().save_pretrained(folder / "text")
+    tiny.save_bases(folder, "qwen2")
     for name, place in (
         ("openai/whisper-small", "audio"),
         ("Qwen/Qwen2-1.5B", "text"),

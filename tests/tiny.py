@@ -1,17 +1,20 @@
 """Tiny random models of many families, and a tiny tokenizer, made on the spot."""
 
 import functools
+from pathlib import Path
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     ParakeetFeatureExtractor,
     PreTrainedTokenizerFast,
     SeamlessM4TFeatureExtractor,
     Wav2Vec2FeatureExtractor,
     WhisperFeatureExtractor,
+    WhisperModel,
 )
 
 from voxlm_hf import VoxLMConfig, VoxLMForSpeechSeq2Seq, VoxLMProcessor
@@ -132,25 +135,47 @@ LLMS = {
 }
 
 
-@functools.cache
-def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of some 300 tokens: bos 0, eos 1, pad 2, and the audio placeholder."""
+def _bpe(specials: list[str], size: int) -> Tokenizer:
+    """A byte-level BPE backend whose first ids are `specials`."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    specials = ["<s>", "</s>", PAD_TOKEN, AUDIO_TOKEN]
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE - 10, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=size, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
     backend.train_from_iterator(TEXTS, trainer)
+    return backend
+
+
+@functools.cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of some 300 tokens: bos 0, eos 1, pad 2, and the audio placeholder."""
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
+        tokenizer_object=_bpe(["<s>", "</s>", PAD_TOKEN, AUDIO_TOKEN], VOCAB_SIZE - 10),
         bos_token="<s>",
         eos_token="</s>",
         pad_token=PAD_TOKEN,
         additional_special_tokens=[AUDIO_TOKEN],
         padding_side="right",
     )
+
+
+def save_bases(folder: Path, llm: str):
+    """
+    Write `folder/audio` and `folder/text`, base models as they come: no placeholder, no pad token, an embedding that must grow.
+
+    Returns:
+        the causal LLM that was written.
+    """
+    WhisperModel(AutoConfig.for_model(**ENCODERS["whisper"][0])).save_pretrained(folder / "audio")
+    feature_extractor("whisper").save_pretrained(folder / "audio")
+    text_config = AutoConfig.for_model(**{**LLMS[llm], "vocab_size": 300, "pad_token_id": None})
+    base = AutoModelForCausalLM.from_config(text_config)
+    base.save_pretrained(folder / "text")
+    backend = _bpe(["<s>", "</s>"], 300)
+    plain = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    plain.save_pretrained(folder / "text")
+    return base
 
 
 def feature_extractor(encoder: str):

@@ -136,6 +136,18 @@ def is_batch(audio) -> bool:
     return isinstance(audio, (list, tuple)) and not (len(audio) > 0 and isinstance(audio[0], (int, float, np.number)))
 
 
+def one_for_each(prompt: str | list | None, count: int) -> list:
+    """A prompt for each of `count` recordings, from one for all or a list of them.
+
+    Raises:
+        ValueError: for a list of another length.
+    """
+    prompts = [prompt] * count if prompt is None or isinstance(prompt, str) else list(prompt)
+    if len(prompts) != count:
+        raise ValueError(f"Got {len(prompts)} prompts for {count} recordings")
+    return prompts
+
+
 def affine_lengths(length_of, limit: int) -> tuple[int, int]:
     """
     Describe a stack of strided convolutions by two integers: `length_of(n) == max(0, (n + offset) // stride)`.
@@ -407,11 +419,10 @@ class VoxLMProcessor(ProcessorMixin):
             [`BatchFeature`] of torch tensors, padded on the left.
         """
         waveforms = self.load_batch(audio, sampling_rate)
-        prompts = [prompt] * len(waveforms) if prompt is None or isinstance(prompt, str) else list(prompt)
+        prompts = one_for_each(prompt, len(waveforms))
         texts = [text] if isinstance(text, str) else text
-        for name, values in (("prompts", prompts), ("texts", texts)):
-            if values is not None and len(values) != len(waveforms):
-                raise ValueError(f"Got {len(values)} {name} for {len(waveforms)} recordings")
+        if texts is not None and len(texts) != len(waveforms):
+            raise ValueError(f"Got {len(texts)} texts for {len(waveforms)} recordings")
         rendered = [self.render_prompt(item) for item in prompts]
         if texts is None:
             return self(text=rendered, audio=waveforms)

@@ -8,6 +8,7 @@ import torch
 from transformers.utils import ModelOutput, logging
 
 from .alignment_voxlm import decode_spans, spans_to_seconds, word_log_posteriors
+from .processing_voxlm import is_batch, one_for_each
 
 
 logger = logging.get_logger(__name__)
@@ -108,12 +109,8 @@ def transcribe(
     Raises:
         ValueError: for audio that cannot be read; FileNotFoundError for a missing file.
     """
-    from .processing_voxlm import is_batch
-
     waveforms = processor.load_batch(audio, sampling_rate)
-    prompts = [prompt] * len(waveforms) if prompt is None or isinstance(prompt, str) else list(prompt)
-    if len(prompts) != len(waveforms):
-        raise ValueError(f"Got {len(prompts)} prompts for {len(waveforms)} recordings")
+    prompts = one_for_each(prompt, len(waveforms))
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}")
     rate, window_s = processor.sampling_rate, model.config.audio_window_s
