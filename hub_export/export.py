@@ -112,7 +112,7 @@ def split_shards(model: VoxLMForSpeechSeq2Seq, int8: bool) -> dict[str, dict[str
 
 
 def write_weights(model: VoxLMForSpeechSeq2Seq, folder: Path, int8: bool):
-    """Write the shards and their index; the frozen shards come out the same, byte for byte, while the bases are the same."""
+    """Write the shards and their index."""
     weight_map, total = {}, 0
     for file, tensors in split_shards(model, int8).items():
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
