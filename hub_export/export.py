@@ -92,7 +92,9 @@ def split_shards(model: VoxLMForSpeechSeq2Seq, int8: bool) -> dict[str, dict[str
             continue
         key, tensor = name.replace(".base_layer.", "."), tensor.detach().cpu()
         is_matrix = tensor.dim() > 1
-        if name.startswith("encoder."):
+        if not tensor.is_floating_point():
+            files["trained.safetensors"][key] = tensor
+        elif name.startswith("encoder."):
             files["encoder.safetensors"][key] = tensor.half() if is_matrix else tensor.float()
         elif not name.startswith("language_model.") or ".lora_" in name:
             files["trained.safetensors"][key] = tensor.bfloat16() if is_matrix else tensor.float()

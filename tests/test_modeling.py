@@ -146,10 +146,11 @@ def test_token_mixture_of_hand_made_frames():
     tokens = torch.eye(3)
     frames = torch.tensor([[[100.0, 0, 0], [100.0, 0, 0], [0, 100.0, 0], [0, 50.0, 50.0], [0, 100.0, 0]]])
     speech = torch.tensor([[1.0, 1.0, -1.0, 1.0, 1.0]])
-    mixtures, logits = projector.mix_tokens(frames, speech, tokens)
+    mixtures, logits, read = projector.mix_tokens(frames, speech, tokens)
     expected = torch.tensor([[[1.0, 0, 0], [1.0, 0, 0], [0, 0, 0], [0, 0.5, 0.5], [0, 1.0, 0]]])
     torch.testing.assert_close(mixtures, expected)
     assert projector.keep(logits)[0, :4].tolist() == [True, False, False, True]
+    assert read[0, :4].tolist() == [0, -1, -1, 1]
 
 
 def test_loss_is_cross_entropy_of_the_text_from_its_first_token_to_eos():

@@ -42,11 +42,14 @@ class VoxLMAudioOutput(BaseModelOutputWithPooling):
         audio_embeds_mask (`torch.LongTensor` of shape `(batch, projected_frames)`): 1 for real projected frames.
         speech_logits (`torch.Tensor` of shape `(batch, projected_frames)`, *optional*): with a frame gate, the log-odds
             that a frame carries a token of speech.
+        tokens (`torch.LongTensor` of shape `(batch, projected_frames)`, *optional*): where frames are read as tokens, the
+            likeliest token of each frame that the LLM sees, -1 elsewhere: a first transcript.
     """
 
     frame_mask: torch.Tensor | None = None
     audio_embeds_mask: torch.Tensor | None = None
     speech_logits: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None
 
 
 @dataclass
@@ -88,6 +91,9 @@ class VoxLMProjector(nn.Module):
         self.gate = nn.Linear(hidden_size, 1) if self.gate_threshold is not None else None
         # The inverse temperature of the token scores, as a logarithm.
         self.log_scale = nn.Parameter(torch.zeros(())) if config.projector_readout == "token_mixture" else None
+        # The tokens that frames are read as; before training the first ones, for want of a choice.
+        vocab_size = config.projector_vocab_size
+        self.register_buffer("token_ids", None if vocab_size is None else torch.arange(vocab_size))
 
     def forward(self, frames, frame_mask):
         """
@@ -124,16 +130,20 @@ class VoxLMProjector(nn.Module):
 
         Returns:
             mixtures of token embeddings by the softmax of their dot products with each frame, zero for frames that the gate
-            hides; and the gate's log-odds, minus infinity for frames that repeat the token before them.
+            hides; the gate's log-odds, minus infinity for frames that repeat the token before them; and the likeliest
+            tokens `(batch, frames)`, -1 for frames hidden for either reason.
         """
+        if self.token_ids is not None:
+            token_embeddings = token_embeddings[self.token_ids]
         kept = self.keep(speech_logits)
         scores = embeds[kept] @ token_embeddings.to(embeds.dtype).T * self.log_scale.exp()
         mixtures = torch.zeros_like(embeds)
         mixtures[kept] = scores.softmax(-1) @ token_embeddings.to(embeds.dtype)
         tokens = torch.full(kept.shape, -1, device=embeds.device)
-        tokens[kept] = scores.argmax(-1)
+        best = scores.argmax(-1)
+        tokens[kept] = best if self.token_ids is None else self.token_ids[best]
         repeats = nn.functional.pad((tokens[:, 1:] == tokens[:, :-1]) & kept[:, 1:], (1, 0))
-        return mixtures, speech_logits.masked_fill(repeats, -torch.inf)
+        return mixtures, speech_logits.masked_fill(repeats, -torch.inf), tokens.masked_fill(repeats, -1)
 
 
 def encoder_output_lengths(encoder: nn.Module, lengths: torch.Tensor) -> torch.Tensor:
@@ -480,31 +490,32 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
             )
         frames = encoded.last_hidden_state[:, : int(lengths.max())]
         frame_mask = (torch.arange(frames.shape[1], device=lengths.device) < lengths.unsqueeze(1)).long()
-        audio_embeds, audio_embeds_mask, speech_logits = self.project(frames, frame_mask)
-        return VoxLMAudioOutput(
-            last_hidden_state=frames,
-            pooler_output=audio_embeds,
-            hidden_states=encoded.hidden_states,
-            attentions=encoded.attentions,
-            frame_mask=frame_mask,
-            audio_embeds_mask=audio_embeds_mask,
-            speech_logits=speech_logits,
-        )
+        audio = self.project(frames, frame_mask)
+        audio.hidden_states, audio.attentions = encoded.hidden_states, encoded.attentions
+        return audio
 
-    def project(self, frames, frame_mask):
+    def project(self, frames, frame_mask) -> VoxLMAudioOutput:
         """
         Encoder states to what the LLM reads.
 
         Args:
             frames (`torch.Tensor` of shape `(batch, frames, audio_size)`), frame_mask (`(batch, frames)`)
-
-        Returns:
-            embeddings `(batch, projected_frames, text_size)`, their mask, and the gate's log-odds or `None`.
         """
         embeds, mask, speech_logits = self.projector(frames, frame_mask)
+        tokens = None
         if self.config.projector_readout == "token_mixture":
-            embeds, speech_logits = self.projector.mix_tokens(embeds, speech_logits, self.get_input_embeddings().weight)
-        return embeds, mask, speech_logits
+            embeds, speech_logits, tokens = self.projector.mix_tokens(
+                embeds, speech_logits, self.get_input_embeddings().weight
+            )
+            tokens = tokens.masked_fill(mask == 0, -1)
+        return VoxLMAudioOutput(
+            last_hidden_state=frames,
+            pooler_output=embeds,
+            frame_mask=frame_mask,
+            audio_embeds_mask=mask,
+            speech_logits=speech_logits,
+            tokens=tokens,
+        )
 
     def hide_gated_frames(self, input_ids, attention_mask, audio: VoxLMAudioOutput, inputs_embeds=None):
         """`attention_mask` `(batch, length)` with the placeholders of frames below the gate's threshold set to 0."""

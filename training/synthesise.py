@@ -1,0 +1,110 @@
+"""
+Read sentences aloud with many free voices, one drawn for each sentence, as a folder of FLAC files and a manifest.
+
+    python -m training.synthesise SENTENCES.txt OUT [--first N] [--count N] [--seed N] [--workers N]
+
+Needs Debian's packages flite, festival with festvox-us-slt-hts, festvox-kallpc16k and festvox-kdlpc16k, espeak-ng and
+libttspico-utils (non-free section; its own licence is Apache-2.0). The rate varies by the engine's own duration control,
+pitch and vocal-tract length together by resampling. Resumable.
+"""
+
+import argparse
+import json
+import subprocess
+import tempfile
+import xml.sax.saxutils
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+from tqdm import tqdm
+
+from voxlm_hf.processing_voxlm import to_waveform
+
+
+RATE = 16000
+ESPEAK = [f"{accent}+{variant}" for accent in ("en-us", "en-gb") for variant in ("m1", "m3", "m7", "f1", "f2", "f4", "max", "anika", "steph3")]  # fmt: skip
+# engine -> (share of the sentences, its voices)
+VOICES = {
+    "flite": (0.34, ["slt", "slt", "rms", "rms", "awb", "kal16"]),
+    "pico": (0.34, ["en-US", "en-GB"]),
+    "festival": (0.20, ["cmu_us_slt_arctic_hts", "kal_diphone", "ked_diphone"]),
+    "espeak": (0.12, ESPEAK),
+}
+
+
+def command(engine: str, voice: str, text: str, stretch: float, wav: Path) -> tuple[list[str], str]:
+    """The command line that speaks `text` into `wav`, `stretch` times as slowly as usual, and its standard input."""
+    if engine == "flite":
+        return ["flite", "-voice", voice, "--setf", f"duration_stretch={stretch:.3f}", "-t", text, "-o", str(wav)], ""
+    if engine == "pico":
+        speech = f'<speed level="{round(100 / stretch)}">{xml.sax.saxutils.escape(text)}</speed>'
+        return ["pico2wave", "-l", voice, "-w", str(wav), speech], ""
+    if engine == "festival":
+        scheme = f"(begin (voice_{voice}) (Parameter.set 'Duration_Stretch {stretch:.3f}))"
+        return ["text2wave", "-eval", scheme, "-o", str(wav)], text
+    return ["espeak-ng", "-v", voice, "-s", str(round(165 / stretch)), "-w", str(wav), "--stdin"], text
+
+
+def speak(text: str, rng: np.random.Generator) -> tuple[np.ndarray, str]:
+    """
+    One sentence by a voice, rate and pitch drawn from `rng`.
+
+    Returns:
+        the waveform `(samples,)` at 16 kHz, its peak between 0.2 and 0.9, and the voice as "engine/voice".
+
+    Raises:
+        subprocess.CalledProcessError, ValueError: when the engine fails or writes nothing.
+    """
+    engine = rng.choice(list(VOICES), p=[share for share, _ in VOICES.values()])
+    voice = rng.choice(VOICES[engine][1])
+    rate, pitch = rng.uniform(0.8, 1.2), rng.uniform(0.86, 1.2)
+    with tempfile.TemporaryDirectory() as folder:
+        wav = Path(folder) / "speech.wav"
+        line, stdin = command(engine, voice, text, rate * pitch, wav)
+        subprocess.run(line, input=stdin, text=True, check=True, capture_output=True, timeout=60)
+        samples, source_rate = soundfile.read(wav, dtype="float32", always_2d=True)
+    # Resampled as if it had been recorded at `pitch` times its rate: higher, and with a shorter vocal tract.
+    waveform = to_waveform(samples.T, source_rate, source_rate)
+    waveform = soxr.resample(waveform, source_rate * pitch, RATE)
+    return rng.uniform(0.2, 0.9) * waveform / max(1e-6, float(np.abs(waveform).max())), f"{engine}/{voice}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sentences", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--count", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2)
+    arguments = parser.parse_args()
+    (arguments.output / "audio").mkdir(parents=True, exist_ok=True)
+    manifest = arguments.output / "manifest.jsonl"
+    done = {json.loads(line)["id"] for line in manifest.open()} if manifest.exists() else set()
+    last = None if arguments.count is None else arguments.first + arguments.count
+    sentences = list(enumerate(line.strip() for line in arguments.sentences.open()))[arguments.first : last]
+    sentences = [(number, text) for number, text in sentences if text and f"{arguments.seed}-{number:06d}" not in done]
+
+    def make(item):
+        number, text = item
+        name = f"{arguments.seed}-{number:06d}"
+        try:
+            waveform, voice = speak(text, np.random.default_rng([arguments.seed, number]))
+        except (subprocess.SubprocessError, ValueError, soundfile.LibsndfileError) as error:
+            tqdm.write(f"left out: {name}: {error}")
+            return None
+        soundfile.write(arguments.output / "audio" / f"{name}.flac", waveform, RATE)
+        duration = round(len(waveform) / RATE, 4)
+        return {"id": name, "audio": f"audio/{name}.flac", "text": text, "duration": duration, "speaker": voice}
+
+    with manifest.open("a") as rows, ThreadPoolExecutor(arguments.workers) as pool:
+        for row in tqdm(pool.map(make, sentences), total=len(sentences), unit="sentence"):
+            if row:
+                rows.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
