@@ -74,7 +74,7 @@ processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 names = ["1089-134686-0000.flac", "84-121123-0001.flac", "austen-0880.flac"]
 inputs = processor.apply_transcription_request([f"{{data}}/{{name}}" for name in names])
 ids = model.generate(**inputs, max_new_tokens=80)
-texts = processor.batch_decode(ids[:, inputs["input_ids"].shape[1]:])
+texts = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 results = model.transcribe([f"{{data}}/{{name}}" for name in names])
 print(json.dumps({{"type": config.model_type, "missing": sorted(info["missing_keys"]), "generated": texts,
     "unexpected": sorted(info["unexpected_keys"]), "results": list(zip(names, [dict(r) for r in results]))}}))

@@ -209,7 +209,7 @@ def test_special_tokens_are_no_words(processor):
     ids = [0, *tokenizer(" the fox")["input_ids"], tokenizer.convert_tokens_to_ids("<|audio|>"), 2, 1]
     words = processor.split_words(ids)
     assert [word.text for word in words] == ["the", "fox"]
-    assert words[0].tokens[0] == 1 and processor.decode(ids) == " the fox"
+    assert words[0].tokens[0] == 1 and processor.decode_text(ids) == " the fox"
 
 
 def test_split_utf8_at_the_end_is_kept_once(processor):

@@ -1,29 +1,96 @@
-"""Augmentation of waveforms: a simple room, noise, leading and trailing silence."""
+"""
+Augmentation of waveforms for a frozen encoder: speed, gain, noise, a simple room, codecs, silence at both ends.
+
+What is done to a recording is drawn first, as an [`Augmentation`], and then done, so that word times can be moved without
+touching the audio.
+"""
+
+import io
+from dataclasses import asdict, dataclass
 
 import numpy as np
+import soundfile
+import soxr
 from numpy.random import Generator
 
 
-def augment(waveform: np.ndarray, rng: Generator, sampling_rate: int = 16000) -> tuple[np.ndarray, float]:
+# Lossy formats that libsndfile writes and that keep every sample in its place.
+CODECS = {
+    "mp3": {"format": "MP3", "subtype": "MPEG_LAYER_III", "compression_level": 0.99},
+    "vorbis": {"format": "OGG", "subtype": "VORBIS", "compression_level": 0.99},
+    "gsm": {"format": "WAV", "subtype": "GSM610"},
+    "telephone": {"format": "WAV", "subtype": "ULAW"},
+}
+TELEPHONE_RATE = 8000
+
+
+@dataclass(frozen=True)
+class Augmentation:
     """
-    A louder world around a clean recording, each part by chance.
+    What is done to one recording, in this order; the defaults do nothing.
 
     Args:
-        waveform: `(samples,)` float32; rng: source of chance.
-
-    Returns:
-        the waveform as float32, peak at most 1, up to a second longer; and the seconds of silence put before it.
+        speed (`float`): played so many times as fast, pitch and all (Ko et al. 2015).
+        room_s (`float`), room_level (`float`): length of the reverberation in seconds and its energy against the direct sound.
+        snr_db (`float`, *optional*), tilt (`float`): noise at this signal-to-noise ratio; 0 is white, 0.5 pink.
+        lead_s (`float`), tail_s (`float`): seconds of near silence before and after.
+        codec (`str`, *optional*): one of `CODECS`.
+        gain_db (`float`): level afterwards; never above full scale.
+        seed (`int`): of the noise itself.
     """
-    lead_s = 0.0
-    if rng.random() < 0.3:
-        waveform = reverberate(waveform, rng.uniform(0.1, 0.5), rng.uniform(0.1, 0.5), rng, sampling_rate)
-    if rng.random() < 0.6:
-        waveform = add_noise(waveform, rng.uniform(8, 35), rng.choice([0.0, 0.3, 0.5]), rng)
-    if rng.random() < 0.5:
-        edges = [1e-4 * rng.standard_normal(int(rng.uniform(0, sampling_rate / 2))) for _ in range(2)]
+
+    speed: float = 1.0
+    room_s: float = 0.0
+    room_level: float = 0.0
+    snr_db: float | None = None
+    tilt: float = 0.0
+    lead_s: float = 0.0
+    tail_s: float = 0.0
+    codec: str | None = None
+    gain_db: float = 0.0
+    seed: int = 0
+
+    @classmethod
+    def draw(cls, rng: Generator) -> "Augmentation":
+        """A louder world around a clean recording, each part by chance."""
+        has = rng.random(6) < (0.4, 0.3, 0.6, 0.5, 0.4, 0.7)
+        return cls(
+            speed=float(rng.uniform(0.9, 1.1)) if has[0] else 1.0,
+            room_s=float(rng.uniform(0.1, 0.5)) if has[1] else 0.0,
+            room_level=float(rng.uniform(0.1, 0.5)),
+            snr_db=float(rng.uniform(8, 35)) if has[2] else None,
+            tilt=float(rng.choice([0.0, 0.3, 0.5])),
+            lead_s=float(rng.uniform(0, 0.5)) if has[3] else 0.0,
+            tail_s=float(rng.uniform(0, 0.5)) if has[3] else 0.0,
+            codec=str(rng.choice(list(CODECS))) if has[4] else None,
+            gain_db=float(rng.uniform(-20, 6)) if has[5] else 0.0,
+            seed=int(rng.integers(2**31)),
+        )
+
+    @property
+    def key(self) -> str:
+        """The same text for the same augmentation, to name cached features by."""
+        return repr(sorted(asdict(self).items()))
+
+    def move(self, seconds: float) -> float:
+        """Where a moment of the original recording lies in the augmented one, both in seconds."""
+        return seconds / self.speed + self.lead_s
+
+    def __call__(self, waveform: np.ndarray, sampling_rate: int = 16000) -> np.ndarray:
+        """`waveform` `(samples,)` float32, augmented; its peak at most 1."""
+        rng = np.random.default_rng(self.seed)
+        if self.speed != 1.0:
+            waveform = soxr.resample(waveform, sampling_rate * self.speed, sampling_rate)
+        if self.room_s:
+            waveform = reverberate(waveform, self.room_s, self.room_level, rng, sampling_rate)
+        if self.snr_db is not None:
+            waveform = add_noise(waveform, self.snr_db, self.tilt, rng)
+        edges = [1e-4 * rng.standard_normal(int(seconds * sampling_rate)) for seconds in (self.lead_s, self.tail_s)]
         waveform = np.concatenate([edges[0], waveform, edges[1]])
-        lead_s = len(edges[0]) / sampling_rate
-    return (waveform / max(1.0, np.abs(waveform).max())).astype(np.float32), lead_s
+        if self.codec is not None:
+            waveform = through_codec(waveform / max(1.0, np.abs(waveform).max()), self.codec, sampling_rate)
+        waveform = waveform * 10 ** (self.gain_db / 20)
+        return (waveform / max(1.0, np.abs(waveform).max())).astype(np.float32)
 
 
 def reverberate(waveform, decay_s: float, level: float, rng: Generator, sampling_rate: int) -> np.ndarray:
@@ -43,3 +110,37 @@ def add_noise(waveform, snr_db: float, tilt: float, rng: Generator) -> np.ndarra
     noise = np.fft.irfft(spectrum, len(waveform))
     gain = np.sqrt((waveform**2).mean() / max((noise**2).mean(), 1e-12) / 10 ** (snr_db / 10))
     return waveform + gain * noise
+
+
+def through_codec(waveform, codec: str, sampling_rate: int) -> np.ndarray:
+    """Write a waveform in a lossy format and read it back; "telephone" and "gsm" are narrow-band."""
+    narrow = codec in ("telephone", "gsm")
+    rate = TELEPHONE_RATE if narrow else sampling_rate
+    coded = soxr.resample(waveform, sampling_rate, rate) if narrow else waveform
+    file = io.BytesIO()
+    soundfile.write(file, coded, rate, **CODECS[codec])
+    file.seek(0)
+    coded = soundfile.read(file)[0][: len(coded)]
+    return soxr.resample(coded, rate, sampling_rate)[: len(waveform)] if narrow else coded
+
+
+def non_speech(rng: Generator, sampling_rate: int = 16000) -> np.ndarray:
+    """A clip of 0.3 to 12 s without words, to be labelled with nothing: silence, noise, hum, tones, clicks, or a mixture."""
+    size = int(rng.uniform(0.3, 12) * sampling_rate)
+    time_s, waveform = np.arange(size) / sampling_rate, 1e-5 * rng.standard_normal(size)
+    if rng.random() < 0.6:
+        waveform = waveform + add_noise(np.full(size, 1e-3), -20, rng.choice([0.0, 0.3, 0.5, 0.8]), rng)
+    if rng.random() < 0.3:
+        base = rng.choice([50, 60, rng.uniform(80, 300)])
+        waveform = waveform + sum(
+            rng.random() / harmonic * np.sin(2 * np.pi * base * harmonic * time_s) for harmonic in range(1, 8)
+        )
+    if rng.random() < 0.3:
+        for _ in range(rng.integers(1, 12)):  # a tune
+            start, length = rng.integers(size), int(rng.uniform(0.05, 0.8) * sampling_rate)
+            note = time_s[start : start + length]
+            waveform[start : start + length] += np.sin(2 * np.pi * rng.uniform(100, 2000) * note) * np.hanning(len(note))
+    if rng.random() < 0.3:
+        waveform[rng.integers(size, size=rng.integers(1, 20))] += rng.uniform(-1, 1)
+    level = 10 ** rng.uniform(-4, -0.3)
+    return (level * waveform / max(1e-9, np.abs(waveform).max())).astype(np.float32)

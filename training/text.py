@@ -18,3 +18,7 @@ def normalise(text: str) -> str:
 def strip_punctuation(text: str) -> str:
     """Lower case without punctuation, for scoring; apostrophes stay."""
     return " ".join(re.sub(r"[^\w' ]+", " ", text.lower()).split())
+
+
+# What a recipe may do to transcripts, by name.
+NORMALISERS = {"none": str.strip, "lower": normalise}

@@ -517,6 +517,11 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
             tokens=tokens,
         )
 
+    def set_projector_vocabulary(self, token_ids):
+        """Read frames as these tokens of the LLM only (a list of ids); for a new or a trained projector."""
+        self.config.projector_vocab_size = len(token_ids)
+        self.projector.token_ids = torch.tensor(token_ids, device=self.projector.linear_in.weight.device)
+
     def hide_gated_frames(self, input_ids, attention_mask, audio: VoxLMAudioOutput, inputs_embeds=None):
         """`attention_mask` `(batch, length)` with the placeholders of frames below the gate's threshold set to 0."""
         if audio.speech_logits is None:

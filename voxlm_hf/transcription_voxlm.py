@@ -180,7 +180,7 @@ def _transcribe_batch(
     else:
         text = _generate(model, prompt, budgets, generate_kwargs)
     results = [
-        VoxLMTranscription(text=processor.decode(ids).strip(), words=[], duration=duration_s, truncated=not ended)
+        VoxLMTranscription(text=processor.decode_text(ids).strip(), words=[], duration=duration_s, truncated=not ended)
         for ids, ended, duration_s in zip(text.ids, text.ended, durations_s)
     ]
     if with_words and any(text.ids):
@@ -194,7 +194,7 @@ def draft_texts(model, processor, audio) -> list[list[int]]:
     sliding = DynamicCache(config=model.config.text_config).is_sliding
     if audio.tokens is None or any(sliding):
         return [[] for _ in audio.frame_mask]
-    texts = [processor.text_prefix + processor.decode(row[row >= 0]).lstrip() for row in audio.tokens.cpu()]
+    texts = [processor.text_prefix + processor.decode_text(row[row >= 0]).lstrip() for row in audio.tokens.cpu()]
     special = {*processor.tokenizer.all_special_ids, *processor.tokenizer.added_tokens_decoder}
     ids = processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
     return [[token for token in row if token not in special] for row in ids]

@@ -1,0 +1,220 @@
+"""Rows of speech to train or measure on, from manifests, LibriSpeech's folders or `datasets`, through one reader."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from training.augment import non_speech
+from training.text import NORMALISERS
+
+
+@dataclass
+class Row:
+    """
+    One recording and what is said in it.
+
+    Args:
+        id (`str`): unique within its source.
+        audio: a path, or any other kind that `VoxLMProcessor.load_audio` takes.
+        text (`str`): the transcript, normalised; empty for a recording without speech.
+        duration (`float`, *optional*): seconds.
+        words (`list[dict]`, *optional*): `{"word", "start", "end"}` in seconds.
+        speaker (`str`, *optional*)
+    """
+
+    id: str
+    audio: object
+    text: str
+    duration: float | None = None
+    words: list[dict] | None = None
+    speaker: str | None = None
+
+
+@dataclass
+class Report:
+    """What was left out and why: counts by reason, and the first few examples of each."""
+
+    kept: int = 0
+    left_out: Counter = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def leave_out(self, reason: str, what: str):
+        self.left_out[reason] += 1
+        self.examples.setdefault(reason, [])
+        if len(self.examples[reason]) < 3:
+            self.examples[reason].append(what)
+
+    def __str__(self) -> str:
+        lines = [f"{self.kept} recordings kept, {sum(self.left_out.values())} left out"]
+        for reason, count in self.left_out.most_common():
+            lines.append(f"  {count} x {reason}: {'; '.join(self.examples[reason])}")
+        return "\n".join(lines)
+
+
+def manifest_rows(path: Path, report: Report) -> Iterator[dict]:
+    """
+    Rows of a JSONL manifest: "audio" (relative to it) and "text", optionally "duration", "words", "speaker", "id".
+
+    A line that is no JSON object, or lacks a field, is reported and left out.
+    """
+    path = Path(path)
+    with path.open() as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                report.leave_out("not JSON", f"{path}:{number}: {error}")
+                continue
+            missing = [name for name in ("audio", "text") if not isinstance(row, dict) or row.get(name) is None]
+            if missing:
+                report.leave_out(f"no {missing[0]!r}", f"{path}:{number}")
+                continue
+            yield {"id": f"{path.stem}-{number}", **row, "audio": str(path.parent / row["audio"])}
+
+
+def librispeech_rows(folder: Path, report: Report) -> Iterator[dict]:
+    """Rows of LibriSpeech's own layout: SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt beside its .flac files."""
+    folder = Path(folder)
+    transcripts = sorted(folder.rglob("*.trans.txt"))
+    if not transcripts:
+        raise ValueError(f"{folder} has no *.trans.txt below it, so it is not in LibriSpeech's layout")
+    for transcript in transcripts:
+        for line in transcript.read_text().splitlines():
+            name, _, text = line.partition(" ")
+            yield {
+                "id": name,
+                "audio": str(transcript.parent / f"{name}.flac"),
+                "text": text,
+                "speaker": name.split("-")[0],
+            }
+
+
+def dataset_rows(
+    name: str, report: Report, split="train", streaming=False, audio_column="audio", text_column="text", **options
+) -> Iterator[dict]:
+    """
+    Rows of a `datasets` dataset: a Hub name, a folder of audio, or "parquet" with `data_files`.
+
+    Audio stays as bytes or path until it is needed, so no decoder of `datasets` is asked for.
+
+    Args:
+        **options: for `datasets.load_dataset`.
+    """
+    from datasets import Audio, load_dataset
+
+    dataset = load_dataset(name, split=split, streaming=streaming, **options)
+    columns = dataset.column_names or list(next(iter(dataset)))
+    for column in (audio_column, text_column):
+        if column not in columns:
+            raise ValueError(f"The dataset {name} has no column {column!r}; it has {', '.join(columns)}")
+    if isinstance((dataset.features or {}).get(audio_column), Audio):
+        dataset = dataset.cast_column(audio_column, Audio(decode=False))
+    for number, row in enumerate(dataset):
+        kept = {key: row[key] for key in ("duration", "words", "speaker") if key in row}
+        yield {"id": f"{split}-{number}", **kept, "audio": row[audio_column], "text": row[text_column]}
+
+
+def silent_rows(count: int, report: Report, seed: int = 0) -> Iterator[dict]:
+    """Clips without speech, labelled with nothing, so that silence and noise are learnt to mean no words."""
+    for number in range(count):
+        waveform = non_speech(np.random.default_rng([seed, number]))
+        yield {"id": f"silent-{seed}-{number}", "audio": waveform, "text": "", "duration": len(waveform) / 16000}
+
+
+READERS: dict[str, Callable[..., Iterator[dict]]] = {
+    "manifest": manifest_rows,
+    "librispeech": librispeech_rows,
+    "dataset": dataset_rows,
+    "silence": silent_rows,
+}
+
+
+def read_rows(
+    sources: Iterable[dict],
+    normaliser: str = "none",
+    min_s: float = 0.1,
+    max_s: float = 30.0,
+    max_characters: int = 1000,
+    max_characters_per_s: float = 40.0,
+) -> tuple[list[Row], Report]:
+    """
+    All usable rows of some sources, in order.
+
+    Args:
+        sources: each names its kind and place, `{"manifest": PATH}`, `{"librispeech": FOLDER}`, `{"dataset": NAME, ...}` or
+            `{"silence": COUNT}`, with the reader's own options and, for any: "first" and "count" (a slice), "every" (each
+            N-th only), "exclude_speakers" or "only_speakers".
+        normaliser: name in `training.text.NORMALISERS`, applied to transcripts and words.
+        min_s, max_s: shortest and longest recording in seconds; max_characters: longest transcript;
+        max_characters_per_s: more than can be spoken, so text and audio do not belong together.
+
+    Returns:
+        the rows, and the report of what was left out.
+
+    Raises:
+        ValueError: for a source of an unknown kind.
+    """
+    normalise, report, rows = NORMALISERS[normaliser], Report(), []
+    for source in sources:
+        for raw in _slice(source, report):
+            reason = unusable(raw, min_s, max_s, max_characters, max_characters_per_s)
+            if reason:
+                report.leave_out(reason, str(raw["id"]))
+                continue
+            words = [{**word, "word": normalise(word["word"])} for word in raw.get("words") or []]
+            text = normalise(raw["text"])
+            if raw["text"].strip() and not text:
+                report.leave_out("nothing left of the text after normalisation", str(raw["id"]))
+                continue
+            rows.append(
+                Row(str(raw["id"]), raw["audio"], text, raw.get("duration"), words or None, raw.get("speaker"))
+            )
+    report.kept = len(rows)
+    return rows, report
+
+
+def _slice(source: dict, report: Report) -> Iterator[dict]:
+    """The rows of one source that its "first", "count", "every" and speaker options leave."""
+    options = dict(source)
+    kinds = [kind for kind in READERS if kind in options]
+    if len(kinds) != 1:
+        raise ValueError(f"A data source needs exactly one of {', '.join(READERS)}; got keys {sorted(source)}")
+    place = options.pop(kinds[0])
+    first, count, every = options.pop("first", 0), options.pop("count", None), options.pop("every", 1)
+    exclude, only = set(options.pop("exclude_speakers", ())), options.pop("only_speakers", None)
+    for number, row in enumerate(READERS[kinds[0]](place, report=report, **options)):
+        if number < first or (number - first) % every:
+            continue
+        if count is not None and number >= first + count:
+            return
+        if row.get("speaker") in exclude or only is not None and row.get("speaker") not in only:
+            continue
+        yield row
+
+
+def unusable(row: dict, min_s, max_s, max_characters, max_characters_per_s) -> str | None:
+    """Why a raw row cannot be used, or `None`. Fills in "duration" from the file's header where it is not given."""
+    if not isinstance(row["text"], str):
+        return f"the text is {type(row['text']).__name__}, not a string"
+    if not row["text"].strip() and not isinstance(row["audio"], np.ndarray):
+        return "empty text"
+    if row.get("duration") is None and isinstance(row["audio"], str):
+        try:
+            row["duration"] = soundfile.info(row["audio"]).duration
+        except (soundfile.LibsndfileError, OSError) as error:
+            return f"unreadable audio ({type(error).__name__})"
+    duration = row.get("duration")
+    if duration is not None and not min_s <= duration <= max_s:
+        return f"not between {min_s} and {max_s} s long"
+    if len(row["text"]) > max_characters:
+        return f"more than {max_characters} characters"
+    if duration is not None and len(row["text"]) > max_characters_per_s * duration:
+        return f"more than {max_characters_per_s} characters a second"
+    return None
