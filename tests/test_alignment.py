@@ -85,9 +85,9 @@ def test_loss_of_hand_made_posteriors():
     tokens = torch.log(torch.tensor([[[0.1, 0.2], [0.3, 0.1], [0.4, 0.2]]]))
     pause = torch.log(torch.tensor([[0.2, 0.5]]))
     words = torch.tensor([[0, 0, 1]])
-    loss = alignment_loss(tokens, pause, words, torch.tensor([[0, -1]]))
+    loss = alignment_loss(tokens, pause, words, torch.tensor([[0, -1]])).squeeze()
     assert float(loss) == pytest.approx(-(np.log(0.4) + np.log(0.5)) / 2, abs=1e-6)
-    loss = alignment_loss(tokens, pause, words, torch.tensor([[1, -100]]))
+    loss = alignment_loss(tokens, pause, words, torch.tensor([[1, -100]])).squeeze()
     assert float(loss) == pytest.approx(-np.log(0.4), abs=1e-6)
     nothing = torch.full((1, 2), -100)
     for token_words in (words, torch.full((1, 3), -100)):

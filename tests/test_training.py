@@ -1,87 +1,252 @@
-"""The stages that made the shipped checkpoint, at toy size."""
+"""From recordings to a trained model, at toy size."""
 
 import json
+import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from torch.utils.data import ConcatDataset
-from transformers import TrainingArguments
+import yaml
+from transformers import Trainer, TrainingArguments
 
 from tests import tiny
-from training.augment import augment
-from training.evaluate import word_errors
-from training.features import FeatureCache, write_cache
-from training.text import normalise, strip_punctuation
-from training.train import CachedFeaturesTrainer, collate, frame_words
-from training.warm_start import ctc_loss
+from training.augment import Augmentation
+from training.collator import VoxLMCollator, frame_targets
+from training.data import LengthBatchSampler, SpeechDataset, read_rows
+from training.features import FeatureCache, encode_missing
+from training.label_words import match_words, read_ctm, read_textgrid
+from training.pieces import encode_pieces, piece_vocabulary, short_piece_tokenizer
+from training.train import make_dataset, read_recipe, run
+from training.trainer import VoxLMTrainer, leave_out_hidden_frames, prompts_alone
+from training.warm_start import ctc_loss, greedy_wer, warm_start
+from voxlm_hf import VoxLMForSpeechSeq2Seq
+
+
+TEXTS = ["the quick brown fox", "over the lazy dog", "he hoped", "stew for dinner", "turnips and carrots", "the fox"]
+MIXTURE = {
+    "projector_readout": "token_mixture",
+    "frame_gate_threshold": 0.5,
+    "projector_kind": "convnext",
+    "lora_config": {"r": 2},
+}
+
+
+def model(**fields):
+    return tiny.model(**{**MIXTURE, **fields})
 
 
 @pytest.fixture(scope="module")
-def model():
-    return tiny.model(
-        projector_readout="token_mixture", frame_gate_threshold=0.5, projector_kind="convnext", lora_config={"r": 2}
-    )
-
-
-@pytest.fixture
-def cache(model, tmp_path):
+def manifest(tmp_path_factory):
+    """Six short recordings with word times, and a row of every kind that is no good."""
+    folder = tmp_path_factory.mktemp("speech")
     rows = []
-    for number, seconds in enumerate((1.0, 0.5, 0.8)):
-        soundfile.write(tmp_path / f"{number}.wav", tiny.noise(seconds, number), 16000)
-        words = [{"word": "The", "start": 0.1, "end": 0.2}, {"word": "fox.", "start": 0.24, "end": 0.4}]
-        rows.append({"audio": f"{number}.wav", "text": "The fox.", "words": words})
-    (tmp_path / "broken.wav").write_text("no audio")
-    rows.insert(1, {"audio": "broken.wav", "text": "never"})
-    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    write_cache(model, tmp_path / "manifest.jsonl", tmp_path / "cache", seed=None)
-    return FeatureCache(tmp_path / "cache", model.config.audio_hidden_size)
+    for number, text in enumerate(TEXTS):
+        waveform = tiny.noise(0.6 + 0.2 * number, number)
+        soundfile.write(folder / f"{number}.wav", waveform, 16000)
+        words = [
+            {"word": word, "start": 0.1 * place, "end": 0.1 * place + 0.1} for place, word in enumerate(text.split())
+        ]
+        rows.append(
+            {
+                "id": f"r{number}",
+                "audio": f"{number}.wav",
+                "text": text.upper(),
+                "words": words,
+                "speaker": str(number % 2),
+            }
+        )
+    (folder / "broken.wav").write_text("no audio")
+    soundfile.write(folder / "nothing.wav", np.zeros(0), 16000)
+    soundfile.write(folder / "long.wav", np.zeros(40 * 8000, np.int16), 8000)
+    lines = [json.dumps(row) for row in rows]
+    lines += [
+        "{not json",
+        '["a list"]',
+        json.dumps({"audio": "0.wav"}),
+        json.dumps({"audio": "missing.wav", "text": "a"}),
+        json.dumps({"audio": "broken.wav", "text": "a"}),
+        json.dumps({"audio": "nothing.wav", "text": "a"}),
+        json.dumps({"audio": "long.wav", "text": "a"}),
+        json.dumps({"audio": "0.wav", "text": "  "}),
+        json.dumps({"audio": "0.wav", "text": "?!"}),
+        json.dumps({"audio": "0.wav", "text": "a " * 200}),
+        json.dumps({"audio": "0.wav", "text": 5}),
+    ]
+    (folder / "manifest.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "manifest.jsonl"
 
 
-def test_the_cache_holds_what_the_encoder_gives(model, cache):
-    assert [row["audio"] for row in cache.rows] == ["0.wav", "1.wav", "2.wav"], "the broken file is left out"
-    inputs = model.processor.apply_transcription_request(tiny.noise(0.5, 1))
-    audio = model.get_audio_features(inputs["input_features"], inputs["input_features_mask"])
-    torch.testing.assert_close(cache[1]["states"], audio.last_hidden_state[0], atol=2e-3, rtol=2e-3)
-    assert cache[1]["text"] == "the fox"
+def test_bad_rows_are_reported_and_left_out(manifest):
+    rows, report = read_rows([{"manifest": manifest}], "lower")
+    assert [row.text for row in rows] == TEXTS and report.kept == 6
+    assert rows[1].words[0] == {"word": "over", "start": 0.0, "end": 0.1}
+    assert rows[0].duration == pytest.approx(0.6)
+    assert sum(report.left_out.values()) == 11
+    for reason in ("not JSON", "no 'audio'", "no 'text'", "unreadable audio", "s long", "empty text", "after normalisation",
+                   "characters a second", "not a string"):  # fmt: skip
+        assert reason in str(report), reason
 
 
-def test_frame_targets_follow_the_word_times(cache):
-    target = frame_words(cache[0], 0.02)
-    expected = [-1] * 5 + [0] * 5 + [-1] * 2 + [1] * 8 + [-1] * 30
-    assert target.tolist() == expected
-    assert set(frame_words({**cache[0], "text": "another text"}, 0.02).tolist()) == {-100}
+def test_slices_and_speakers(manifest):
+    rows, _ = read_rows([{"manifest": manifest, "exclude_speakers": ["1"]}], "lower")
+    assert [row.id for row in rows] == ["r0", "r2", "r4"] and [row.place[1] for row in rows] == [0, 2, 4]
+    rows, _ = read_rows([{"manifest": manifest, "only_speakers": ["1"], "count": 4}, {"silence": 2}], "lower")
+    assert [row.id for row in rows[:2]] == ["r1", "r3"] and [row.text for row in rows[2:]] == ["", ""]
+    rows, _ = read_rows([{"manifest": manifest, "first": 1, "count": 4, "every": 2}], "lower")
+    assert [row.id for row in rows] == ["r1", "r3"]
+    with pytest.raises(ValueError, match="exactly one of manifest"):
+        read_rows([{"manifests": manifest}])
 
 
-def test_training_moves_what_should_move(model, cache, tmp_path):
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with torch.no_grad():
-        model.projector.gate.bias.fill_(5.0)
-    trainer = CachedFeaturesTrainer(
-        model=model,
-        args=TrainingArguments(
-            output_dir=str(tmp_path / "runs"),
-            max_steps=2,
-            per_device_train_batch_size=2,
-            learning_rate=1e-2,
-            remove_unused_columns=False,
-            use_cpu=True,
-            report_to=[],
-            save_strategy="no",
-            logging_steps=1,
-            disable_tqdm=True,
-        ),
-        train_dataset=ConcatDataset([cache]),
-        data_collator=lambda rows: collate(rows, model.processor.frame_s),
-        processor=model.processor,
+def test_librispeech_layout(tmp_path):
+    chapter = tmp_path / "84" / "121123"
+    chapter.mkdir(parents=True)
+    soundfile.write(chapter / "84-121123-0000.flac", tiny.noise(1.0), 16000)
+    (chapter / "84-121123.trans.txt").write_text("84-121123-0000 GO DO YOU HEAR\n84-121123-0001 NO SUCH FILE\n")
+    rows, report = read_rows([{"librispeech": tmp_path}], "lower")
+    assert [(row.id, row.text, row.speaker) for row in rows] == [("84-121123-0000", "go do you hear", "84")]
+    assert "84-121123-0001" in str(report)
+    with pytest.raises(ValueError, match="trans.txt"):
+        read_rows([{"librispeech": tmp_path / "84" / "nothing"}])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_datasets_from_parquet(tmp_path, manifest, streaming):
+    from datasets import Audio, Dataset
+
+    paths = [str(manifest.parent / f"{number}.wav") for number in range(3)]
+    dataset = Dataset.from_dict({"audio": paths, "sentence": TEXTS[:3]}).cast_column("audio", Audio(decode=False))
+    dataset.to_parquet(tmp_path / "speech.parquet")
+    source = {
+        "dataset": "parquet",
+        "data_files": str(tmp_path / "speech.parquet"),
+        "text_column": "sentence",
+        "streaming": streaming,
+        "cache_dir": str(tmp_path / "cache"),
+    }
+    rows, _ = read_rows([source], "lower")
+    assert [row.text for row in rows] == TEXTS[:3]
+    waveform = tiny.model().processor.load_audio(rows[1].audio)
+    assert len(waveform) == pytest.approx(0.8 * 16000)
+    with pytest.raises(ValueError, match="no column 'text'"):
+        read_rows([{**source, "text_column": "text"}])
+
+
+def test_augmentation_is_reproducible_and_moves_word_times_with_the_audio():
+    clip = 0.001 * tiny.noise(1.0)
+    clip[8000] = 1.0
+    seen = set()
+    for seed in range(60):
+        augmentation = Augmentation.draw(np.random.default_rng(seed))
+        waveform = augmentation(clip)
+        assert np.array_equal(waveform, augmentation(clip)) and np.abs(waveform).max() <= 1
+        assert abs(int(np.abs(waveform).argmax()) / 16000 - augmentation.move(0.5)) < 0.002, augmentation
+        assert len(waveform) == pytest.approx(
+            16000 * (1 / augmentation.speed + augmentation.lead_s + augmentation.tail_s), abs=2
+        )
+        seen.add(augmentation.codec)
+    assert seen == {None, "mp3", "vorbis", "gsm", "telephone"}
+    np.testing.assert_array_equal(Augmentation()(clip), clip)
+
+
+def test_the_cache_holds_what_the_encoder_gives_and_encodes_nothing_twice(tmp_path, manifest, monkeypatch):
+    toy = model()
+    rows, report = read_rows([{"manifest": manifest}, {"silence": 1}], "lower")
+    (manifest.parent / "broken.wav").touch()
+    rows[2].audio = str(manifest.parent / "broken.wav")
+    plain = [Augmentation()] * len(rows)
+    keys = encode_missing(toy, toy.processor, rows, plain, FeatureCache(tmp_path), report)
+    assert keys[2] is None and "broken.wav" in str(report)
+    cache = FeatureCache(tmp_path)
+    inputs = toy.processor.apply_transcription_request(tiny.noise(0.8, 1))
+    audio = toy.get_audio_features(inputs["input_features"], inputs["input_features_mask"])
+    torch.testing.assert_close(cache[keys[1]], audio.last_hidden_state[0], atol=2e-3, rtol=2e-3)
+    assert cache.frames(keys[1]) == audio.last_hidden_state.shape[1]
+
+    calls = []
+    encode = toy.get_audio_features
+    monkeypatch.setattr(toy, "get_audio_features", lambda **inputs: calls.append(1) or encode(**inputs))
+    assert encode_missing(toy, toy.processor, rows, plain, cache, report) == keys and not calls
+    louder = [Augmentation(gain_db=-6.0)] * len(rows)
+    assert not set(encode_missing(toy, toy.processor, rows, louder, cache, report)) & set(keys[:2]) and calls
+    other = tiny.model()
+    torch.nn.init.normal_(other.encoder.conv1.weight)
+    assert not set(encode_missing(other, toy.processor, rows, plain, cache, report)) & set(keys[:2])
+
+
+def test_batches_are_capped_cover_everything_and_differ_by_epoch():
+    lengths = np.random.default_rng(0).integers(10, 300, size=1000).tolist()
+    sampler = LengthBatchSampler(lengths, 1000, seed=1)
+    first = list(sampler)
+    assert sorted(index for batch in first for index in batch) == list(range(1000))
+    assert max(len(batch) * max(lengths[index] for index in batch) for batch in first) <= 1000
+    padded = sum(len(batch) * max(lengths[index] for index in batch) for batch in first)
+    assert padded < 1.1 * sum(lengths)
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    sampler.set_epoch(0)
+    assert list(sampler) == first
+    assert len(LengthBatchSampler(lengths, 1000, multiple=7)) % 7 == 0
+
+
+def test_words_are_matched_by_alignment_not_by_position():
+    assert match_words("the colour of it".split(), "the color of of it".split()) in (
+        [0, 1, 2, None, 3],
+        [0, 1, None, 2, 3],
     )
-    trainer.train()
-    logs = trainer.state.log_history
-    assert all(np.isfinite(log["lm_loss"]) and np.isfinite(log["alignment_loss"]) for log in logs if "lm_loss" in log)
-    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert any(".lora_B." in name for name in moved) and any(name.startswith("alignment.") for name in moved)
-    assert not any(".base_layer." in name or name.startswith("encoder.") for name in moved)
+    assert match_words(["a", "b"], []) == [] and match_words([], ["a"]) == [None]
+
+
+def test_frame_targets():
+    timed = [{"word": "the", "start": 0.1, "end": 0.2}, {"word": "old", "start": 0.2, "end": 0.24}, {"word": "fox", "start": 0.3, "end": 0.4}]  # fmt: skip
+    target = frame_targets(timed, ["the", "fox"], 0.02).tolist()
+    assert target[:20] == [-1] * 5 + [0] * 5 + [-100] * 2 + [-1] * 3 + [1] * 5
+    assert target[20:] == [-1] * 50
+    assert frame_targets(None, ["the"], 0.02).tolist() == [-100]
+
+
+def test_ctm_and_textgrid(tmp_path):
+    (tmp_path / "a.ctm").write_text(";; comment\nrec1 1 0.50 0.25 hello 0.99\nrec1 1 0.80 0.20 world\n")
+    assert read_ctm(tmp_path / "a.ctm") == {
+        "rec1": [{"word": "hello", "start": 0.5, "end": 0.75}, {"word": "world", "start": 0.8, "end": 1.0}]
+    }
+    (tmp_path / "bad.ctm").write_text("rec1 1 0.5\n")
+    with pytest.raises(ValueError, match="bad.ctm:1"):
+        read_ctm(tmp_path / "bad.ctm")
+    intervals = "".join(
+        f'        intervals [{number}]:\n            xmin = {start}\n            xmax = {end}\n            text = "{word}"\n'
+        for number, (start, end, word) in enumerate(
+            [(0, 0.5, ""), (0.5, 0.75, "hello"), (0.75, 1, "spn"), (1, 1.5, "world")], 1
+        )
+    )
+    (tmp_path / "a.TextGrid").write_text(
+        'File type = "ooTextFile"\nObject class = "TextGrid"\n\nitem []:\n    item [1]:\n        class = "IntervalTier"\n'
+        f'        name = "words"\n        xmin = 0\n        xmax = 1.5\n        intervals: size = 4\n{intervals}'
+    )
+    assert [word["word"] for word in read_textgrid(tmp_path / "a.TextGrid")] == ["hello", "world"]
+    assert read_textgrid(tmp_path / "a.TextGrid")[1] == {"word": "world", "start": 1.0, "end": 1.5}
+    with pytest.raises(ValueError, match="its tiers are 'words'"):
+        read_textgrid(tmp_path / "a.TextGrid", tier="phones")
+
+
+def test_pieces_spell_every_text_with_the_llms_own_ids():
+    tokenizer = tiny.tokenizer()
+    pieces = short_piece_tokenizer(tokenizer, 5)
+    for text in TEXTS:
+        ids = encode_pieces(pieces, text)
+        assert tokenizer.decode(ids) == " " + text
+        assert len(ids) > len(tokenizer(" " + text, add_special_tokens=False)["input_ids"])
+    vocabulary = piece_vocabulary(pieces, TEXTS, at_least=1)
+    assert (
+        set(vocabulary) == {token for text in TEXTS for token in encode_pieces(pieces, text)} and len(vocabulary) < 60
+    )
+    with pytest.raises(ValueError, match="Unigram"):
+        from tokenizers import Tokenizer, models
+
+        unigram = Tokenizer(models.Unigram([("a", 0.0)]))
+        short_piece_tokenizer(SimpleNamespace(backend_tokenizer=unigram), 5)
 
 
 def test_ctc_loss_against_the_library_on_the_same_distribution():
@@ -104,26 +269,242 @@ def test_ctc_loss_against_the_library_on_the_same_distribution():
     assert float(loss) == pytest.approx(float(expected) / 8, rel=1e-5)
 
 
-def test_augmentation_is_reproducible_and_says_how_far_it_shifts():
-    clip = np.zeros(16000, np.float32)
-    clip[8000] = 1.0
-    leads = []
-    for seed in range(20):
-        waveform, lead_s = augment(clip, np.random.default_rng(seed))
-        again, _ = augment(clip, np.random.default_rng(seed))
-        assert np.array_equal(waveform, again) and np.abs(waveform).max() <= 1
-        assert abs(int(np.abs(waveform).argmax()) - 8000 - round(lead_s * 16000)) <= 1
-        leads.append(lead_s)
-    assert min(leads) == 0 and max(leads) > 0.1
+class Rows(list):
+    """A list that can have attributes."""
 
 
-def test_normalisation():
-    assert normalise("Mr. Brown’s well-known “hat”—lost!") == "mister brown's well known hat lost"
-    assert normalise("'Tis Dr. O'Neill's") == "tis doctor o'neill's"
-    assert strip_punctuation("Hello, World! It's 5.") == "hello world it's 5"
+def tones():
+    """Encoder states that say which of three words is spoken, as anything that learns at all must learn to read them."""
+    torch.manual_seed(0)
+    words, directions = ["fox", "dog", "stew"], 3 * torch.randn(3, 16)
+    rows = []
+    for number in range(30):
+        chosen = np.random.default_rng(number).permutation(3)
+        states = torch.cat([directions[word].repeat(32, 1) for word in chosen] + [torch.zeros(12, 16)])
+        rows.append(
+            {"states": states + 0.1 * torch.randn_like(states), "text": " ".join(words[word] for word in chosen)}
+        )
+    dataset = Rows(rows)
+    dataset.lengths, dataset.texts = [len(row["states"]) for row in rows], [row["text"] for row in rows]
+    return rows, dataset
 
 
-def test_word_errors_are_pooled():
-    result = word_errors(["a b c", "d"], ["a x c", ""])
-    assert (result.substitutions, result.deletions, result.insertions) == (1, 1, 0)
-    assert result.wer == pytest.approx(2 / 4)
+def test_the_warm_start_learns_to_read():
+    rows, dataset = tones()
+    toy = model(projector_hidden_size=64)
+    before = greedy_wer(toy, toy.processor, rows)
+    warm_start(
+        toy, toy.processor, dataset, rows[:10], merges=5, steps=400, learning_rate=5e-3, noise=0.1, frames_per_batch=600
+    )
+    assert before > 0.9 and greedy_wer(toy, toy.processor, rows) < 0.3
+    assert toy.config.projector_vocab_size == len(toy.projector.token_ids) < 60
+    with pytest.raises(ValueError, match="frame_gate_threshold"):
+        warm_start(tiny.model(), toy.processor, dataset, [])
+
+
+def cached(toy, manifest, folder):
+    return make_dataset(toy, [{"manifest": manifest}], normaliser="lower", cache=folder)
+
+
+def test_cached_and_fresh_features_give_the_same_loss(tmp_path, manifest):
+    toy = model()
+    fresh, kept = make_dataset(toy, [{"manifest": manifest}], normaliser="lower"), cached(toy, manifest, tmp_path)
+    collate = VoxLMCollator(toy.processor)
+    with torch.no_grad():
+        losses = [toy(**collate([dataset[index] for index in range(6)])) for dataset in (fresh, kept)]
+    assert float(losses[0].loss) == pytest.approx(float(losses[1].loss), abs=2e-3)
+    assert float(losses[0].alignment_loss) == pytest.approx(float(losses[1].alignment_loss), abs=2e-3)
+    assert len(fresh.lengths) == len(kept.lengths)
+    assert all(abs(one - other) <= 1 for one, other in zip(fresh.lengths, kept.lengths))
+
+
+def test_leaving_out_hidden_frames_changes_no_loss(tmp_path, manifest):
+    toy, kept = model(), None
+    kept = cached(toy, manifest, tmp_path)
+    batch = VoxLMCollator(toy.processor)([kept[index] for index in range(6)])
+    short = leave_out_hidden_frames(toy, batch)
+    assert short["input_ids"].shape[1] < batch["input_ids"].shape[1]
+    with torch.no_grad():
+        whole, packed = toy(**batch), toy(**short)
+    assert float(whole.loss) == pytest.approx(float(packed.loss), abs=1e-5)
+    assert float(whole.alignment_loss) == pytest.approx(float(packed.alignment_loss), abs=1e-5)
+
+
+def test_prompts_alone_are_those_of_inference(manifest):
+    toy = model()
+    rows, _ = read_rows([{"manifest": manifest}], "lower")
+    dataset = SpeechDataset(rows, toy.processor)
+    prompt = prompts_alone(VoxLMCollator(toy.processor)([dataset[0], dataset[5]]), toy.config.pad_token_id)
+    inputs = toy.processor.apply_transcription_request([rows[0].audio, rows[5].audio])
+    assert torch.equal(prompt["input_ids"], inputs["input_ids"])
+    assert torch.equal(prompt["attention_mask"], inputs["attention_mask"])
+
+
+def trainer(toy, dataset, folder, **arguments):
+    own = {
+        "seconds_per_batch": arguments.pop("seconds_per_batch", 2.5),
+        "state_noise": arguments.pop("state_noise", 0.5),
+    }
+    defaults = {"max_steps": 4, "learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "no", "report_to": []}
+    settings = {**defaults, **arguments}
+    return VoxLMTrainer(
+        model=toy,
+        args=TrainingArguments(
+            output_dir=str(folder), remove_unused_columns=False, use_cpu=True, disable_tqdm=True, **settings
+        ),
+        train_dataset=dataset,
+        eval_dataset=dataset,
+        data_collator=VoxLMCollator(toy.processor),
+        processor=toy.processor,
+        max_new_tokens=5,
+        **own,
+    )
+
+
+def losses_of(made):
+    return [log["loss"] for log in made.state.log_history if "loss" in log]
+
+
+def test_training_moves_what_should_move_and_evaluates(tmp_path, manifest):
+    toy = model()
+    dataset = cached(toy, manifest, tmp_path / "cache")
+    before = {name: tensor.clone() for name, tensor in toy.state_dict().items()}
+    made = trainer(toy, dataset, tmp_path, eval_strategy="steps", eval_steps=4)
+    made.train()
+    moved = {name for name, tensor in toy.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert any(".lora_B." in name for name in moved) and any(name.startswith("alignment.") for name in moved)
+    assert not any(".base_layer." in name or name.startswith("encoder.") for name in moved)
+    logs = [log for log in made.state.log_history if "loss" in log]
+    assert all(math.isfinite(log["loss"]) and 0 < log["alignment_loss"] < log["loss"] for log in logs)
+    (scores,) = [log for log in made.state.log_history if "eval_wer" in log]
+    assert scores["eval_wer"] > 0.5 and scores["eval_cer"] > 0.3 and 0 <= scores["eval_end_of_speech_rate"] <= 1
+
+
+def test_a_killed_run_resumes_to_the_same_losses(tmp_path, manifest):
+    """Six steps in one go against three, a new process's worth of objects, and the last three; only trained weights are kept."""
+    state = model().state_dict()
+
+    def fresh():
+        toy = model()
+        toy.load_state_dict(state)
+        return toy, cached(toy, manifest, tmp_path / "cache")
+
+    straight = trainer(*fresh(), tmp_path / "straight", max_steps=6, seed=3)
+    straight.train()
+    first = trainer(*fresh(), tmp_path / "killed", max_steps=6, seed=3, save_strategy="steps", save_steps=2)
+    first.add_callback(type("Kill", (type(first.callback_handler.callbacks[0]),), {"on_step_end": _kill_after_three})())
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    toy, dataset = fresh()
+    second = trainer(toy, dataset, tmp_path / "killed", max_steps=6, seed=3)
+    second.train(resume_from_checkpoint=str(tmp_path / "killed" / "checkpoint-2"))
+    assert losses_of(second) == losses_of(straight)
+    stored = {name for file in (tmp_path / "killed" / "checkpoint-2").glob("*.safetensors") for name in _names(file)}
+    assert stored and all(".lora_" in name or name.startswith(("projector.", "alignment.")) for name in stored)
+
+
+def _kill_after_three(self, arguments, state, control, **kwargs):
+    if state.global_step == 3:
+        raise KeyboardInterrupt
+
+
+def _names(file):
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as tensors:
+        return list(tensors.keys())
+
+
+def test_gradient_accumulation_gives_the_same_loss(tmp_path, manifest):
+    """The whole data in one batch against batches of one row, accumulated."""
+    state = model().state_dict()
+    found = []
+    for seconds, steps in ((1000, 1), (0.5, 6)):
+        toy = model()
+        toy.load_state_dict(state)
+        dataset = cached(toy, manifest, tmp_path / "cache")
+        made = trainer(
+            toy,
+            dataset,
+            tmp_path,
+            seconds_per_batch=seconds,
+            gradient_accumulation_steps=steps,
+            max_steps=1,
+            state_noise=0,
+        )
+        made.train()
+        found.append((losses_of(made)[0], toy.alignment.state_proj.weight.detach().clone()))
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-4)
+
+
+def test_a_users_own_script_with_plain_trainer(tmp_path, manifest):
+    """No class of ours but the model and the collator; audio straight from the files."""
+    toy = tiny.model(lora_config={"r": 2})
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()[:6]]
+    data = [{"audio": str(manifest.parent / row["audio"]), "text": row["text"].lower()} for row in rows]
+    plain = Trainer(
+        model=toy,
+        args=TrainingArguments(
+            output_dir=str(tmp_path),
+            remove_unused_columns=False,
+            per_device_train_batch_size=2,
+            max_steps=8,
+            learning_rate=1e-2,
+            logging_steps=1,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+        ),
+        train_dataset=data,
+        data_collator=VoxLMCollator(toy.processor),
+    )
+    plain.train()
+    losses = losses_of(plain)
+    assert losses[-1] < losses[0]
+
+
+def test_a_recipe_runs_all_stages_resumes_and_its_model_loads(tmp_path, manifest, capsys):
+    toy = model()
+    toy.save_pretrained(tmp_path / "base")
+    toy.processor.save_pretrained(tmp_path / "base")
+    recipe = {
+        "model": str(tmp_path / "base"),
+        "output": str(tmp_path / "out"),
+        "data": {"normaliser": "lower", "augment": True, "copies": 2, "cache": str(tmp_path / "features"),
+                 "train": [{"manifest": str(manifest)}, {"silence": 1}], "dev": [{"manifest": str(manifest), "count": 2}]},
+        "stages": [
+            {"kind": "warm_start", "merges": 5, "steps": 2, "eval_steps": 1},
+            {"kind": "transcription", "parts": ["lora"], "seconds_per_batch": 4, "max_steps": 2, "max_new_tokens": 3, "eval_steps": 2},
+            {"kind": "alignment", "parts": ["alignment"], "seconds_per_batch": 4, "max_steps": 9},
+        ],
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    recipe = read_recipe(tmp_path / "recipe.yaml", ["stages.2.max_steps=2", "seed=5"])
+    assert recipe["stages"][2]["max_steps"] == 2 and recipe["seed"] == 5
+    final = run(recipe)
+    shown = capsys.readouterr().out
+    assert "left out" in shown and "trained:" in shown
+    trained = VoxLMForSpeechSeq2Seq.from_pretrained(final)
+    assert trained.config.projector_vocab_size == len(trained.projector.token_ids)
+    (tmp_path / "out" / "3-alignment" / "trained.safetensors").unlink()
+    again = VoxLMForSpeechSeq2Seq.from_pretrained(run(recipe))
+    assert capsys.readouterr().out.count("finished before") == 2
+    for (name, one), other in zip(trained.state_dict().items(), again.state_dict().values()):
+        if not name.startswith("alignment."):
+            assert torch.equal(one, other), name
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [("stages.7.steps=1", "no place"), ("no_equals", "form key"), ("extra=1", "Unknown keys in the recipe: extra")],
+)
+def test_bad_overrides(tmp_path, override, message):
+    (tmp_path / "recipe.yaml").write_text("model: a\noutput: b\ndata: {}\nstages: []\n")
+    with pytest.raises(ValueError, match=message):
+        read_recipe(tmp_path / "recipe.yaml", [override])
+
+
+def test_unknown_stages_are_refused():
+    with pytest.raises(ValueError, match="'dance'"):
+        run({"model": "a", "output": "b", "data": {}, "stages": [{"kind": "dance"}]})

@@ -139,7 +139,9 @@ def non_speech(rng: Generator, sampling_rate: int = 16000) -> np.ndarray:
         for _ in range(rng.integers(1, 12)):  # a tune
             start, length = rng.integers(size), int(rng.uniform(0.05, 0.8) * sampling_rate)
             note = time_s[start : start + length]
-            waveform[start : start + length] += np.sin(2 * np.pi * rng.uniform(100, 2000) * note) * np.hanning(len(note))
+            waveform[start : start + length] += np.sin(2 * np.pi * rng.uniform(100, 2000) * note) * np.hanning(
+                len(note)
+            )
     if rng.random() < 0.3:
         waveform[rng.integers(size, size=rng.integers(1, 20))] += rng.uniform(-1, 1)
     level = 10 ** rng.uniform(-4, -0.3)

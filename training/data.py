@@ -1,5 +1,6 @@
 """Rows of speech to train or measure on, from manifests, LibriSpeech's folders or `datasets`, through one reader."""
 
+import functools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -8,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
+import torch
 
-from training.augment import non_speech
+from training.augment import Augmentation, non_speech
 from training.text import NORMALISERS
 
 
@@ -25,6 +27,7 @@ class Row:
         duration (`float`, *optional*): seconds.
         words (`list[dict]`, *optional*): `{"word", "start", "end"}` in seconds.
         speaker (`str`, *optional*)
+        place (`tuple[int, int]`): number of its source and its own number there, whoever else is left out.
     """
 
     id: str
@@ -33,6 +36,7 @@ class Row:
     duration: float | None = None
     words: list[dict] | None = None
     speaker: str | None = None
+    place: tuple[int, int] = (0, 0)
 
 
 @dataclass
@@ -162,8 +166,8 @@ def read_rows(
         ValueError: for a source of an unknown kind.
     """
     normalise, report, rows = NORMALISERS[normaliser], Report(), []
-    for source in sources:
-        for raw in _slice(source, report):
+    for source_number, source in enumerate(sources):
+        for number, raw in _slice(source, report):
             reason = unusable(raw, min_s, max_s, max_characters, max_characters_per_s)
             if reason:
                 report.leave_out(reason, str(raw["id"]))
@@ -174,14 +178,22 @@ def read_rows(
                 report.leave_out("nothing left of the text after normalisation", str(raw["id"]))
                 continue
             rows.append(
-                Row(str(raw["id"]), raw["audio"], text, raw.get("duration"), words or None, raw.get("speaker"))
+                Row(
+                    id=str(raw["id"]),
+                    audio=raw["audio"],
+                    text=text,
+                    duration=raw.get("duration"),
+                    words=words or None,
+                    speaker=raw.get("speaker"),
+                    place=(source_number, number),
+                )
             )
     report.kept = len(rows)
     return rows, report
 
 
-def _slice(source: dict, report: Report) -> Iterator[dict]:
-    """The rows of one source that its "first", "count", "every" and speaker options leave."""
+def _slice(source: dict, report: Report) -> Iterator[tuple[int, dict]]:
+    """The rows of one source that its "first", "count", "every" and speaker options leave, each with its number."""
     options = dict(source)
     kinds = [kind for kind in READERS if kind in options]
     if len(kinds) != 1:
@@ -196,7 +208,7 @@ def _slice(source: dict, report: Report) -> Iterator[dict]:
             return
         if row.get("speaker") in exclude or only is not None and row.get("speaker") not in only:
             continue
-        yield row
+        yield (number - first) // every, row
 
 
 def unusable(row: dict, min_s, max_s, max_characters, max_characters_per_s) -> str | None:
@@ -218,3 +230,99 @@ def unusable(row: dict, min_s, max_s, max_characters, max_characters_per_s) -> s
     if duration is not None and len(row["text"]) > max_characters_per_s * duration:
         return f"more than {max_characters_per_s} characters a second"
     return None
+
+
+class SpeechDataset(torch.utils.data.Dataset):
+    """
+    Rows ready for [`VoxLMCollator`]: "audio" (augmented waveform) or "states" (from a [`FeatureCache`]), "text", "words" moved
+    with the augmentation.
+
+    Args:
+        rows (`list[Row]`), processor ([`VoxLMProcessor`])
+        augmentations (`list[Augmentation]`, *optional*): one for each row; the same in every epoch, so that a cache can hold
+            what the encoder made of it. More variety comes from more copies of the rows.
+        cache ([`FeatureCache`], *optional*), keys (`list[str]`): where the encoder states of each row are.
+    """
+
+    def __init__(self, rows: list[Row], processor, augmentations=None, cache=None, keys=None):
+        self.rows, self.processor, self.cache, self.keys = rows, processor, cache, keys
+        self.augmentations = augmentations or [Augmentation()] * len(rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def texts(self) -> list[str]:
+        """The transcripts, in order."""
+        return [row.text for row in self.rows]
+
+    @functools.cached_property
+    def lengths(self) -> list[int]:
+        """Encoder frames of each row, about: from the cache, or from its duration."""
+        if self.cache is not None:
+            return [self.cache.frames(key) for key in self.keys]
+        seconds = [
+            augmentation.move(row.duration or 10.0) + augmentation.tail_s
+            for row, augmentation in zip(self.rows, self.augmentations)
+        ]
+        return [max(1, round(item / self.processor.frame_s)) for item in seconds]
+
+    def __getitem__(self, index: int) -> dict:
+        row, augmentation = self.rows[index], self.augmentations[index]
+        item = {"text": row.text}
+        if row.words:
+            item["words"] = [
+                {**word, "start": augmentation.move(word["start"]), "end": augmentation.move(word["end"])}
+                for word in row.words
+            ]
+        if self.cache is not None:
+            return {**item, "states": self.cache[self.keys[index]]}
+        return {**item, "audio": augmentation(self.processor.load_audio(row.audio), self.processor.sampling_rate)}
+
+
+def length_batches(lengths: dict[int, int], limit: float) -> list[list[int]]:
+    """
+    Group items of like length so that each group, padded to its longest, stays within `limit`.
+
+    Args:
+        lengths: item -> length; limit: in the same unit. An item longer than the limit is a group of its own.
+    """
+    batches: list[list[int]] = []
+    for item in sorted(lengths, key=lengths.get):
+        if batches and (len(batches[-1]) + 1) * lengths[item] <= limit:
+            batches[-1].append(item)
+        else:
+            batches.append([item])
+    return batches
+
+
+class LengthBatchSampler(torch.utils.data.Sampler):
+    """
+    Batches of rows of like length, capped by their padded length and not by their number; shuffled anew each epoch.
+
+    Args:
+        lengths (`list[int]`): of each row; limit (`float`): the most that a batch may add up to, padding included.
+        seed (`int`): of the order. pool (`int`): rows that are sorted among each other.
+        multiple (`int`): the number of batches is cut to a multiple of this, the number of processes.
+    """
+
+    def __init__(self, lengths: list[int], limit: float, seed: int = 0, pool: int = 512, multiple: int = 1):
+        self.lengths, self.limit, self.seed, self.pool, self.multiple = lengths, limit, seed, pool, multiple
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int):
+        """Draw the order of an epoch; called by accelerate's data loader."""
+        rng = np.random.default_rng([self.seed, epoch])
+        order = rng.permutation(len(self.lengths)).tolist()
+        self.batches = []
+        for first in range(0, len(order), self.pool):
+            pool = {index: self.lengths[index] for index in order[first : first + self.pool]}
+            batches = length_batches(pool, self.limit)
+            self.batches += [batches[place] for place in rng.permutation(len(batches))]
+        self.batches = self.batches[: len(self.batches) // self.multiple * self.multiple]
+
+    def __iter__(self):
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from training.augment import Augmentation
-from training.data import Report, Row
+from training.data import Report, Row, length_batches
 from voxlm_hf.processing_voxlm import read_audio
 
 
@@ -71,7 +71,7 @@ def audio_key(audio) -> str:
     """A name for a recording: of a file its path, size and time of change, of anything else its content."""
     if isinstance(audio, (str, os.PathLike)):
         status = os.stat(audio)
-        content = f"{os.path.abspath(audio)}|{status.st_size}|{status.st_mtime_ns}".encode()
+        content = f"{os.path.realpath(audio)}|{status.st_size}|{status.st_mtime_ns}".encode()
     elif isinstance(audio, dict) and audio.get("bytes") is not None:
         content = audio["bytes"]
     else:
@@ -133,7 +133,9 @@ def encode_missing(
                 continue
             waveforms[number] = waveform
         states = {}
-        for batch in length_batches({n: len(w) for n, w in waveforms.items()}, seconds_per_batch * processor.sampling_rate):
+        for batch in length_batches(
+            {n: len(w) for n, w in waveforms.items()}, seconds_per_batch * processor.sampling_rate
+        ):
             inputs, _ = processor._process_audio([waveforms[number] for number in batch])
             audio = model.get_audio_features(**inputs)
             for number, frames, mask in zip(batch, audio.last_hidden_state, audio.frame_mask):
@@ -141,19 +143,3 @@ def encode_missing(
         if states:
             cache.add(states)
     return keys
-
-
-def length_batches(lengths: dict[int, int], limit: float) -> list[list[int]]:
-    """
-    Group items of like length so that each group, padded to its longest, stays within `limit`.
-
-    Args:
-        lengths: item -> length; limit: in the same unit. An item longer than the limit is a group of its own.
-    """
-    batches: list[list[int]] = []
-    for item in sorted(lengths, key=lengths.get):
-        if batches and (len(batches[-1]) + 1) * lengths[item] <= limit:
-            batches[-1].append(item)
-        else:
-            batches.append([item])
-    return batches

@@ -1,162 +1,220 @@
-"""Train LoRA and the alignment head on cached encoder states with transformers' Trainer."""
+"""
+Train a model by a recipe: `voxlm-train RECIPE.yaml [key.subkey=value ...]`.
+
+Killed and started again, it goes on: finished stages are read from the output folder, the one under way resumes from its last
+checkpoint. `training/README.md` has a tutorial, `training/recipes` the recipes.
+"""
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import ConcatDataset
-from transformers import Trainer, TrainingArguments
-from transformers.trainer_pt_utils import LengthGroupedSampler
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
-from training.features import FeatureCache
-from training.text import normalise
+from training.augment import Augmentation
+from training.collator import VoxLMCollator
+from training.data import SpeechDataset, read_rows
+from training.features import FeatureCache, encode_missing
+from training.trainer import VoxLMTrainer, trained_share
+from training.warm_start import warm_start
 from voxlm_hf import VoxLMForSpeechSeq2Seq
-from voxlm_hf.alignment_voxlm import alignment_loss
 
 
-class CachedFeaturesTrainer(Trainer):
+def read_recipe(path: Path, overrides: list[str]) -> dict:
     """
-    [`Trainer`] on rows of a [`FeatureCache`]: states are disturbed, projected, gated and given to the model as `audio_embeds`.
+    A recipe from YAML, with values replaced by `key.subkey=value`; numbers index lists, values are YAML.
 
-    Frames that the projector's gate rejects are left out here instead of masked, which is the same to the model and a
-    third of the work.
+    Raises:
+        ValueError: for an override without "=" or of a place that the recipe does not have.
+    """
+    recipe = yaml.safe_load(Path(path).read_text())
+    for override in overrides:
+        name, equals, value = override.partition("=")
+        if not equals:
+            raise ValueError(f"An override has the form key.subkey=value, got {override!r}")
+        *parents, last = [int(part) if part.isdigit() else part for part in name.split(".")]
+        place = recipe
+        try:
+            for part in parents:
+                place = place[part]
+            place[last] = yaml.safe_load(value)
+        except (KeyError, IndexError, TypeError):
+            raise ValueError(f"The recipe has no place {name!r} to set") from None
+    unknown = set(recipe) - {"model", "output", "seed", "data", "stages"}
+    if unknown:
+        raise ValueError(f"Unknown keys in the recipe: {', '.join(sorted(unknown))}")
+    return recipe
+
+
+def make_model(source: str | dict) -> VoxLMForSpeechSeq2Seq:
+    """A model to train: a checkpoint by Hub id or folder, or the arguments of `from_base_models`."""
+    if isinstance(source, dict):
+        return VoxLMForSpeechSeq2Seq.from_base_models(**source)
+    model = VoxLMForSpeechSeq2Seq.from_pretrained(source)
+    model.get_processor()
+    return model
+
+
+def make_dataset(
+    model,
+    sources: list[dict],
+    augment: bool = False,
+    copies: int = 1,
+    cache: str | None = None,
+    seed: int = 0,
+    **filters,
+) -> SpeechDataset:
+    """
+    The rows of `sources` as a dataset; prints what was left out.
 
     Args:
-        processor: of the model.
-        noise (`float`): largest standard deviation of the noise on the encoder states (each row draws its own), so that the
-            LLM sees the projector err as it does on recordings it was not trained on.
+        augment (`bool`): change each recording by chance, `copies` times in as many ways.
+        cache (`str`, *optional*): folder in which to keep encoder states.
+        **filters: of `training.data.read_rows`.
     """
-
-    def __init__(self, *args, processor, noise: float = 1.2, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.processor, self.noise = processor, noise
-        self.logged: dict[str, list[float]] = {}
-
-    def _get_train_sampler(self, train_dataset=None):
-        lengths = [row["frames"] for cache in self.train_dataset.datasets for row in cache.rows]
-        return LengthGroupedSampler(self.args.train_batch_size, lengths=lengths)
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        states, mask = inputs["states"], inputs["mask"]
-        if model.training:
-            strength = self.noise * torch.rand(len(states), 1, 1)
-            states = states + strength * torch.randn_like(states)
-        audio_embeds, audio_mask, speech_logits = model.project(states, mask)
-        keep = audio_mask.bool()
-        if speech_logits is not None:
-            keep &= model.projector.keep(speech_logits)
-        token = self.processor.audio_token
-        prompt = self.processor.render_prompt()
-        prompts = [prompt.replace(token, token * int(count)) for count in keep.sum(1)]
-        batch = self.processor.training_ids(prompts, inputs["texts"])
-        num_text = int((batch["labels"] != -100).sum(1).max())
-        kept = [row[flags] for row, flags in zip(audio_embeds, keep)]
-        outputs = model(
-            **batch,
-            audio_embeds=pad_sequence(kept, batch_first=True),
-            audio_embeds_mask=pad_sequence([torch.ones(len(row), dtype=torch.long) for row in kept], batch_first=True),
-            logits_to_keep=num_text + 1,
-            output_hidden_states=True,
-            use_cache=False,
-        )
-        loss = outputs.loss
-        self.logged.setdefault("lm_loss", []).append(float(loss.detach()))
-        if "frame_words" in inputs:
-            text_ids = batch["input_ids"][:, -num_text:]
-            is_text = batch["labels"][:, -num_text:] != -100
-            token_words = torch.full_like(text_ids, -100)
-            for row, flags in enumerate(is_text):
-                first = int(flags.int().argmax())
-                for number, word in enumerate(self.processor.split_words(text_ids[row, first:].tolist())):
-                    token_words[row, [first + position for position in word.tokens]] = number
-            text_states = outputs.hidden_states[-1][:, -num_text - 1 : -1].detach()
-            scores = model.alignment(text_states, model.get_input_embeddings()(text_ids), states, mask)
-            times = alignment_loss(*scores, token_words, inputs["frame_words"])
-            self.logged.setdefault("alignment_loss", []).append(float(times.detach()))
-            loss = loss + times
-        return (loss, outputs) if return_outputs else loss
-
-    def log(self, logs, *args, **kwargs):
-        logs.update({name: round(sum(values) / len(values), 4) for name, values in self.logged.items() if values})
-        self.logged = {}
-        super().log(logs, *args, **kwargs)
+    rows, report = read_rows(sources, **filters)
+    # By the row's place, so that leaving some out changes nothing for the others (and nothing is encoded anew).
+    seeds = [[seed + row.place[0], row.place[1]] + ([copy] if copy else []) for copy in range(copies) for row in rows]
+    rows = rows * copies
+    changes = [Augmentation.draw(np.random.default_rng(numbers)) if augment else Augmentation() for numbers in seeds]
+    store, keys = None, None
+    if cache is not None:
+        store = FeatureCache(cache)
+        keys = encode_missing(model, model.processor, rows, changes, store, report)
+        kept = [number for number, key in enumerate(keys) if key is not None]
+        rows, changes, keys = ([items[number] for number in kept] for items in (rows, changes, keys))
+        report.kept = len(rows)
+    print(report)
+    if not rows:
+        raise ValueError("No recording is left to use; see the report above")
+    return SpeechDataset(rows, model.processor, changes, store, keys)
 
 
-def frame_words(row: dict, frame_s: float) -> torch.Tensor:
-    """
-    For each encoder frame the number of the word spoken in it, -1 in a pause; -100 everywhere without word times.
-
-    Word times whose words differ from the transcript are not used: positions would be guesses.
-    """
-    target = torch.full((row["frames"],), -100)
-    words = [(text, word) for word in row.get("words") or [] for text in normalise(word["word"]).split()]
-    if not words or [text for text, _ in words] != row["text"].split():
-        return target
-    target[:] = -1
-    for number, (_, word) in enumerate(words):
-        target[round(word["start"] / frame_s) : round(word["end"] / frame_s)] = number
-    return target
-
-
-def collate(rows: list[dict], frame_s: float) -> dict:
-    """Rows of a [`FeatureCache`] to padded states, their mask, texts and frame targets."""
+def trained_state(model) -> dict[str, torch.Tensor]:
+    """All of the model that training may change: projector, alignment head, LoRA."""
     return {
-        "states": pad_sequence([row["states"] for row in rows], batch_first=True),
-        "mask": pad_sequence([torch.ones(row["frames"], dtype=torch.long) for row in rows], batch_first=True),
-        "frame_words": pad_sequence([frame_words(row, frame_s) for row in rows], batch_first=True, padding_value=-100),
-        "texts": [row["text"] for row in rows],
+        name: tensor.contiguous()
+        for name, tensor in model.state_dict().items()
+        if name.startswith(("projector.", "alignment.")) or ".lora_" in name
     }
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True, help="checkpoint to start from")
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--caches", type=Path, nargs="+", required=True, help="feature caches, without suffix")
-    parser.add_argument("--max-steps", type=int, default=700)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=6e-4)
-    parser.add_argument("--train-projector", action="store_true")
-    parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+def run_warm_start(model, train: SpeechDataset, dev: SpeechDataset | None, folder: Path, seed: int, **options):
+    """The stage of kind "warm_start"; its options are those of `training.warm_start.warm_start`."""
+    for parameter in model.projector.parameters():
+        parameter.requires_grad_(True)
+    dev_rows = [dev[index] for index in range(min(100, len(dev)))] if dev else []
+    warm_start(model, model.processor, train, dev_rows, **options)
 
-    model = VoxLMForSpeechSeq2Seq.from_pretrained(arguments.model)
-    processor = model.get_processor()
-    model.projector.requires_grad_(arguments.train_projector)
-    encoder, model.encoder = model.encoder, torch.nn.Identity()  # the states are cached
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    print(f"trained: {trained:,} of {sum(parameter.numel() for parameter in model.parameters()):,} parameters")
-    dataset = ConcatDataset([FeatureCache(cache, model.config.audio_hidden_size) for cache in arguments.caches])
-    trainer = CachedFeaturesTrainer(
-        model=model,
-        args=TrainingArguments(
-            output_dir=str(arguments.output / "runs"),
-            max_steps=arguments.max_steps,
-            per_device_train_batch_size=arguments.batch_size,
-            learning_rate=arguments.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=arguments.max_steps // 20,
-            weight_decay=0.0,
-            logging_steps=20,
-            save_strategy="no",
-            remove_unused_columns=False,
-            bf16=arguments.bf16,
-            use_cpu=not torch.cuda.is_available(),
-            seed=arguments.seed,
-            report_to=[],
-        ),
-        train_dataset=dataset,
-        data_collator=lambda rows: collate(rows, processor.frame_s),
-        processor=processor,
+
+def run_trainer(model, train: SpeechDataset, dev: SpeechDataset | None, folder: Path, seed: int, **options):
+    """
+    A stage of kind "transcription" or "alignment".
+
+    Args:
+        options: "parts" (of "projector", "lora", "alignment": what is trained), those of [`VoxLMTrainer`] and, all others,
+            of [`TrainingArguments`].
+    """
+    parts = options.pop("parts")
+    prefixes = {"projector": "projector.", "alignment": "alignment.", "lora": ".lora_"}
+    unknown = set(parts) - set(prefixes)
+    if unknown:
+        raise ValueError(f"Unknown parts {sorted(unknown)}; known are {sorted(prefixes)}")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(prefixes[part] in name for part in parts))
+    print(trained_share(model))
+    own = {
+        name: options.pop(name) for name in ("seconds_per_batch", "state_noise", "max_new_tokens") if name in options
+    }
+    defaults = {
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 100,
+        "weight_decay": 0.0,
+        "logging_steps": 20,
+        "save_steps": 200,
+        "save_total_limit": 2,
+        "eval_strategy": "steps" if dev else "no",
+        "eval_steps": 200,
+        "per_device_eval_batch_size": 8,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "report_to": ["tensorboard"],
+        "use_cpu": not torch.cuda.is_available(),
+    }
+    arguments = TrainingArguments(
+        output_dir=str(folder), remove_unused_columns=False, seed=seed, **{**defaults, **options}
     )
-    trainer.train()
-    model.encoder = encoder
-    model.save_pretrained(arguments.output)
-    processor.save_pretrained(arguments.output)
-    (arguments.output / "log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
+    trainer = VoxLMTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=dev,
+        data_collator=VoxLMCollator(model.processor),
+        processor=model.processor,
+        **own,
+    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
+    (folder / "log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
+
+
+STAGES: dict[str, Callable] = {"warm_start": run_warm_start, "transcription": run_trainer, "alignment": run_trainer}
+
+
+def run(recipe: dict) -> Path:
+    """
+    Run all stages of a recipe that are not finished yet.
+
+    Returns:
+        the folder of the trained model, OUTPUT/final.
+
+    Raises:
+        ValueError: for an unknown stage, or no usable recording.
+    """
+    unknown = [stage.get("kind") for stage in recipe["stages"] if stage.get("kind") not in STAGES]
+    if unknown:
+        raise ValueError(f"Unknown kind of stage {unknown[0]!r}; known are {', '.join(STAGES)}")
+    output, seed = Path(recipe["output"]), recipe.get("seed", 0)
+    set_seed(seed)
+    model = make_model(recipe["model"])
+    data = dict(recipe["data"])
+    train_sources, dev_sources = data.pop("train"), data.pop("dev", None)
+    train = make_dataset(model, train_sources, seed=seed, **data)
+    dev = None
+    if dev_sources:
+        dev = make_dataset(model, dev_sources, **{**data, "augment": False, "copies": 1})
+    for number, stage in enumerate(recipe["stages"], 1):
+        options = dict(stage)
+        kind = options.pop("kind")
+        folder = output / f"{number}-{kind}"
+        result = folder / "trained.safetensors"
+        if result.exists():
+            print(f"stage {number}, {kind}: finished before")
+            state = load_file(result)
+            if "projector.token_ids" in state:
+                model.set_projector_vocabulary(state["projector.token_ids"].tolist())
+            model.load_state_dict(state, strict=False)
+            continue
+        print(f"stage {number}, {kind}")
+        folder.mkdir(parents=True, exist_ok=True)
+        set_seed(seed)
+        STAGES[kind](model, train, dev, folder, seed, **options)
+        save_file(trained_state(model), result)
+    model.save_pretrained(output / "final")
+    model.processor.save_pretrained(output / "final")
+    return output / "final"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("overrides", nargs="*", help="key.subkey=value, read as YAML")
+    arguments = parser.parse_args()
+    print("the trained model:", run(read_recipe(arguments.recipe, arguments.overrides)))
 
 
 if __name__ == "__main__":

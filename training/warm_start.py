@@ -7,7 +7,6 @@ which: a piece's score is the dot product of its embedding with the output (`tra
 
 import math
 import random
-from collections.abc import Iterator
 
 import jiwer
 import torch
@@ -15,7 +14,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from training.features import length_batches
+from training.data import LengthBatchSampler
 from training.pieces import encode_pieces, piece_vocabulary, short_piece_tokenizer
 
 
@@ -50,16 +49,6 @@ def disturb(frames: torch.Tensor, noise: float) -> torch.Tensor:
         start, width = random.randrange(len(frames)), random.randint(1, 12)
         frames[start : start + width] = 0
     return frames
-
-
-def epoch(lengths: list[int], frames_per_batch: int, pool: int = 512) -> Iterator[list[int]]:
-    """Indices of all rows in batches of like length, shuffled by `random`."""
-    order = list(range(len(lengths)))
-    random.shuffle(order)
-    for first in range(0, len(order), pool):
-        batches = length_batches({index: lengths[index] for index in order[first : first + pool]}, frames_per_batch)
-        random.shuffle(batches)
-        yield from batches
 
 
 @torch.no_grad()
@@ -115,19 +104,19 @@ def warm_start(
         raise ValueError("The warm start trains the frame gate as CTC's blank: set `frame_gate_threshold`")
     pieces = choose_pieces(model, processor, dataset.texts, merges)
     place = {token: index for index, token in enumerate(model.projector.token_ids.tolist())}
-    targets = [
-        [place[token] for token in encode_pieces(pieces, text) if token in place] for text in dataset.texts
-    ]
+    targets = [[place[token] for token in encode_pieces(pieces, text) if token in place] for text in dataset.texts]
     embeddings = model.get_input_embeddings().weight.detach()
     if float(model.projector.log_scale) == 0.0:  # untrained
         model.projector.log_scale.data.fill_(math.log(20 / embeddings.norm(dim=1).mean() ** 2))
     optimizer = torch.optim.AdamW(model.projector.parameters(), learning_rate, (0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / 200) * (0.02 + 0.49 * (1 + math.cos(math.pi * min(1, step / steps))))
+        optimizer,
+        lambda step: min(1, (step + 1) / 200) * (0.02 + 0.49 * (1 + math.cos(math.pi * min(1, step / steps)))),
     )
+    batches = LengthBatchSampler(dataset.lengths, frames_per_batch)
     step, progress = 0, tqdm(total=steps, desc="CTC", unit="step")
     while step < steps:
-        for batch in epoch(dataset.lengths, frames_per_batch):
+        for batch in batches:
             states = [disturb(dataset[index]["states"], noise) for index in batch]
             mask = pad_sequence([torch.ones(len(frames), dtype=torch.long) for frames in states], batch_first=True)
             with torch.autocast("cpu", torch.bfloat16):
@@ -153,3 +142,4 @@ def warm_start(
                     on_eval(step)
             if step == steps:
                 break
+        batches.set_epoch(step)

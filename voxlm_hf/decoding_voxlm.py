@@ -139,7 +139,9 @@ def greedy_decode(model, prompt: dict, budgets: list[int], drafts: list[list[int
     return DecodedText(
         ids=ids,
         ended=ended,
-        states=_pad([torch.cat(row) if row else torch.zeros(0, model.config.text_config.hidden_size) for row in states]),
+        states=_pad(
+            [torch.cat(row) if row else torch.zeros(0, model.config.text_config.hidden_size) for row in states]
+        ),
         logprobs=_pad([torch.cat(row) if row else torch.zeros(0) for row in logprobs]),
     )
 

@@ -17,7 +17,7 @@ from transformers.utils import can_return_tuple, is_peft_available
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .alignment_voxlm import VoxLMAlignmentHead
+from .alignment_voxlm import VoxLMAlignmentHead, alignment_loss
 from .configuration_voxlm import DEFAULT_LORA, VoxLMConfig, preset_bases
 
 
@@ -54,9 +54,16 @@ class VoxLMAudioOutput(BaseModelOutputWithPooling):
 
 @dataclass
 class VoxLMCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """[`CausalLMOutputWithPast`] plus the audio side: `audio` is a [`VoxLMAudioOutput`] when this pass encoded audio."""
+    """
+    [`CausalLMOutputWithPast`] plus the audio side.
+
+    Args:
+        audio ([`VoxLMAudioOutput`], *optional*): when this pass had audio to project.
+        alignment_loss (`torch.Tensor`, *optional*): the alignment head's part of `loss`, when word times were given.
+    """
 
     audio: VoxLMAudioOutput | None = None
+    alignment_loss: torch.Tensor | None = None
 
 
 class VoxLMConvNeXtBlock(nn.Module):
@@ -564,9 +571,13 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        audio_states: torch.Tensor | None = None,
+        audio_states_mask: torch.Tensor | None = None,
         audio_embeds: torch.Tensor | None = None,
         audio_embeds_mask: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
+        token_words: torch.LongTensor | None = None,
+        frame_words: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
@@ -576,17 +587,29 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
             input_ids (`torch.LongTensor` of shape `(batch, length)`): prompt with one placeholder per projected frame.
             input_features, input_features_mask, input_values, input_values_mask: see [`get_audio_features`].
             attention_mask (`torch.Tensor` of shape `(batch, length)`): 0 for padding, on either side.
+            audio_states (`torch.Tensor` of shape `(batch, frames, audio_size)`), audio_states_mask: encoder states computed
+                before, instead of features.
             audio_embeds (`torch.Tensor` of shape `(batch, projected_frames, text_size)`), audio_embeds_mask: audio that
-                `get_audio_features` has encoded, instead of features.
+                `get_audio_features` has encoded and projected, instead of features.
             labels (`torch.LongTensor` of shape `(batch, length)`): -100 where no loss is wanted; not shifted.
+            token_words (`torch.LongTensor` of shape `(batch, length)`): with `labels`, the number of the word that each token
+                of `input_ids` belongs to, -100 for those of none.
+            frame_words (`torch.LongTensor` of shape `(batch, frames)`): the word spoken in each encoder frame, -1 in a pause,
+                -100 where that is not known. Adds the alignment head's loss to `loss`; only the head learns from it.
             logits_to_keep (`int`): compute the logits (and the loss) of the last positions only.
 
         Raises:
             ValueError: when placeholders and projected frames differ in number.
         """
         audio = None
-        if input_features is not None or input_values is not None:
+        if audio_states is not None and audio_embeds is not None:
+            # Projected already: the states are for the alignment head.
+            audio = VoxLMAudioOutput(last_hidden_state=audio_states, frame_mask=audio_states_mask)
+        elif audio_states is not None:
+            audio = self.project(audio_states, audio_states_mask)
+        elif input_features is not None or input_values is not None:
             audio = self.get_audio_features(input_features, input_features_mask, input_values, input_values_mask)
+        if audio is not None and audio_embeds is None:
             audio_embeds, audio_embeds_mask = audio.pooler_output, audio.audio_embeds_mask
             attention_mask = self.hide_gated_frames(input_ids, attention_mask, audio, inputs_embeds)
         if inputs_embeds is None:
@@ -610,14 +633,20 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
+            **({"output_hidden_states": True} if frame_words is not None else {}),
             **{key: value for key, value in kwargs.items() if key != "num_items_in_batch"},
         )
-        loss = None
+        loss, loss_of_times = None, None
         if labels is not None:
             kept = labels[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else labels[:, logits_to_keep]
             loss = self.loss_function(
                 logits=outputs.logits, labels=kept, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
+            if frame_words is not None:
+                loss_of_times = self._alignment_loss(
+                    outputs.hidden_states[-1], input_ids, labels, token_words, frame_words, audio, **kwargs
+                )
+                loss = loss + loss_of_times
         return VoxLMCausalLMOutputWithPast(
             loss=loss,
             logits=outputs.logits,
@@ -625,7 +654,25 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             audio=audio,
+            alignment_loss=loss_of_times,
         )
+
+    def _alignment_loss(
+        self, hidden_states, input_ids, labels, token_words, frame_words, audio, num_items_in_batch=None, **kwargs
+    ):
+        """
+        The head's loss, each row weighted by its text tokens as in the LLM's loss, so that both add up in the same way over
+        the parts of a batch.
+        """
+        # Only the columns that hold text somewhere; the state before a token is the one that predicted it.
+        first = max(1, int((token_words != -100).any(0).int().argmax()))
+        scores = self.align_scores(hidden_states[:, first - 1 : -1].detach(), input_ids[:, first:], audio)
+        # Nothing is known of frames behind the last target, nor of padding.
+        frame_words = nn.functional.pad(frame_words, (0, scores[1].shape[1] - frame_words.shape[1]), value=-100)
+        frame_words = frame_words.masked_fill(audio.frame_mask == 0, -100)
+        losses = alignment_loss(*scores, token_words[:, first:], frame_words)
+        weights = (labels != -100).sum(-1)
+        return (losses * weights).sum() / (weights.sum() if num_items_in_batch is None else num_items_in_batch)
 
     @torch.no_grad()
     def generate(self, inputs=None, *args, **kwargs):
@@ -639,9 +686,10 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
             return self.transcribe(inputs, *args, **kwargs)
         names = ("input_features", "input_features_mask", "input_values", "input_values_mask")
         features = {name: kwargs.pop(name) for name in names if kwargs.get(name) is not None}
-        if "input_features" in features or "input_values" in features:
+        states, states_mask = kwargs.pop("audio_states", None), kwargs.pop("audio_states_mask", None)
+        if states is not None or "input_features" in features or "input_values" in features:
             input_ids = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else inputs
-            audio = self.get_audio_features(**features)
+            audio = self.get_audio_features(**features) if features else self.project(states, states_mask)
             kwargs["audio_embeds"], kwargs["audio_embeds_mask"] = audio.pooler_output, audio.audio_embeds_mask
             if input_ids is not None:
                 attention_mask = self.hide_gated_frames(input_ids, kwargs.get("attention_mask"), audio)

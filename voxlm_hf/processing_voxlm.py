@@ -271,6 +271,11 @@ class VoxLMProcessor(ProcessorMixin):
         return self.samples_per_frame / self.sampling_rate
 
     @property
+    def frames_per_token(self) -> int:
+        """Encoder frames per placeholder, the projector's stride."""
+        return self.audio_token_stride * self.samples_per_feature // self.samples_per_frame
+
+    @property
     def feature_name(self) -> str:
         """`input_features` or `input_values`, whichever the encoder takes."""
         return self.feature_extractor.model_input_names[0]

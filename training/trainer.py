@@ -1,0 +1,181 @@
+"""[`VoxLMTrainer`]: what transcription and alignment need beyond transformers' Trainer."""
+
+import jiwer
+import numpy as np
+import torch
+from accelerate.utils import DistributedType
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.trainer_utils import EvalPrediction
+
+from training.data import LengthBatchSampler
+
+
+def trained_share(model) -> str:
+    """A plain summary of what is trained: parameters by part, and their share of all."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    lines = []
+    for name, part in model.named_children():
+        trained = sum(parameter.numel() for parameter in part.parameters() if parameter.requires_grad)
+        if trained:
+            lines.append(f"  {name}: {trained:,} of {sum(parameter.numel() for parameter in part.parameters()):,}")
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return f"trained: {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %)\n" + "\n".join(lines)
+
+
+def leave_out_hidden_frames(model, inputs: dict) -> dict:
+    """
+    The same batch without the placeholders of frames that the projector's gate hides: a third of the work, the same loss.
+
+    Args:
+        inputs: of the model's `forward`, with `labels` and `audio_states`.
+    """
+    audio = model.project(inputs["audio_states"], inputs["audio_states_mask"])
+    keep = audio.audio_embeds_mask.bool() & model.projector.keep(audio.speech_logits)
+    seen = inputs["attention_mask"].bool()
+    placeholders = inputs["input_ids"] == model.config.audio_token_id
+    seen[placeholders] = keep[audio.audio_embeds_mask.bool()]
+    fill = {"input_ids": model.config.pad_token_id, "attention_mask": 0, "labels": -100, "token_words": -100}
+    packed = {
+        name: pad_sequence(
+            [row[flags] for row, flags in zip(inputs[name], seen)],
+            batch_first=True,
+            padding_value=value,
+            padding_side="left",
+        )
+        for name, value in fill.items()
+        if name in inputs
+    }
+    kept = [row[flags] for row, flags in zip(audio.pooler_output, keep)]
+    masks = [torch.ones(len(row), dtype=torch.long, device=row.device) for row in kept]
+    return {
+        **inputs,
+        **packed,
+        "audio_embeds": pad_sequence(kept, batch_first=True),
+        "audio_embeds_mask": pad_sequence(masks, batch_first=True),
+    }
+
+
+def prompts_alone(inputs: dict, pad_token_id: int) -> dict:
+    """`input_ids` and `attention_mask` of a training batch without the answers, padded on the left."""
+    is_prompt = inputs["attention_mask"].bool() & (inputs["labels"] == -100)
+    rows = [ids[flags] for ids, flags in zip(inputs["input_ids"], is_prompt)]
+    masks = [torch.ones_like(row) for row in rows]
+    pad = {"batch_first": True, "padding_side": "left"}
+    return {
+        "input_ids": pad_sequence(rows, padding_value=pad_token_id, **pad),
+        "attention_mask": pad_sequence(masks, **pad),
+    }
+
+
+class VoxLMTrainer(Trainer):
+    """
+    [`Trainer`] for [`VoxLMForSpeechSeq2Seq`] on a [`SpeechDataset`] with a [`VoxLMCollator`].
+
+    Batches are capped by seconds of audio; checkpoints hold only what is trained; evaluation writes the text from the prompt
+    alone and reports WER, CER and the share of texts that end by themselves.
+
+    Args:
+        processor ([`VoxLMProcessor`]): of the model.
+        seconds_per_batch (`float`): audio in one batch of one process, padding included; in the place of
+            `per_device_train_batch_size`.
+        state_noise (`float`): largest standard deviation of noise on the encoder states while training (each row draws its
+            own), so that the LLM sees the projector err as it does on recordings it was not trained on.
+        max_new_tokens (`int`): budget of a text in evaluation.
+    """
+
+    def __init__(self, *args, processor, seconds_per_batch: float, state_noise=0.0, max_new_tokens=200, **kwargs):
+        self.processor, self.seconds_per_batch = processor, seconds_per_batch
+        self.max_new_tokens, self.logged = max_new_tokens, {}
+        super().__init__(*args, compute_metrics=kwargs.pop("compute_metrics", self.text_metrics), **kwargs)
+        if state_noise:
+            self.model.projector.register_forward_pre_hook(
+                lambda projector, inputs: disturb(projector, inputs, state_noise)
+            )
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of like length, of at most `seconds_per_batch`."""
+        sampler = LengthBatchSampler(
+            self.train_dataset.lengths,
+            self.seconds_per_batch / self.processor.frame_s,
+            self.args.seed,
+            multiple=self.args.world_size,
+        )
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        self.accelerator.even_batches = False
+        return self.accelerator.prepare(loader)
+
+    def _save_checkpoint(self, model, trial):
+        """Checkpoints to resume from leave out what is frozen; a model that is saved otherwise is whole."""
+        frozen = [
+            name.replace(".base_layer.", ".")
+            for name, parameter in self.model.named_parameters(remove_duplicate=False)
+            if not parameter.requires_grad
+        ]
+        self.model._keys_to_ignore_on_save = frozen
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.model._keys_to_ignore_on_save = None
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        alone = self.accelerator.distributed_type == DistributedType.NO
+        if alone and "audio_states" in inputs and model.projector.gate is not None:
+            inputs = leave_out_hidden_frames(model, inputs)
+        if model.training:
+            # Logits only where there is text, which stands at the end of every row.
+            first = int((inputs["labels"] != -100).any(0).int().argmax())
+            inputs = {**inputs, "logits_to_keep": inputs["labels"].shape[1] - first + 1, "use_cache": False}
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if outputs.alignment_loss is not None:
+            self.logged.setdefault("alignment_loss", []).append(float(outputs.alignment_loss.detach()))
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs, *args, **kwargs):
+        logs.update({name: round(sum(values) / len(values), 4) for name, values in self.logged.items()})
+        self.logged = {}
+        super().log(logs, *args, **kwargs)
+
+    @torch.no_grad()
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Loss of the reference text, and the text that the model writes from the prompt alone."""
+        inputs = self._prepare_inputs(inputs)
+        loss = self.compute_loss(model, inputs).detach()
+        if prediction_loss_only:
+            return loss, None, None
+        unwrapped = self.accelerator.unwrap_model(model)
+        prompt = prompts_alone(inputs, unwrapped.config.pad_token_id)
+        names = ("input_features", "input_values", "audio_states")
+        audio = {name: value for name, value in inputs.items() if name.removesuffix("_mask") in names}
+        ids = unwrapped.generate(**prompt, **audio, max_new_tokens=self.max_new_tokens, do_sample=False)
+        return loss, ids[:, prompt["input_ids"].shape[1] :], inputs["labels"]
+
+    def text_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        """Pooled word and character error rates and the share of texts that end with eos, of ids padded with -100."""
+        texts, references = (self._decode(ids) for ids in (prediction.predictions, prediction.label_ids))
+        stops = self.model.generation_config.eos_token_id
+        ended = np.isin(prediction.predictions, np.atleast_1d(stops)).any(-1).mean()
+        return {
+            "wer": jiwer.wer(references, texts),
+            "cer": jiwer.cer(references, texts),
+            "end_of_speech_rate": float(ended),
+        }
+
+    def _decode(self, ids: np.ndarray) -> list[str]:
+        return [self.processor.decode_text(row[row >= 0].tolist()).strip() for row in ids]
+
+
+def disturb(projector, inputs: tuple, noise: float) -> tuple | None:
+    """Forward pre-hook of the projector: noise on its frames while the model trains."""
+    frames, mask = inputs
+    if not projector.training:
+        return None
+    strength = noise * torch.rand(len(frames), 1, 1, device=frames.device)
+    return frames + strength * torch.randn_like(frames), mask
