@@ -10,7 +10,7 @@ import pytest
 from safetensors import safe_open
 
 from hub_export.export import CODE_FILES, PACKAGE
-from training.text import strip_punctuation
+from training.evaluate import score_texts
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,8 +59,7 @@ def run(code: str, tmp_path: Path):
 
 
 def error_rate(names_and_texts):
-    references, texts = zip(*((REFERENCES[name], strip_punctuation(text)) for name, text in names_and_texts))
-    return jiwer.wer(list(references), list(texts))
+    return score_texts([REFERENCES[name] for name, _ in names_and_texts], [text for _, text in names_and_texts])["wer"]
 
 
 @pytest.mark.parametrize("auto_class", ["AutoModel", "AutoModelForSpeechSeq2Seq"])

@@ -1,18 +1,84 @@
 """Scoring."""
 
-import pytest
+import json
+import subprocess
+import sys
 
-from training.evaluate import word_errors
-from training.text import normalise, strip_punctuation
+import pytest
+import soundfile
+
+from tests import tiny
+from training.data import read_rows
+from training.evaluate import Scores, evaluate, markdown, score_texts
+from training.text import normalise
 
 
 def test_normalisation():
     assert normalise("Mr. Brown’s well-known “hat”—lost!") == "mister brown's well known hat lost"
     assert normalise("'Tis Dr. O'Neill's") == "tis doctor o'neill's"
-    assert strip_punctuation("Hello, World! It's 5.") == "hello world it's 5"
 
 
-def test_word_errors_are_pooled():
-    result = word_errors(["a b c", "d"], ["a x c", ""])
-    assert (result.substitutions, result.deletions, result.insertions) == (1, 1, 0)
-    assert result.wer == pytest.approx(2 / 4)
+def test_error_rates_are_pooled_after_whispers_normaliser():
+    """Counted by hand: colour = color, Mr. = mister, five = 5; one substitution, one deletion in six words."""
+    result = score_texts(["THE COLOUR, FIVE", "Mr. Brown", "d"], ["the color 5", "mister green", ""])
+    assert (result["substitutions"], result["deletions"], result["insertions"]) == (1, 1, 0)
+    assert result["reference_words"] == 6 and result["wer"] == pytest.approx(2 / 6)
+    assert result["mean_utterance_wer"] == pytest.approx((0 + 1 / 2 + 1) / 3)
+    assert result["utterance_errors"] == [(0, 3), (1, 2), (1, 1)]
+
+
+def test_words_written_in_silence_and_loops_are_counted():
+    result = score_texts(["", "one word"], ["what is this", "one word one word word"])
+    assert result["insertions"] == 6 and result["runaways"] == 2 and result["reference_words"] == 2
+    with pytest.raises(ValueError, match="No reference has a word"):
+        score_texts([""], ["a"])
+    with pytest.raises(ValueError, match="2 references, but 1 hypotheses"):
+        score_texts(["a", "b"], ["a"])
+
+
+@pytest.fixture
+def speech(tmp_path):
+    toy = tiny.model(llm="qwen3")
+    toy.save_pretrained(tmp_path / "toy")
+    toy.processor.save_pretrained(tmp_path / "toy")
+    for number in range(3):
+        soundfile.write(tmp_path / f"{number}.wav", tiny.noise(0.5 + number / 4, number), 16000)
+    lines = [json.dumps({"id": str(n), "audio": f"{n}.wav", "text": "the quick fox"}) for n in range(3)]
+    (tmp_path / "manifest.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+def test_a_model_is_scored_as_it_transcribes(speech):
+    rows, _ = read_rows([{"manifest": speech / "manifest.jsonl"}])
+    scores, utterances = evaluate(str(speech / "toy"), rows, "noise", batch_size=2)
+    toy = tiny.model(llm="qwen3")
+    assert [item["text"] for item in utterances] == [toy.transcribe(row.audio).text for row in rows]
+    assert scores.wer == score_texts(["the quick fox"] * 3, [item["text"] for item in utterances])["wer"]
+    ended = [not item["truncated"] for item in utterances]
+    assert scores.end_of_speech_rate == sum(ended) / 3
+    assert scores.hours == pytest.approx((0.5 + 0.75 + 1.0) / 3600) and scores.real_time_factor > 0
+
+
+def test_command_line(speech):
+    command = [
+        sys.executable,
+        "-m",
+        "training.evaluate",
+        "--model",
+        str(speech / "toy"),
+        "--output",
+        str(speech / "out"),
+    ]
+    done = subprocess.run([*command, "--manifest", str(speech / "manifest.jsonl")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (scores,) = json.loads((speech / "out" / "results.json").read_text())
+    assert Scores(**scores).utterances == 3
+    assert len((speech / "out" / "hypotheses.jsonl").read_text().splitlines()) == 3
+    assert (speech / "out" / "results.md").read_text() in done.stdout
+
+
+def test_the_table_says_what_it_measured():
+    scores = Scores("a/voxlm", "noise", 3, 0.5, 1200, 0.123, 0.05, 0.2, 100, 20, 30, 0.999, 0, 0.1234, "x86, 2 cores")
+    table = markdown([scores], [{"id": "u1", "errors": 4, "reference_words": 5, "reference": "a", "text": "b"}])
+    assert "| voxlm | 12.30 % | 5.00 % | 20.00 % | 100 / 20 / 30 | 99.90 % | 0 | 0.123 |" in table
+    assert "3 utterances, 0.50 h, 1,200 words" in table and "u1: 4 errors in 5 words" in table

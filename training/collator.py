@@ -3,7 +3,7 @@
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from training.label_words import match_words
+from .label_words import match_words
 
 
 class VoxLMCollator:

@@ -11,8 +11,8 @@ import numpy as np
 import soundfile
 import torch
 
-from training.augment import Augmentation, non_speech
-from training.text import NORMALISERS
+from .augment import Augmentation, non_speech
+from .text import NORMALISERS
 
 
 @dataclass

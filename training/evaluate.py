@@ -1,54 +1,233 @@
-"""Word error rate of a model on a manifest (JSONL with "audio", relative to it, and "text")."""
+"""
+Score models on recordings: `voxlm-eval --model FOLDER [--reference WHISPER] --manifest FILE --output DIR`.
+
+Word and character error rates are pooled over all words, after the normaliser of Whisper's paper (Radford et al. 2022), as
+the Open ASR Leaderboard has it. Writes results.json, results.md and hypotheses.jsonl.
+"""
 
 import argparse
 import json
+import os
+import platform
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import jiwer
+import torch
 from tqdm import tqdm
+from transformers import pipeline
+from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
-from training.text import strip_punctuation
-from voxlm_hf import VoxLMForSpeechSeq2Seq
+from .data import Row, read_rows
 
 
-def word_errors(references: list[str], hypotheses: list[str]) -> jiwer.WordOutput:
-    """Pooled word errors after lower-casing and stripping punctuation; `.wer` is errors over reference words."""
-    return jiwer.process_words(
-        [strip_punctuation(text) for text in references], [strip_punctuation(text) for text in hypotheses]
+# British to American spellings, from openai/whisper (MIT licence), where Whisper's own normaliser has them.
+SPELLINGS = json.loads((Path(__file__).parent / "english_spelling.json").read_text())
+# A text of more than this many times its reference's words is a loop.
+RUNAWAY = 2
+
+
+@dataclass
+class Scores:
+    """
+    What was measured of one model on one set of recordings.
+
+    Args:
+        model, data (`str`): what was scored on what.
+        utterances (`int`), hours (`float`), reference_words (`int`): size of the set.
+        wer, cer (`float`): pooled errors over reference words and characters.
+        mean_utterance_wer (`float`): the mean of each utterance's WER, as the original VoxLM counts it.
+        substitutions, deletions, insertions (`int`)
+        end_of_speech_rate (`float`, *optional*): share of texts that ended by themselves within the token budget; not
+            known of other people's pipelines.
+        runaways (`int`): texts with more than twice the words of their reference.
+        real_time_factor (`float`): seconds of computing per second of audio. machine (`str`): on what.
+    """
+
+    model: str
+    data: str
+    utterances: int
+    hours: float
+    reference_words: int
+    wer: float
+    cer: float
+    mean_utterance_wer: float
+    substitutions: int
+    deletions: int
+    insertions: int
+    end_of_speech_rate: float | None
+    runaways: int
+    real_time_factor: float
+    machine: str
+
+
+def score_texts(references: list[str], hypotheses: list[str]) -> dict:
+    """
+    The text measures of [`Scores`], and "utterance_errors": errors and reference words of each utterance.
+
+    Raises:
+        ValueError: when the numbers of texts differ, or no reference has a word.
+    """
+    if len(references) != len(hypotheses):
+        raise ValueError(f"{len(references)} references, but {len(hypotheses)} hypotheses")
+    normalise = EnglishTextNormalizer(SPELLINGS)
+    pairs = [(normalise(reference), normalise(hypothesis)) for reference, hypothesis in zip(references, hypotheses)]
+    # jiwer refuses empty references; there, all that was written is an insertion.
+    spoken = [pair for pair in pairs if pair[0]]
+    if not spoken:
+        raise ValueError("No reference has a word, so there is no error rate")
+    empty_insertions = sum(len(hypothesis.split()) for reference, hypothesis in pairs if not reference)
+    words = jiwer.process_words([pair[0] for pair in spoken], [pair[1] for pair in spoken])
+    characters = jiwer.process_characters([pair[0] for pair in spoken], [pair[1] for pair in spoken])
+    count = words.hits + words.substitutions + words.deletions
+    each = []
+    for reference, hypothesis in pairs:
+        errors = jiwer.process_words(reference, hypothesis) if reference else None
+        length = len(reference.split())
+        wrong = errors.substitutions + errors.deletions + errors.insertions if errors else len(hypothesis.split())
+        each.append((wrong, length))
+    return {
+        "reference_words": count,
+        "wer": (words.substitutions + words.deletions + words.insertions + empty_insertions) / count,
+        "cer": characters.cer,
+        "mean_utterance_wer": sum(wrong / length for wrong, length in each if length) / len(spoken),
+        "substitutions": words.substitutions,
+        "deletions": words.deletions,
+        "insertions": words.insertions + empty_insertions,
+        "runaways": sum(
+            len(hypothesis.split()) > RUNAWAY * max(1, len(reference.split())) for reference, hypothesis in pairs
+        ),
+        "utterance_errors": each,
+    }
+
+
+def transcribe_rows(model: str, rows: list[Row], batch_size: int, is_reference: bool) -> tuple[list[dict], float]:
+    """
+    What a model makes of each row, in order, and the seconds it took.
+
+    Args:
+        model (`str`): folder or Hub id; a VoxLM checkpoint, or with `is_reference` any model of the stock
+            `automatic-speech-recognition` pipeline.
+
+    Returns:
+        dicts with "text" and, for VoxLM, "truncated" and "words".
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if is_reference:
+        stock = pipeline("automatic-speech-recognition", model=model, device=device, dtype=torch.float32)
+        greedy = {"num_beams": 1, "language": "en", "task": "transcribe"}
+
+        def run(files):
+            return stock(files, batch_size=batch_size, generate_kwargs=greedy)
+    else:
+        from voxlm_hf import VoxLMForSpeechSeq2Seq
+
+        voxlm = VoxLMForSpeechSeq2Seq.from_pretrained(model).to(device)
+
+        def run(files):
+            return [dict(result) for result in voxlm.transcribe(files, batch_size=batch_size)]
+
+    # Like lengths share a batch, for every model alike.
+    order = sorted(range(len(rows)), key=lambda index: rows[index].duration or 0)
+    results, seconds = [{}] * len(rows), 0.0
+    for first in tqdm(range(0, len(order), batch_size), desc=Path(model).name, unit="batch"):
+        batch = order[first : first + batch_size]
+        started = time.perf_counter()
+        outputs = run([rows[index].audio for index in batch])
+        seconds += time.perf_counter() - started
+        for index, output in zip(batch, outputs):
+            results[index] = output
+    return results, seconds
+
+
+def evaluate(model: str, rows: list[Row], data: str, batch_size: int = 8, is_reference: bool = False):
+    """
+    Score one model.
+
+    Returns:
+        [`Scores`], and a list of `{"id", "reference", "text", "errors", "words_spoken", ...}` of the utterances.
+    """
+    results, seconds = transcribe_rows(model, rows, batch_size, is_reference)
+    texts = score_texts([row.text for row in rows], [result["text"] for result in results])
+    audio_s = sum(row.duration for row in rows)
+    ended = None
+    if not is_reference:
+        ended = sum(not result["truncated"] for result in results) / len(results)
+    scores = Scores(
+        model=model,
+        data=data,
+        utterances=len(rows),
+        hours=audio_s / 3600,
+        end_of_speech_rate=ended,
+        real_time_factor=seconds / audio_s,
+        machine=f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, batch {batch_size}",
+        **{name: value for name, value in texts.items() if name != "utterance_errors"},
     )
+    utterances = [
+        {"id": row.id, "reference": row.text, **result, "errors": errors, "reference_words": length}
+        for row, result, (errors, length) in zip(rows, results, texts["utterance_errors"])
+    ]
+    return scores, utterances
+
+
+def markdown(all_scores: list[Scores], worst: list[dict]) -> str:
+    """The table that the model card takes over, and the worst utterances of the first model."""
+    lines = [
+        "| model | WER | CER | mean utterance WER | sub / del / ins | ended | over twice as long | real-time factor |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for scores in all_scores:
+        ended = "-" if scores.end_of_speech_rate is None else f"{100 * scores.end_of_speech_rate:.2f} %"
+        lines.append(
+            f"| {Path(scores.model).name} | {100 * scores.wer:.2f} % | {100 * scores.cer:.2f} % | "
+            f"{100 * scores.mean_utterance_wer:.2f} % | {scores.substitutions:,} / {scores.deletions:,} / "
+            f"{scores.insertions:,} | {ended} | {scores.runaways} | {scores.real_time_factor:.3f} |"
+        )
+    first = all_scores[0]
+    lines += [
+        "",
+        f"{first.data}: {first.utterances} utterances, {first.hours:.2f} h, {first.reference_words:,} words; Whisper's English "
+        f"normaliser; {first.machine}.",
+        "",
+        "Worst utterances:",
+        "",
+    ]
+    lines += [
+        f"- {item['id']}: {item['errors']} errors in {item['reference_words']} words. "
+        f"Said: {item['reference']!r}. Written: {item['text']!r}"
+        for item in worst
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True, help="folder or Hub id")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder or Hub id of a VoxLM checkpoint")
+    parser.add_argument("--reference", nargs="*", default=[], help="models of the stock pipeline, scored beside it")
     parser.add_argument("--manifest", type=Path, required=True)
+    parser.add_argument("--data-name", help="what to call the recordings, by default the manifest's folder")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--every", type=int, default=1, help="take every N-th row only")
-    parser.add_argument("--output", type=Path, help="write the hypotheses here, as JSONL")
+    parser.add_argument("--worst", type=int, default=10, help="how many of the worst utterances to list")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the results")
     arguments = parser.parse_args()
-    model = VoxLMForSpeechSeq2Seq.from_pretrained(arguments.model)
-    rows = [json.loads(line) for line in arguments.manifest.open()][:: arguments.every]
-    rows.sort(key=lambda row: row["duration"])
-    started, results = time.time(), []
-    for first in tqdm(range(0, len(rows), arguments.batch_size), unit="batch"):
-        files = [str(arguments.manifest.parent / row["audio"]) for row in rows[first : first + arguments.batch_size]]
-        results += model.transcribe(files, batch_size=arguments.batch_size)
-    seconds, duration = time.time() - started, sum(result.duration for result in results)
-    errors = word_errors([row["text"] for row in rows], [result.text for result in results])
-    print(f"utterances {len(rows)}, {duration / 3600:.2f} h, {seconds:.0f} s ({duration / seconds:.1f} x real time)")
-    print(
-        f"pooled WER {100 * errors.wer:.2f} %: {errors.substitutions} substitutions, {errors.deletions} deletions, ",
-        end="",
-    )
-    print(f"{errors.insertions} insertions, {errors.hits + errors.substitutions + errors.deletions} reference words")
-    print(f"texts ended by the token budget: {sum(result.truncated for result in results)}")
-    if arguments.output:
-        lines = [
-            json.dumps({**row, "hypothesis": result.text, "words": result.words}) + "\n"
-            for row, result in zip(rows, results)
-        ]
-        arguments.output.write_text("".join(lines))
+    rows, report = read_rows([{"manifest": arguments.manifest, "every": arguments.every}], max_s=3600)
+    print(report)
+    data = arguments.data_name or arguments.manifest.resolve().parent.name
+    models = [(arguments.model, False), *((reference, True) for reference in arguments.reference)]
+    results = [evaluate(model, rows, data, arguments.batch_size, stock) for model, stock in models]
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    utterances = results[0][1]
+    worst = sorted(utterances, key=lambda item: -item["errors"])[: arguments.worst]
+    table = markdown([scores for scores, _ in results], worst)
+    (arguments.output / "results.md").write_text(table)
+    (arguments.output / "results.json").write_text(json.dumps([asdict(scores) for scores, _ in results], indent=2))
+    with (arguments.output / "hypotheses.jsonl").open("w") as file:
+        for scores, items in results:
+            for item in items:
+                file.write(json.dumps({"model": scores.model, **item}) + "\n")
+    print(table)
 
 
 if __name__ == "__main__":

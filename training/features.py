@@ -10,9 +10,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from training.augment import Augmentation
-from training.data import Report, Row, length_batches
 from voxlm_hf.processing_voxlm import read_audio
+
+from .augment import Augmentation
+from .data import Report, Row, length_batches
 
 
 RECORDINGS_PER_SHARD = 256

@@ -1,4 +1,4 @@
-"""Text normalisation for training transcripts and for scoring."""
+"""Text normalisation for training transcripts."""
 
 import re
 
@@ -13,11 +13,6 @@ def normalise(text: str) -> str:
     text = re.sub(r"[^a-z' ]+", " ", text)
     text = re.sub(r"(?<![a-z])'|'(?![a-z])", " ", text)
     return " ".join(text.split())
-
-
-def strip_punctuation(text: str) -> str:
-    """Lower case without punctuation, for scoring; apostrophes stay."""
-    return " ".join(re.sub(r"[^\w' ]+", " ", text.lower()).split())
 
 
 # What a recipe may do to transcripts, by name.

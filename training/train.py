@@ -17,13 +17,14 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from training.augment import Augmentation
-from training.collator import VoxLMCollator
-from training.data import SpeechDataset, read_rows
-from training.features import FeatureCache, encode_missing
-from training.trainer import VoxLMTrainer, trained_share
-from training.warm_start import warm_start
 from voxlm_hf import VoxLMForSpeechSeq2Seq
+
+from .augment import Augmentation
+from .collator import VoxLMCollator
+from .data import SpeechDataset, read_rows
+from .features import FeatureCache, encode_missing
+from .trainer import VoxLMTrainer, trained_share
+from .warm_start import warm_start
 
 
 def read_recipe(path: Path, overrides: list[str]) -> dict:

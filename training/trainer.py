@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalPrediction
 
-from training.data import LengthBatchSampler
+from .data import LengthBatchSampler
 
 
 def trained_share(model) -> str:

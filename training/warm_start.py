@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from training.data import LengthBatchSampler
-from training.pieces import encode_pieces, piece_vocabulary, short_piece_tokenizer
+from .data import LengthBatchSampler
+from .pieces import encode_pieces, piece_vocabulary, short_piece_tokenizer
 
 
 def ctc_loss(embeds, mask, speech_logits, token_embeddings, scale, targets):
