@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,10 +18,10 @@ from training.augment import Augmentation
 from training.collator import VoxLMCollator, frame_targets
 from training.data import LengthBatchSampler, SpeechDataset, read_rows
 from training.features import FeatureCache, encode_missing
-from training.label_words import match_words, read_ctm, read_textgrid
+from training.label_words import match_words, read_ctm, read_textgrid, teacher_words
 from training.pieces import encode_pieces, piece_vocabulary, short_piece_tokenizer
 from training.train import make_dataset, read_recipe, run
-from training.trainer import VoxLMTrainer, leave_out_hidden_frames, prompts_alone
+from training.trainer import VoxLMTrainer, leave_out_hidden_frames, prompts_alone, word_time_errors
 from training.warm_start import ctc_loss, greedy_wer, warm_start
 from voxlm_hf import VoxLMForSpeechSeq2Seq
 
@@ -98,6 +100,23 @@ def test_slices_and_speakers(manifest):
     assert [row.id for row in rows] == ["r1", "r3"]
     with pytest.raises(ValueError, match="exactly one of manifest"):
         read_rows([{"manifests": manifest}])
+
+
+def test_a_folder_of_recordings_with_transcripts_beside_them(tmp_path):
+    for name in ("b", "a", "sub/c", "lonely"):
+        (tmp_path / "sub").mkdir(exist_ok=True)
+        soundfile.write(tmp_path / f"{name}.flac", tiny.noise(1.0), 16000)
+        if name != "lonely":
+            (tmp_path / f"{name}.txt").write_text(f"Text {name[-1]}.\n")
+    rows, report = read_rows([{"folder": tmp_path}], "lower")
+    assert [(row.id, row.text) for row in rows] == [
+        ("a.flac", "text a"),
+        ("b.flac", "text b"),
+        ("sub/c.flac", "text c"),
+    ]
+    assert "lonely.flac" in str(report)
+    with pytest.raises(ValueError, match="not a folder"):
+        read_rows([{"folder": tmp_path / "nowhere"}])
 
 
 def test_librispeech_layout(tmp_path):
@@ -340,6 +359,53 @@ def test_prompts_alone_are_those_of_inference(manifest):
     assert torch.equal(prompt["attention_mask"], inputs["attention_mask"])
 
 
+def test_word_time_errors_of_a_head_that_knows(tmp_path, manifest, monkeypatch):
+    """Scores made from the targets give no error; moved by three frames, 60 ms."""
+    toy = model()
+    dataset = cached(toy, manifest, tmp_path)
+    batch = VoxLMCollator(toy.processor)([dataset[index] for index in range(6)])
+
+    def known(states, token_ids, audio, shift=0):
+        words, frames = batch["token_words"][:, -token_ids.shape[1] :], audio.frame_mask.shape[1]
+        target = torch.roll(torch.nn.functional.pad(batch["frame_words"], (0, 200), value=-1), shift, 1)[:, :frames]
+        target = target.masked_fill((torch.arange(frames) < shift), -1)
+        return 9.0 * (words.unsqueeze(-1) == target.unsqueeze(1)), 9.0 * (target < 0)
+
+    monkeypatch.setattr(toy, "align_scores", known)
+    assert word_time_errors(toy, batch, 0.02).abs().max() < 1e-6
+    monkeypatch.setattr(toy, "align_scores", lambda *args: known(*args, shift=3))
+    errors = word_time_errors(toy, batch, 0.02)
+    assert errors[0].tolist() == pytest.approx([0.06, 0.06 * 3 / 4], abs=0.02)
+    del batch["frame_words"]
+    assert word_time_errors(toy, batch, 0.02).isnan().all()
+
+
+def test_a_teacher_is_believed_where_it_agrees(tmp_path):
+    def teacher(audio, return_timestamps):
+        chunks = [(" The", 0.0, 0.2), (" Fox.", 0.2, 0.5), (" jumps", 0.5, None)]
+        return {"text": " The Fox. jumps", "chunks": [{"text": t, "timestamp": (a, b)} for t, a, b in chunks]}
+
+    words = teacher_words(teacher, "a.wav", "THE FOX JUMPS")
+    assert words == [{"word": "The", "start": 0.0, "end": 0.2}, {"word": "Fox.", "start": 0.2, "end": 0.5}]
+    assert teacher_words(teacher, "a.wav", "THE OX JUMPS") is None
+    assert teacher_words(teacher, "a.wav", "THE OX JUMPS", max_wer=0.4) == words
+    assert teacher_words(teacher, "a.wav", "?") is None
+
+
+def test_word_times_are_added_to_a_manifest(tmp_path, manifest):
+    original = [
+        {"id": "r0", "timestamps": [{"word": "The", "start": 0.1, "end": 0.2}, {"word": "x", "start": 0.0, "end": 0.0}]}
+    ]
+    (tmp_path / "timestamps_manifest.json").write_text(json.dumps(original))
+    command = [sys.executable, "-m", "training.label_words", str(manifest), str(manifest.parent / "labelled.jsonl")]
+    command += ["--original", str(tmp_path / "timestamps_manifest.json")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, *others = [json.loads(line) for line in (manifest.parent / "labelled.jsonl").read_text().splitlines()]
+    assert first["words"] == [{"word": "The", "start": 0.1, "end": 0.2}] and first["audio"] == "0.wav"
+    assert len(others) >= 5 and "no word times" in done.stdout
+
+
 def trainer(toy, dataset, folder, **arguments):
     own = {
         "seconds_per_batch": arguments.pop("seconds_per_batch", 2.5),
@@ -377,6 +443,7 @@ def test_training_moves_what_should_move_and_evaluates(tmp_path, manifest):
     logs = [log for log in made.state.log_history if "loss" in log]
     assert all(math.isfinite(log["loss"]) and 0 < log["alignment_loss"] < log["loss"] for log in logs)
     (scores,) = [log for log in made.state.log_history if "eval_wer" in log]
+    assert 0 < scores["eval_word_start_error_ms"] < 1500 and 0 < scores["eval_word_end_error_ms"] < 1500
     assert scores["eval_wer"] > 0.5 and scores["eval_cer"] > 0.3 and 0 <= scores["eval_end_of_speech_rate"] <= 1
 
 

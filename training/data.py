@@ -1,4 +1,4 @@
-"""Rows of speech to train or measure on, from manifests, LibriSpeech's folders or `datasets`, through one reader."""
+"""Rows of speech to train or measure on, from manifests, folders, LibriSpeech or `datasets`, through one reader."""
 
 import functools
 import json
@@ -83,6 +83,20 @@ def manifest_rows(path: Path, report: Report) -> Iterator[dict]:
             yield {"id": f"{path.stem}-{number}", **row, "audio": str(path.parent / row["audio"])}
 
 
+def folder_rows(folder: Path, report: Report) -> Iterator[dict]:
+    """Rows of a folder of recordings, each with its transcript beside it: NAME.wav (or .flac, .mp3, .ogg, .opus) and NAME.txt."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder")
+    kinds = (".wav", ".flac", ".mp3", ".ogg", ".opus")
+    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in kinds):
+        transcript = path.with_suffix(".txt")
+        if not transcript.exists():
+            report.leave_out("no transcript beside it", str(path))
+            continue
+        yield {"id": str(path.relative_to(folder)), "audio": str(path), "text": transcript.read_text().strip()}
+
+
 def librispeech_rows(folder: Path, report: Report) -> Iterator[dict]:
     """Rows of LibriSpeech's own layout: SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt beside its .flac files."""
     folder = Path(folder)
@@ -134,6 +148,7 @@ def silent_rows(count: int, report: Report, seed: int = 0) -> Iterator[dict]:
 
 READERS: dict[str, Callable[..., Iterator[dict]]] = {
     "manifest": manifest_rows,
+    "folder": folder_rows,
     "librispeech": librispeech_rows,
     "dataset": dataset_rows,
     "silence": silent_rows,
@@ -152,8 +167,8 @@ def read_rows(
     All usable rows of some sources, in order.
 
     Args:
-        sources: each names its kind and place, `{"manifest": PATH}`, `{"librispeech": FOLDER}`, `{"dataset": NAME, ...}` or
-            `{"silence": COUNT}`, with the reader's own options and, for any: "first" and "count" (a slice), "every" (each
+        sources: each names its kind and place, `{"manifest": PATH}`, `{"folder": FOLDER}`, `{"librispeech": FOLDER}`,
+            `{"dataset": NAME, ...}` or `{"silence": COUNT}`, with the reader's own options and, for any: "first" and "count" (a slice), "every" (each
             N-th only), "exclude_speakers" or "only_speakers".
         normaliser: name in `training.text.NORMALISERS`, applied to transcripts and words.
         min_s, max_s: shortest and longest recording in seconds; max_characters: longest transcript;

@@ -19,6 +19,9 @@ from tqdm import tqdm
 from transformers import pipeline
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
+from voxlm_hf import VoxLMForSpeechSeq2Seq
+from voxlm_hf.processing_voxlm import read_audio, to_waveform
+
 from .data import Row, read_rows
 
 
@@ -119,10 +122,11 @@ def transcribe_rows(model: str, rows: list[Row], batch_size: int, is_reference: 
         greedy = {"num_beams": 1, "language": "en", "task": "transcribe"}
 
         def run(files):
-            return stock(files, batch_size=batch_size, generate_kwargs=greedy)
+            # Decoded here, as for VoxLM: the stock pipeline needs ffmpeg for files.
+            rate = stock.feature_extractor.sampling_rate
+            clips = [{"raw": to_waveform(*read_audio(file), rate), "sampling_rate": rate} for file in files]
+            return stock(clips, batch_size=batch_size, generate_kwargs=greedy)
     else:
-        from voxlm_hf import VoxLMForSpeechSeq2Seq
-
         voxlm = VoxLMForSpeechSeq2Seq.from_pretrained(model).to(device)
 
         def run(files):

@@ -127,9 +127,12 @@ def run_trainer(model, train: SpeechDataset, dev: SpeechDataset | None, folder: 
     unknown = set(parts) - set(prefixes)
     if unknown:
         raise ValueError(f"Unknown parts {sorted(unknown)}; known are {sorted(prefixes)}")
+    if "alignment" in parts and not any(row.words for row in train.rows):
+        raise ValueError(
+            "This stage trains the alignment head, but no recording has word times; add them with training/label_words.py"
+        )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(prefixes[part] in name for part in parts))
-    print(trained_share(model))
     own = {
         name: options.pop(name) for name in ("seconds_per_batch", "state_noise", "max_new_tokens") if name in options
     }
@@ -159,8 +162,12 @@ def run_trainer(model, train: SpeechDataset, dev: SpeechDataset | None, folder: 
         processor=model.processor,
         **own,
     )
+    if trainer.is_world_process_zero():
+        state = trainer.accelerator.state
+        print(trained_share(model), f"{state.num_processes} process(es), {state.distributed_type}", sep="\n")
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
-    (folder / "log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
+    if trainer.is_world_process_zero():
+        (folder / "log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
 
 
 STAGES: dict[str, Callable] = {"warm_start": run_warm_start, "transcription": run_trainer, "alignment": run_trainer}

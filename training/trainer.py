@@ -9,6 +9,8 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalPrediction
 
+from voxlm_hf.alignment_voxlm import decode_spans, word_log_posteriors
+
 from .data import LengthBatchSampler
 
 
@@ -145,37 +147,85 @@ class VoxLMTrainer(Trainer):
 
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Loss of the reference text, and the text that the model writes from the prompt alone."""
+        """
+        Loss of the reference text; the text that the model writes from the prompt alone; and the word-time errors on the
+        reference text.
+        """
         inputs = self._prepare_inputs(inputs)
         loss = self.compute_loss(model, inputs).detach()
         if prediction_loss_only:
             return loss, None, None
         unwrapped = self.accelerator.unwrap_model(model)
+        errors = word_time_errors(unwrapped, inputs, self.processor.frame_s).to(loss.device)
         prompt = prompts_alone(inputs, unwrapped.config.pad_token_id)
         names = ("input_features", "input_values", "audio_states")
         audio = {name: value for name, value in inputs.items() if name.removesuffix("_mask") in names}
         ids = unwrapped.generate(**prompt, **audio, max_new_tokens=self.max_new_tokens, do_sample=False)
-        return loss, ids[:, prompt["input_ids"].shape[1] :], inputs["labels"]
+        return loss, (ids[:, prompt["input_ids"].shape[1] :], errors), inputs["labels"]
 
     def text_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Pooled word and character error rates and the share of texts that end with eos, of ids padded with -100."""
-        texts, references = (self._decode(ids) for ids in (prediction.predictions, prediction.label_ids))
-        stops = self.model.generation_config.eos_token_id
-        ended = np.isin(prediction.predictions, np.atleast_1d(stops)).any(-1).mean()
-        return {
+        """
+        Pooled word and character error rates and the share of texts that end with eos, of ids padded with -100; mean errors of
+        word starts and ends in milliseconds where times are known.
+        """
+        ids, errors = prediction.predictions
+        texts, references = self._decode(ids), self._decode(prediction.label_ids)
+        ended = np.isin(ids, np.atleast_1d(self.model.generation_config.eos_token_id)).any(-1).mean()
+        scores = {
             "wer": jiwer.wer(references, texts),
             "cer": jiwer.cer(references, texts),
             "end_of_speech_rate": float(ended),
         }
+        known = errors[~np.isnan(errors).any(-1)]
+        if len(known):
+            scores["word_start_error_ms"], scores["word_end_error_ms"] = (1000 * known.mean(0)).tolist()
+        return scores
 
     def _decode(self, ids: np.ndarray) -> list[str]:
         return [self.processor.decode_text(row[row >= 0].tolist()).strip() for row in ids]
 
 
+@torch.no_grad()
+def word_time_errors(model, inputs: dict, frame_s: float) -> torch.Tensor:
+    """
+    How far the alignment head is off, given the reference text.
+
+    Args:
+        inputs: a training batch; frame_s: seconds per encoder frame.
+
+    Returns:
+        `(batch, 2)` mean absolute errors of word starts and ends in seconds, NaN for rows without word times.
+    """
+    errors = torch.full((len(inputs["labels"]), 2), torch.nan)
+    if "frame_words" not in inputs:
+        return errors
+    output = model(**inputs, output_hidden_states=True, use_cache=False)
+    first = max(1, int((inputs["labels"] != -100).any(0).int().argmax()))
+    scores = model.align_scores(
+        output.hidden_states[-1][:, first - 1 : -1], inputs["input_ids"][:, first:], output.audio
+    )
+    token_scores, pause_scores = (item.cpu().numpy() for item in scores)
+    for row, frames in enumerate(output.audio.frame_mask.sum(-1).tolist()):
+        targets = inputs["frame_words"][row, :frames].cpu().numpy()
+        token_words = inputs["token_words"][row, first:].cpu().numpy()
+        if targets.max(initial=-1) < 0:
+            continue
+        posteriors = word_log_posteriors(
+            token_scores[row, :, :frames], pause_scores[row, :frames], np.where(token_words < 0, -1, token_words)
+        )
+        spans = decode_spans(posteriors)
+        wrong = []
+        for word in np.unique(targets[targets >= 0]):
+            places = np.flatnonzero(targets == word)
+            wrong.append((abs(spans[word].start - places[0]), abs(spans[word].end - places[-1] - 1)))
+        errors[row] = frame_s * torch.tensor(wrong, dtype=torch.float).mean(0)
+    return errors
+
+
 def disturb(projector, inputs: tuple, noise: float) -> tuple | None:
     """Forward pre-hook of the projector: noise on its frames while the model trains."""
-    frames, mask = inputs
+    frames, *rest = inputs
     if not projector.training:
         return None
     strength = noise * torch.rand(len(frames), 1, 1, device=frames.device)
-    return frames + strength * torch.randn_like(frames), mask
+    return frames + strength * torch.randn_like(frames), *rest

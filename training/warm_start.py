@@ -106,7 +106,7 @@ def warm_start(
     place = {token: index for index, token in enumerate(model.projector.token_ids.tolist())}
     targets = [[place[token] for token in encode_pieces(pieces, text) if token in place] for text in dataset.texts]
     embeddings = model.get_input_embeddings().weight.detach()
-    if float(model.projector.log_scale) == 0.0:  # untrained
+    if float(model.projector.log_scale.detach()) == 0.0:  # untrained
         model.projector.log_scale.data.fill_(math.log(20 / embeddings.norm(dim=1).mean() ** 2))
     optimizer = torch.optim.AdamW(model.projector.parameters(), learning_rate, (0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -120,7 +120,7 @@ def warm_start(
             states = [disturb(dataset[index]["states"], noise) for index in batch]
             mask = pad_sequence([torch.ones(len(frames), dtype=torch.long) for frames in states], batch_first=True)
             with torch.autocast("cpu", torch.bfloat16):
-                embeds, projected_mask, speech = model.projector(pad_sequence(states, batch_first=True), mask)
+                embeds, projected_mask, speech, _ = model.projector(pad_sequence(states, batch_first=True), mask)
                 loss = ctc_loss(
                     embeds,
                     projected_mask,

@@ -96,20 +96,23 @@ class VoxLMProjector(nn.Module):
         self.norm = nn.RMSNorm(text_size, eps=1e-6)
         self.gate_threshold = config.frame_gate_threshold
         self.gate = nn.Linear(hidden_size, 1) if self.gate_threshold is not None else None
-        # The inverse temperature of the token scores, as a logarithm.
-        self.log_scale = nn.Parameter(torch.zeros(())) if config.projector_readout == "token_mixture" else None
+        # The inverse temperature of the token scores, as a logarithm; not a scalar, which FSDP2 cannot shard.
+        self.log_scale = nn.Parameter(torch.zeros(1)) if config.projector_readout == "token_mixture" else None
         # The tokens that frames are read as; before training the first ones, for want of a choice.
         vocab_size = config.projector_vocab_size
         self.register_buffer("token_ids", None if vocab_size is None else torch.arange(vocab_size))
 
-    def forward(self, frames, frame_mask):
+    def forward(self, frames, frame_mask, token_embeddings=None):
         """
         Args:
             frames (`torch.Tensor` of shape `(batch, frames, audio_size)`)
             frame_mask (`torch.LongTensor` of shape `(batch, frames)`)
+            token_embeddings (`torch.Tensor` of shape `(vocabulary, text_size)`, *optional*): of the LLM, to read the frames
+                as tokens (see `mix_tokens`). Done in this pass, where sharded parameters are whole.
 
         Returns:
-            embeddings `(batch, ceil(frames / stride), text_size)`, their mask, and the gate's log-odds or `None`.
+            embeddings `(batch, ceil(frames / stride), text_size)`, their mask, the gate's log-odds or `None`, and the tokens
+            that were read or `None`.
         """
         frames = frames.to(self.linear_in.weight.dtype) * frame_mask.unsqueeze(-1).to(self.linear_in.weight.dtype)
         missing = -frames.shape[1] % self.stride
@@ -121,7 +124,11 @@ class VoxLMProjector(nn.Module):
         for block in self.blocks:
             hidden_states = block(hidden_states, mask.unsqueeze(-1).to(hidden_states.dtype))
         speech_logits = self.gate(hidden_states).squeeze(-1) if self.gate is not None else None
-        return self.norm(self.linear_out(hidden_states)), mask, speech_logits
+        embeds, tokens = self.norm(self.linear_out(hidden_states)), None
+        if token_embeddings is not None:
+            embeds, speech_logits, tokens = self.mix_tokens(embeds, speech_logits, token_embeddings)
+            tokens = tokens.masked_fill(mask == 0, -1)
+        return embeds, mask, speech_logits, tokens
 
     def keep(self, speech_logits):
         """Mask of the frames whose probability of carrying a token is above the gate's threshold."""
@@ -508,13 +515,10 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
         Args:
             frames (`torch.Tensor` of shape `(batch, frames, audio_size)`), frame_mask (`(batch, frames)`)
         """
-        embeds, mask, speech_logits = self.projector(frames, frame_mask)
-        tokens = None
-        if self.config.projector_readout == "token_mixture":
-            embeds, speech_logits, tokens = self.projector.mix_tokens(
-                embeds, speech_logits, self.get_input_embeddings().weight
-            )
-            tokens = tokens.masked_fill(mask == 0, -1)
+        read = self.config.projector_readout == "token_mixture"
+        embeds, mask, speech_logits, tokens = self.projector(
+            frames, frame_mask, self.get_input_embeddings().weight if read else None
+        )
         return VoxLMAudioOutput(
             last_hidden_state=frames,
             pooler_output=embeds,
@@ -626,6 +630,8 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
             # Positions count what is seen, so that padding on either side and hidden frames change nothing.
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
 
+        if frame_words is not None:
+            kwargs["output_hidden_states"] = True
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -633,7 +639,6 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
-            **({"output_hidden_states": True} if frame_words is not None else {}),
             **{key: value for key, value in kwargs.items() if key != "num_items_in_batch"},
         )
         loss, loss_of_times = None, None
@@ -742,7 +747,7 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
         """An `automatic-speech-recognition` pipeline over this very model and its processor."""
         from .pipeline_voxlm import VoxLMASRPipeline
 
-        return VoxLMASRPipeline(model=self, processor=self.get_processor(), **kwargs)
+        return VoxLMASRPipeline(self, self.get_processor(), task="automatic-speech-recognition", **kwargs)
 
 
 def is_waveform(value) -> bool:

@@ -34,12 +34,14 @@ class VoxLMASRPipeline(AutomaticSpeechRecognitionPipeline):
         prompt=None,
         sampling_rate=None,
         generate_kwargs=None,
+        truncation=None,
         **kwargs,
     ):
         if return_timestamps not in (None, False, True, "word"):
             raise ValueError(f"`return_timestamps` must be True, False or 'word', got {return_timestamps!r}")
         preprocess = {} if sampling_rate is None else {"sampling_rate": sampling_rate}
-        # `stride_length_s` is accepted for compatibility: pieces are cut at quiet points and need no overlap.
+        # Accepted for compatibility: `stride_length_s` (pieces are cut at quiet points and need no overlap) and `truncation`
+        # (which `evaluate`'s evaluator passes to every pipeline; nothing is cut here).
         forward = {"prompt": prompt, "chunk_length_s": chunk_length_s, **(generate_kwargs or {}), **kwargs}
         forward = {name: value for name, value in forward.items() if value is not None}
         postprocess = {} if return_timestamps is None else {"return_timestamps": return_timestamps}

@@ -49,13 +49,16 @@ class VoxLMAlignmentHead(nn.Module):
 
 def alignment_loss(token_scores, pause_scores, token_words, frame_words):
     """
-    Mean cross-entropy of "which word, or a pause, does this frame belong to".
+    Cross-entropy of "which word, or a pause, does this frame belong to".
 
     Args:
         token_scores (`torch.Tensor` of shape `(batch, tokens, frames)`), pause_scores (`(batch, frames)`): from the head.
         token_words (`torch.LongTensor` of shape `(batch, tokens)`): the word of each token, -100 for tokens of no word.
         frame_words (`torch.LongTensor` of shape `(batch, frames)`): the word of each frame, -1 for a pause, -100 for frames
             without a target.
+
+    Returns:
+        `(batch,)` means over the frames of each row that have a target, 0 for rows without.
     """
     scores = token_scores.masked_fill((token_words == -100).unsqueeze(-1), -torch.inf)
     total = torch.logsumexp(torch.cat([scores, pause_scores.unsqueeze(1)], dim=1), dim=1)
@@ -65,7 +68,7 @@ def alignment_loss(token_scores, pause_scores, token_words, frame_words):
     target_score = torch.where(frame_words == -1, pause_scores, word_score)
     has_target = frame_words != -100
     losses = torch.where(has_target, total - target_score, 0.0)
-    return losses.sum() / has_target.sum().clamp(min=1)
+    return losses.sum(-1) / has_target.sum(-1).clamp(min=1)
 
 
 def word_log_posteriors(token_scores: np.ndarray, pause_scores: np.ndarray, token_words: np.ndarray) -> np.ndarray:

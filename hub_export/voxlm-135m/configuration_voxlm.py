@@ -52,6 +52,9 @@ class VoxLMConfig(PreTrainedConfig):
             token embeddings, and the LLM reads the mixture of embeddings by these probabilities (LegoSLM, Ma et al. 2025);
             for projectors that learnt by CTC to write tokens. A frame that repeats the token of the one before it is
             hidden, as CTC merges it.
+        projector_vocab_size (`int`, *optional*):
+            Read frames as so many of the LLM's tokens only (which ones, the checkpoint says), by default as all. A few hundred
+            short pieces spell every word, and each is heard often enough to be learnt from hours of speech.
         frame_gate_threshold (`float`, *optional*):
             When set, the projector also scores each frame for carrying a token of speech, and frames whose probability is
             not above the threshold are hidden from the LLM (compression by CTC blanks, Gaido et al. 2021).
@@ -81,6 +84,7 @@ class VoxLMConfig(PreTrainedConfig):
     projector_hidden_size: int | None = None
     projector_num_blocks: int = 3
     projector_readout: Literal["linear", "token_mixture"] = "linear"
+    projector_vocab_size: int | None = None
     frame_gate_threshold: int | float | None = None
     alignment_hidden_size: int = 128
     lora_config: dict | None = None
@@ -105,7 +109,7 @@ class VoxLMConfig(PreTrainedConfig):
 
     def validate_sizes(self):
         """Raise a `ValueError` that names the field for a number outside its range."""
-        for name in ("projector_stride", "projector_hidden_size", "alignment_hidden_size"):
+        for name in ("projector_stride", "projector_hidden_size", "projector_vocab_size", "alignment_hidden_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}")

@@ -17,7 +17,7 @@ from transformers.utils import can_return_tuple, is_peft_available
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .alignment_voxlm import VoxLMAlignmentHead
+from .alignment_voxlm import VoxLMAlignmentHead, alignment_loss
 from .configuration_voxlm import DEFAULT_LORA, VoxLMConfig, preset_bases
 
 
@@ -42,18 +42,28 @@ class VoxLMAudioOutput(BaseModelOutputWithPooling):
         audio_embeds_mask (`torch.LongTensor` of shape `(batch, projected_frames)`): 1 for real projected frames.
         speech_logits (`torch.Tensor` of shape `(batch, projected_frames)`, *optional*): with a frame gate, the log-odds
             that a frame carries a token of speech.
+        tokens (`torch.LongTensor` of shape `(batch, projected_frames)`, *optional*): where frames are read as tokens, the
+            likeliest token of each frame that the LLM sees, -1 elsewhere: a first transcript.
     """
 
     frame_mask: torch.Tensor | None = None
     audio_embeds_mask: torch.Tensor | None = None
     speech_logits: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None
 
 
 @dataclass
 class VoxLMCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """[`CausalLMOutputWithPast`] plus the audio side: `audio` is a [`VoxLMAudioOutput`] when this pass encoded audio."""
+    """
+    [`CausalLMOutputWithPast`] plus the audio side.
+
+    Args:
+        audio ([`VoxLMAudioOutput`], *optional*): when this pass had audio to project.
+        alignment_loss (`torch.Tensor`, *optional*): the alignment head's part of `loss`, when word times were given.
+    """
 
     audio: VoxLMAudioOutput | None = None
+    alignment_loss: torch.Tensor | None = None
 
 
 class VoxLMConvNeXtBlock(nn.Module):
@@ -86,17 +96,23 @@ class VoxLMProjector(nn.Module):
         self.norm = nn.RMSNorm(text_size, eps=1e-6)
         self.gate_threshold = config.frame_gate_threshold
         self.gate = nn.Linear(hidden_size, 1) if self.gate_threshold is not None else None
-        # The inverse temperature of the token scores, as a logarithm.
-        self.log_scale = nn.Parameter(torch.zeros(())) if config.projector_readout == "token_mixture" else None
+        # The inverse temperature of the token scores, as a logarithm; not a scalar, which FSDP2 cannot shard.
+        self.log_scale = nn.Parameter(torch.zeros(1)) if config.projector_readout == "token_mixture" else None
+        # The tokens that frames are read as; before training the first ones, for want of a choice.
+        vocab_size = config.projector_vocab_size
+        self.register_buffer("token_ids", None if vocab_size is None else torch.arange(vocab_size))
 
-    def forward(self, frames, frame_mask):
+    def forward(self, frames, frame_mask, token_embeddings=None):
         """
         Args:
             frames (`torch.Tensor` of shape `(batch, frames, audio_size)`)
             frame_mask (`torch.LongTensor` of shape `(batch, frames)`)
+            token_embeddings (`torch.Tensor` of shape `(vocabulary, text_size)`, *optional*): of the LLM, to read the frames
+                as tokens (see `mix_tokens`). Done in this pass, where sharded parameters are whole.
 
         Returns:
-            embeddings `(batch, ceil(frames / stride), text_size)`, their mask, and the gate's log-odds or `None`.
+            embeddings `(batch, ceil(frames / stride), text_size)`, their mask, the gate's log-odds or `None`, and the tokens
+            that were read or `None`.
         """
         frames = frames.to(self.linear_in.weight.dtype) * frame_mask.unsqueeze(-1).to(self.linear_in.weight.dtype)
         missing = -frames.shape[1] % self.stride
@@ -108,7 +124,11 @@ class VoxLMProjector(nn.Module):
         for block in self.blocks:
             hidden_states = block(hidden_states, mask.unsqueeze(-1).to(hidden_states.dtype))
         speech_logits = self.gate(hidden_states).squeeze(-1) if self.gate is not None else None
-        return self.norm(self.linear_out(hidden_states)), mask, speech_logits
+        embeds, tokens = self.norm(self.linear_out(hidden_states)), None
+        if token_embeddings is not None:
+            embeds, speech_logits, tokens = self.mix_tokens(embeds, speech_logits, token_embeddings)
+            tokens = tokens.masked_fill(mask == 0, -1)
+        return embeds, mask, speech_logits, tokens
 
     def keep(self, speech_logits):
         """Mask of the frames whose probability of carrying a token is above the gate's threshold."""
@@ -124,16 +144,20 @@ class VoxLMProjector(nn.Module):
 
         Returns:
             mixtures of token embeddings by the softmax of their dot products with each frame, zero for frames that the gate
-            hides; and the gate's log-odds, minus infinity for frames that repeat the token before them.
+            hides; the gate's log-odds, minus infinity for frames that repeat the token before them; and the likeliest
+            tokens `(batch, frames)`, -1 for frames hidden for either reason.
         """
+        if self.token_ids is not None:
+            token_embeddings = token_embeddings[self.token_ids]
         kept = self.keep(speech_logits)
         scores = embeds[kept] @ token_embeddings.to(embeds.dtype).T * self.log_scale.exp()
         mixtures = torch.zeros_like(embeds)
         mixtures[kept] = scores.softmax(-1) @ token_embeddings.to(embeds.dtype)
         tokens = torch.full(kept.shape, -1, device=embeds.device)
-        tokens[kept] = scores.argmax(-1)
+        best = scores.argmax(-1)
+        tokens[kept] = best if self.token_ids is None else self.token_ids[best]
         repeats = nn.functional.pad((tokens[:, 1:] == tokens[:, :-1]) & kept[:, 1:], (1, 0))
-        return mixtures, speech_logits.masked_fill(repeats, -torch.inf)
+        return mixtures, speech_logits.masked_fill(repeats, -torch.inf), tokens.masked_fill(repeats, -1)
 
 
 def encoder_output_lengths(encoder: nn.Module, lengths: torch.Tensor) -> torch.Tensor:
@@ -480,31 +504,34 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
             )
         frames = encoded.last_hidden_state[:, : int(lengths.max())]
         frame_mask = (torch.arange(frames.shape[1], device=lengths.device) < lengths.unsqueeze(1)).long()
-        audio_embeds, audio_embeds_mask, speech_logits = self.project(frames, frame_mask)
-        return VoxLMAudioOutput(
-            last_hidden_state=frames,
-            pooler_output=audio_embeds,
-            hidden_states=encoded.hidden_states,
-            attentions=encoded.attentions,
-            frame_mask=frame_mask,
-            audio_embeds_mask=audio_embeds_mask,
-            speech_logits=speech_logits,
-        )
+        audio = self.project(frames, frame_mask)
+        audio.hidden_states, audio.attentions = encoded.hidden_states, encoded.attentions
+        return audio
 
-    def project(self, frames, frame_mask):
+    def project(self, frames, frame_mask) -> VoxLMAudioOutput:
         """
         Encoder states to what the LLM reads.
 
         Args:
             frames (`torch.Tensor` of shape `(batch, frames, audio_size)`), frame_mask (`(batch, frames)`)
-
-        Returns:
-            embeddings `(batch, projected_frames, text_size)`, their mask, and the gate's log-odds or `None`.
         """
-        embeds, mask, speech_logits = self.projector(frames, frame_mask)
-        if self.config.projector_readout == "token_mixture":
-            embeds, speech_logits = self.projector.mix_tokens(embeds, speech_logits, self.get_input_embeddings().weight)
-        return embeds, mask, speech_logits
+        read = self.config.projector_readout == "token_mixture"
+        embeds, mask, speech_logits, tokens = self.projector(
+            frames, frame_mask, self.get_input_embeddings().weight if read else None
+        )
+        return VoxLMAudioOutput(
+            last_hidden_state=frames,
+            pooler_output=embeds,
+            frame_mask=frame_mask,
+            audio_embeds_mask=mask,
+            speech_logits=speech_logits,
+            tokens=tokens,
+        )
+
+    def set_projector_vocabulary(self, token_ids):
+        """Read frames as these tokens of the LLM only (a list of ids); for a new or a trained projector."""
+        self.config.projector_vocab_size = len(token_ids)
+        self.projector.token_ids = torch.tensor(token_ids, device=self.projector.linear_in.weight.device)
 
     def hide_gated_frames(self, input_ids, attention_mask, audio: VoxLMAudioOutput, inputs_embeds=None):
         """`attention_mask` `(batch, length)` with the placeholders of frames below the gate's threshold set to 0."""
@@ -548,9 +575,13 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        audio_states: torch.Tensor | None = None,
+        audio_states_mask: torch.Tensor | None = None,
         audio_embeds: torch.Tensor | None = None,
         audio_embeds_mask: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
+        token_words: torch.LongTensor | None = None,
+        frame_words: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
@@ -560,17 +591,29 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
             input_ids (`torch.LongTensor` of shape `(batch, length)`): prompt with one placeholder per projected frame.
             input_features, input_features_mask, input_values, input_values_mask: see [`get_audio_features`].
             attention_mask (`torch.Tensor` of shape `(batch, length)`): 0 for padding, on either side.
+            audio_states (`torch.Tensor` of shape `(batch, frames, audio_size)`), audio_states_mask: encoder states computed
+                before, instead of features.
             audio_embeds (`torch.Tensor` of shape `(batch, projected_frames, text_size)`), audio_embeds_mask: audio that
-                `get_audio_features` has encoded, instead of features.
+                `get_audio_features` has encoded and projected, instead of features.
             labels (`torch.LongTensor` of shape `(batch, length)`): -100 where no loss is wanted; not shifted.
+            token_words (`torch.LongTensor` of shape `(batch, length)`): with `labels`, the number of the word that each token
+                of `input_ids` belongs to, -100 for those of none.
+            frame_words (`torch.LongTensor` of shape `(batch, frames)`): the word spoken in each encoder frame, -1 in a pause,
+                -100 where that is not known. Adds the alignment head's loss to `loss`; only the head learns from it.
             logits_to_keep (`int`): compute the logits (and the loss) of the last positions only.
 
         Raises:
             ValueError: when placeholders and projected frames differ in number.
         """
         audio = None
-        if input_features is not None or input_values is not None:
+        if audio_states is not None and audio_embeds is not None:
+            # Projected already: the states are for the alignment head.
+            audio = VoxLMAudioOutput(last_hidden_state=audio_states, frame_mask=audio_states_mask)
+        elif audio_states is not None:
+            audio = self.project(audio_states, audio_states_mask)
+        elif input_features is not None or input_values is not None:
             audio = self.get_audio_features(input_features, input_features_mask, input_values, input_values_mask)
+        if audio is not None and audio_embeds is None:
             audio_embeds, audio_embeds_mask = audio.pooler_output, audio.audio_embeds_mask
             attention_mask = self.hide_gated_frames(input_ids, attention_mask, audio, inputs_embeds)
         if inputs_embeds is None:
@@ -587,6 +630,8 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
             # Positions count what is seen, so that padding on either side and hidden frames change nothing.
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
 
+        if frame_words is not None:
+            kwargs["output_hidden_states"] = True
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -596,12 +641,17 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
             logits_to_keep=logits_to_keep,
             **{key: value for key, value in kwargs.items() if key != "num_items_in_batch"},
         )
-        loss = None
+        loss, loss_of_times = None, None
         if labels is not None:
             kept = labels[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else labels[:, logits_to_keep]
             loss = self.loss_function(
                 logits=outputs.logits, labels=kept, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
+            if frame_words is not None:
+                loss_of_times = self._alignment_loss(
+                    outputs.hidden_states[-1], input_ids, labels, token_words, frame_words, audio, **kwargs
+                )
+                loss = loss + loss_of_times
         return VoxLMCausalLMOutputWithPast(
             loss=loss,
             logits=outputs.logits,
@@ -609,7 +659,25 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             audio=audio,
+            alignment_loss=loss_of_times,
         )
+
+    def _alignment_loss(
+        self, hidden_states, input_ids, labels, token_words, frame_words, audio, num_items_in_batch=None, **kwargs
+    ):
+        """
+        The head's loss, each row weighted by its text tokens as in the LLM's loss, so that both add up in the same way over
+        the parts of a batch.
+        """
+        # Only the columns that hold text somewhere; the state before a token is the one that predicted it.
+        first = max(1, int((token_words != -100).any(0).int().argmax()))
+        scores = self.align_scores(hidden_states[:, first - 1 : -1].detach(), input_ids[:, first:], audio)
+        # Nothing is known of frames behind the last target, nor of padding.
+        frame_words = nn.functional.pad(frame_words, (0, scores[1].shape[1] - frame_words.shape[1]), value=-100)
+        frame_words = frame_words.masked_fill(audio.frame_mask == 0, -100)
+        losses = alignment_loss(*scores, token_words[:, first:], frame_words)
+        weights = (labels != -100).sum(-1)
+        return (losses * weights).sum() / (weights.sum() if num_items_in_batch is None else num_items_in_batch)
 
     @torch.no_grad()
     def generate(self, inputs=None, *args, **kwargs):
@@ -623,9 +691,10 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
             return self.transcribe(inputs, *args, **kwargs)
         names = ("input_features", "input_features_mask", "input_values", "input_values_mask")
         features = {name: kwargs.pop(name) for name in names if kwargs.get(name) is not None}
-        if "input_features" in features or "input_values" in features:
+        states, states_mask = kwargs.pop("audio_states", None), kwargs.pop("audio_states_mask", None)
+        if states is not None or "input_features" in features or "input_values" in features:
             input_ids = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else inputs
-            audio = self.get_audio_features(**features)
+            audio = self.get_audio_features(**features) if features else self.project(states, states_mask)
             kwargs["audio_embeds"], kwargs["audio_embeds_mask"] = audio.pooler_output, audio.audio_embeds_mask
             if input_ids is not None:
                 attention_mask = self.hide_gated_frames(input_ids, kwargs.get("attention_mask"), audio)
@@ -678,7 +747,7 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
         """An `automatic-speech-recognition` pipeline over this very model and its processor."""
         from .pipeline_voxlm import VoxLMASRPipeline
 
-        return VoxLMASRPipeline(model=self, processor=self.get_processor(), **kwargs)
+        return VoxLMASRPipeline(self, self.get_processor(), task="automatic-speech-recognition", **kwargs)
 
 
 def is_waveform(value) -> bool:

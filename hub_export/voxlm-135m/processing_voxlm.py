@@ -10,7 +10,7 @@ import soundfile
 import soxr
 import torch
 from transformers import AutoFeatureExtractor, AutoTokenizer, BatchFeature
-from transformers.processing_utils import ProcessorMixin
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 
 
 AUDIO_TOKEN, PAD_TOKEN = "<|audio|>", "<|pad|>"
@@ -178,6 +178,16 @@ class Word:
     tokens: list[int]
 
 
+class VoxLMProcessorKwargs(ProcessingKwargs, total=False):
+    """What [`VoxLMProcessor`] asks of its parts unless the caller, or the tokenizer as it was saved, says otherwise."""
+
+    _defaults = {
+        "text_kwargs": {"padding": True},
+        "audio_kwargs": {"padding": "longest", "truncation": False},
+        "common_kwargs": {"return_tensors": "pt"},
+    }
+
+
 class VoxLMProcessor(ProcessorMixin):
     r"""
     Feature extractor and tokenizer of a VoxLM model.
@@ -193,6 +203,8 @@ class VoxLMProcessor(ProcessorMixin):
         samples_per_frame (`int`): waveform samples per encoder frame.
         audio_token_stride (`int`), audio_token_offset (`int`): `(features + offset) // stride` placeholders per audio.
     """
+
+    valid_processor_kwargs = VoxLMProcessorKwargs
 
     def __init__(
         self,
@@ -257,6 +269,11 @@ class VoxLMProcessor(ProcessorMixin):
     def frame_s(self) -> float:
         """Seconds per encoder frame."""
         return self.samples_per_frame / self.sampling_rate
+
+    @property
+    def frames_per_token(self) -> int:
+        """Encoder frames per placeholder, the projector's stride."""
+        return self.audio_token_stride * self.samples_per_feature // self.samples_per_frame
 
     @property
     def feature_name(self) -> str:
@@ -378,9 +395,9 @@ class VoxLMProcessor(ProcessorMixin):
         if text is not None and isinstance(text, (list, tuple)) and not text:
             raise ValueError("`text` is an empty list")
         text_kwargs = dict(kwargs.pop("text_kwargs", {}))
-        for name, default in (("padding", True), ("padding_side", "left"), ("return_tensors", "pt")):
-            if name not in kwargs:
-                text_kwargs.setdefault(name, default)
+        if "padding_side" not in kwargs:
+            # No default of the class: the side the tokenizer was saved with would win over it.
+            text_kwargs.setdefault("padding_side", "left")
         return super().__call__(text=text, audio=audio, text_kwargs=text_kwargs, **kwargs)
 
     def render_prompt(self, prompt: str | None = None) -> str:
@@ -444,17 +461,9 @@ class VoxLMProcessor(ProcessorMixin):
             output["labels"].append([-100] * (padding + len(prompt)) + text)
         return {name: torch.tensor(values) for name, values in output.items()}
 
-    def decode(self, *args, **kwargs):
-        """The tokenizer's `decode`, by default without special tokens and without touching spaces."""
-        kwargs.setdefault("skip_special_tokens", True)
-        kwargs.setdefault("clean_up_tokenization_spaces", False)
-        return self.tokenizer.decode(*args, **kwargs)
-
-    def batch_decode(self, *args, **kwargs):
-        """[`decode`] for a list of sequences."""
-        kwargs.setdefault("skip_special_tokens", True)
-        kwargs.setdefault("clean_up_tokenization_spaces", False)
-        return self.tokenizer.batch_decode(*args, **kwargs)
+    def decode_text(self, token_ids) -> str:
+        """The text of some token ids: no special tokens, spaces untouched."""
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def split_words(self, token_ids) -> list[Word]:
         """
@@ -467,12 +476,12 @@ class VoxLMProcessor(ProcessorMixin):
         special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
         kept = [(position, int(token)) for position, token in enumerate(token_ids) if int(token) not in special]
         ids = [token for _, token in kept]
-        full = self.decode(ids)
+        full = self.decode_text(ids)
         # Tokens and the end of the text they complete; a token that ends inside a character waits for the next ones.
         units, waiting, start = [], [], 0
         for count, (position, _) in enumerate(kept, 1):
             waiting.append(position)
-            prefix = self.decode(ids[:count])
+            prefix = self.decode_text(ids[:count])
             if full.startswith(prefix) and len(prefix) > start or count == len(kept):
                 end = len(full) if count == len(kept) else len(prefix)
                 units.append((full[start:end], waiting))

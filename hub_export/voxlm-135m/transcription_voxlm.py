@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from transformers import DynamicCache
 from transformers.utils import ModelOutput, logging
 
 from .alignment_voxlm import decode_spans, spans_to_seconds, word_log_posteriors
+from .decoding_voxlm import DecodedText, greedy_decode, is_plain_greedy, stop_tokens
 from .processing_voxlm import is_batch, one_for_each
 
 
@@ -167,27 +169,70 @@ def _transcribe_batch(
     # Encoded once, for the generation and for the word times.
     audio = model.get_audio_features(**features)
     budgets = token_budgets(model, audio, durations_s, generate_kwargs.get("max_new_tokens"))
-    options = {"do_sample": False, **generate_kwargs, "max_new_tokens": max(budgets)}
     prompt = {
         "input_ids": inputs["input_ids"],
         "attention_mask": model.hide_gated_frames(inputs["input_ids"], inputs["attention_mask"], audio),
         "audio_embeds": audio.pooler_output,
         "audio_embeds_mask": audio.audio_embeds_mask,
     }
-    output = model.generate(**prompt, **options, return_dict_in_generate=True)
-    prompt_length = inputs["input_ids"].shape[1]
-    new_ids = output.sequences[:, prompt_length:]
-    # Each row at its own budget, so that the text does not depend on what else is in the batch.
-    stops = model.generation_config.eos_token_id
-    rows = [_until_eos(row[:budget], stops) for row, budget in zip(new_ids.tolist(), budgets)]
-    results = []
-    for (ids, ended), duration_s in zip(rows, durations_s):
-        results.append(
-            VoxLMTranscription(text=processor.decode(ids).strip(), words=[], duration=duration_s, truncated=not ended)
-        )
-    if with_words and any(ids for ids, _ in rows):
-        _add_words(model, processor, prompt, audio, rows, results)
+    if is_plain_greedy(model.generation_config, generate_kwargs):
+        text = greedy_decode(model, prompt, budgets, draft_texts(model, processor, audio))
+    else:
+        text = _generate(model, prompt, budgets, generate_kwargs)
+    results = [
+        VoxLMTranscription(text=processor.decode_text(ids).strip(), words=[], duration=duration_s, truncated=not ended)
+        for ids, ended, duration_s in zip(text.ids, text.ended, durations_s)
+    ]
+    if with_words and any(text.ids):
+        _add_words(model, processor, text, audio, results)
     return results
+
+
+def draft_texts(model, processor, audio) -> list[list[int]]:
+    """What the projector alone reads in each recording, in the LLM's own tokenization; empty where it does not read."""
+    # A cache with a sliding window counts tokens that the mask hides, so rejected drafts would push real ones out.
+    sliding = DynamicCache(config=model.config.text_config).is_sliding
+    if audio.tokens is None or any(sliding):
+        return [[] for _ in audio.frame_mask]
+    texts = [processor.text_prefix + processor.decode_text(row[row >= 0]).lstrip() for row in audio.tokens.cpu()]
+    special = {*processor.tokenizer.all_special_ids, *processor.tokenizer.added_tokens_decoder}
+    ids = processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [[token for token in row if token not in special] for row in ids]
+
+
+def _generate(model, prompt, budgets: list[int], generate_kwargs: dict) -> DecodedText:
+    """
+    Stock `generate`, for beams, sampling and whatever else its options say, then a teacher-forced pass for the states.
+
+    The pass sees the same tokens as the generation did, so the states are those of the text that was chosen.
+    """
+    options = {"do_sample": False, **generate_kwargs, "max_new_tokens": max(budgets)}
+    output = model.generate(**prompt, **options, return_dict_in_generate=True)
+    new_ids = output.sequences[:, prompt["input_ids"].shape[1] :]
+    # Each row at its own budget, so that the text does not depend on what else is in the batch.
+    stops = stop_tokens(model.generation_config.eos_token_id)
+    rows = [_until_stop(row[:budget], stops) for row, budget in zip(new_ids.tolist(), budgets)]
+    longest = max(len(ids) for ids, _ in rows)
+    text_ids = new_ids[:, :longest]
+    lengths = torch.tensor([len(ids) for ids, _ in rows], device=text_ids.device)
+    text_mask = (torch.arange(longest, device=text_ids.device) < lengths.unsqueeze(1)).to(prompt["attention_mask"])
+    output = model(
+        **{
+            **prompt,
+            "input_ids": torch.cat([prompt["input_ids"], text_ids], dim=1),
+            "attention_mask": torch.cat([prompt["attention_mask"], text_mask], dim=1),
+        },
+        output_hidden_states=True,
+        logits_to_keep=longest + 1,
+        use_cache=False,
+    )
+    return DecodedText(
+        ids=[ids for ids, _ in rows],
+        ended=[ended for _, ended in rows],
+        # The state before a token is the one that predicted it.
+        states=output.hidden_states[-1][:, -longest - 1 : -1],
+        logprobs=output.logits[:, :-1].float().log_softmax(-1).gather(-1, text_ids.unsqueeze(-1)).squeeze(-1),
+    )
 
 
 def token_budgets(model, audio, durations_s: list[float], max_new_tokens: int | None) -> list[int]:
@@ -205,47 +250,23 @@ def token_budgets(model, audio, durations_s: list[float], max_new_tokens: int | 
     return [int(TOKENS_PER_SECOND * duration_s) + TOKENS_AT_LEAST for duration_s in durations_s]
 
 
-def _until_eos(ids: list[int], eos_token_id) -> tuple[list[int], bool]:
-    """The ids before the first eos, and whether there was one."""
-    stops = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or [])
+def _until_stop(ids: list[int], stops: set[int]) -> tuple[list[int], bool]:
+    """The ids before the first stop token, and whether there was one."""
     for position, token in enumerate(ids):
         if token in stops:
             return ids[:position], True
     return ids, False
 
 
-def _add_words(model, processor, prompt, audio, rows, results):
-    """
-    Fill `results` with words, times and confidences from a teacher-forced pass over prompt and text.
-
-    The pass sees the same tokens as the generation did, so it holds for greedy, sampled and beam-searched text alike.
-    """
-    pad = model.config.pad_token_id if model.config.pad_token_id is not None else 0
-    longest = max(len(ids) for ids, _ in rows)
-    device = prompt["input_ids"].device
-    text_ids = torch.full((len(rows), longest), pad, device=device)
-    for row, (ids, _) in enumerate(rows):
-        text_ids[row, : len(ids)] = torch.tensor(ids, device=device, dtype=torch.long)
-    text_mask = torch.zeros_like(text_ids)
-    for row, (ids, _) in enumerate(rows):
-        text_mask[row, : len(ids)] = 1
-    output = model(
-        **{
-            **prompt,
-            "input_ids": torch.cat([prompt["input_ids"], text_ids], dim=1),
-            "attention_mask": torch.cat([prompt["attention_mask"], text_mask], dim=1),
-        },
-        output_hidden_states=True,
-        logits_to_keep=longest + 1,
-        use_cache=False,
-    )
-    # The state before a token is the one that predicted it.
-    states = output.hidden_states[-1][:, -longest - 1 : -1]
-    logprobs = output.logits[:, :-1].float().log_softmax(-1).gather(-1, text_ids.unsqueeze(-1)).squeeze(-1)
-    token_scores, pause_scores = model.align_scores(states, text_ids, audio)
+def _add_words(model, processor, text: DecodedText, audio, results):
+    """Fill `results` with words, times and confidences."""
+    text_ids = torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(ids, dtype=torch.long) for ids in text.ids], batch_first=True
+    ).to(text.states.device)
+    token_scores, pause_scores = model.align_scores(text.states, text_ids, audio)
     frame_counts = audio.frame_mask.sum(-1).tolist()
     calibration = model.config.confidence_calibration
-    for row, ((ids, _), result) in enumerate(zip(rows, results)):
+    for row, (ids, result) in enumerate(zip(text.ids, results)):
         words = processor.split_words(ids)
         if not words:
             continue
@@ -260,7 +281,7 @@ def _add_words(model, processor, prompt, audio, rows, results):
         times = spans_to_seconds(decode_spans(posteriors), processor.frame_s, result.duration)
         for word, (start, end) in zip(words, times):
             # The words' tokens are needed all together: the probability of a word is the product over its tokens.
-            probability = math.exp(sum(float(logprobs[row, token]) for token in word.tokens))
+            probability = math.exp(sum(float(text.logprobs[row, token]) for token in word.tokens))
             result.words.append(
                 {
                     "word": word.text,

@@ -1,0 +1,125 @@
+"""The same training in one process and in two, data-parallel and sharded: the losses agree."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import soundfile
+import yaml
+
+from tests import tiny
+from voxlm_hf import VoxLMForSpeechSeq2Seq
+
+
+CONFIGS = Path(__file__).resolve().parents[1] / "training" / "accelerate"
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """Eight clips of one length, so that two processes with batches of two see what one sees in batches of four."""
+    folder = tmp_path_factory.mktemp("processes")
+    lines = []
+    for number in range(8):
+        soundfile.write(folder / f"{number}.wav", tiny.noise(1.0, number), 16000)
+        lines.append(json.dumps({"audio": f"{number}.wav", "text": "the quick brown fox"}))
+    (folder / "manifest.jsonl").write_text("\n".join(lines))
+    toy = tiny.model(lora_config={"r": 2})
+    toy.save_pretrained(folder / "base")
+    toy.processor.save_pretrained(folder / "base")
+    stage = {
+        "kind": "transcription",
+        "parts": ["lora", "projector"],
+        "max_steps": 4,
+        "logging_steps": 1,
+        "learning_rate": 1e-2,
+        "warmup_steps": 0,
+        "report_to": [],
+        "save_strategy": "no",
+        "seconds_per_batch": 2.0,
+    }
+    data = {"normaliser": "lower", "train": [{"manifest": str(folder / "manifest.jsonl")}]}
+    contents = {"model": str(folder / "base"), "output": str(folder / "out"), "data": data, "stages": [stage]}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(contents))
+    return folder
+
+
+def losses(recipe: Path, name: str, launcher: list[str], kind: str, *overrides: str) -> list[float]:
+    command = [*launcher, "-m", "training.train", str(recipe / "recipe.yaml"), f"output={recipe / name}", *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert kind in done.stdout
+    log = json.loads((recipe / name / "1-transcription" / "log.json").read_text())
+    return [entry["loss"] for entry in log if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def alone(recipe):
+    return losses(
+        recipe, "alone", [sys.executable], "1 process(es), DistributedType.NO", "stages.0.gradient_accumulation_steps=2"
+    )
+
+
+def test_two_processes_have_the_losses_of_one(recipe, alone):
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "ddp-2cpu.yaml")]
+    together = losses(recipe, "two", launcher, "2 process(es), DistributedType.MULTI_CPU")
+    assert len(together) == 4 and together[-1] < together[0]
+    assert together == pytest.approx(alone, abs=1e-3)
+    assert VoxLMForSpeechSeq2Seq.from_pretrained(recipe / "two" / "final").config.lora_config["r"] == 2
+
+
+SHARDED = """
+import json, sys
+import torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from tests import tiny
+from training.collator import VoxLMCollator
+
+dist.init_process_group("gloo")
+rank, world = dist.get_rank(), dist.get_world_size()
+toy = tiny.model(lora_config={"r": 2}, projector_readout="token_mixture", frame_gate_threshold=0.2)
+rows = [{"audio": tiny.noise(1.0, number), "text": "the quick brown fox"} for number in range(4)]
+batch = VoxLMCollator(toy.processor)(rows[rank :: world])
+mesh = init_device_mesh("cpu", (world,))
+for module in toy.modules():
+    if type(module).__name__ in {"WhisperEncoderLayer", *toy._no_split_modules}:
+        fully_shard(module, mesh=mesh)
+fully_shard(toy, mesh=mesh)
+optimizer = torch.optim.SGD([parameter for parameter in toy.parameters() if parameter.requires_grad], lr=0.02)
+losses = []
+for _ in range(4):
+    loss = toy(**batch).loss
+    loss.backward()
+    optimizer.step(), optimizer.zero_grad()
+    mean = loss.detach().clone()
+    dist.all_reduce(mean)
+    losses.append(float(mean) / world)
+if rank == 0:
+    json.dump(losses, open(sys.argv[1], "w"))
+dist.destroy_process_group()
+"""
+
+
+def test_fsdp2_shards_have_the_losses_of_one_process(tmp_path):
+    """torch's `fully_shard` over gloo; accelerate itself shards on accelerators only."""
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    found = []
+    for processes in (1, 2):
+        result = tmp_path / f"{processes}.json"
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(CONFIGS.parents[1])}
+        done = subprocess.run(
+            [*command, str(tmp_path / "sharded.py"), str(result)],
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(json.loads(result.read_text()))
+    assert abs(found[0][-1] - found[0][0]) > 1e-3, "nothing was trained"
+    assert found[1] == pytest.approx(found[0], abs=1e-4)
