@@ -437,6 +437,7 @@ def test_training_moves_what_should_move_and_evaluates(tmp_path, manifest):
     before = {name: tensor.clone() for name, tensor in toy.state_dict().items()}
     made = trainer(toy, dataset, tmp_path, eval_strategy="steps", eval_steps=4)
     made.train()
+    assert not toy.projector._forward_pre_hooks, "the noise of one stage must not reach the next"
     moved = {name for name, tensor in toy.state_dict().items() if not torch.equal(tensor, before[name])}
     assert any(".lora_B." in name for name in moved) and any(name.startswith("alignment.") for name in moved)
     assert not any(".base_layer." in name or name.startswith("encoder.") for name in moved)

@@ -98,6 +98,17 @@ def test_beams_and_sampling_go_through(model):
     assert beams.words is not None and sampled.words is not None
 
 
+def test_only_word_times_cost_a_second_pass(model):
+    passes, counts = [], []
+    hook = model.language_model.register_forward_hook(lambda *_: passes.append(1))
+    for times in (False, "word"):
+        passes.clear()
+        model.transcribe(tiny.noise(1), num_beams=2, max_new_tokens=4, return_timestamps=times)
+        counts.append(len(passes))
+    hook.remove()
+    assert counts[1] == counts[0] + 1
+
+
 def test_the_token_budget_is_each_recordings_own():
     """A model that never stops is cut at the same place alone and in a batch, and says so."""
     model = tiny.model(llm="phi3")

@@ -89,12 +89,18 @@ class VoxLMTrainer(Trainer):
 
     def __init__(self, *args, processor, seconds_per_batch: float, state_noise=0.0, max_new_tokens=200, **kwargs):
         self.processor, self.seconds_per_batch = processor, seconds_per_batch
-        self.max_new_tokens, self.logged = max_new_tokens, {}
+        self.max_new_tokens, self.state_noise, self.logged = max_new_tokens, state_noise, {}
         super().__init__(*args, compute_metrics=kwargs.pop("compute_metrics", self.text_metrics), **kwargs)
-        if state_noise:
-            self.model.projector.register_forward_pre_hook(
-                lambda projector, inputs: disturb(projector, inputs, state_noise)
-            )
+
+    def train(self, *args, **kwargs):
+        """As [`Trainer.train`], with noise on the encoder states; the model is left without it."""
+        hook = self.model.projector.register_forward_pre_hook(
+            lambda projector, inputs: disturb(projector, inputs, self.state_noise)
+        )
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            hook.remove()
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of like length, of at most `seconds_per_batch`."""
@@ -225,7 +231,7 @@ def word_time_errors(model, inputs: dict, frame_s: float) -> torch.Tensor:
 def disturb(projector, inputs: tuple, noise: float) -> tuple | None:
     """Forward pre-hook of the projector: noise on its frames while the model trains."""
     frames, *rest = inputs
-    if not projector.training:
+    if not projector.training or not noise:
         return None
     strength = noise * torch.rand(len(frames), 1, 1, device=frames.device)
     return frames + strength * torch.randn_like(frames), *rest

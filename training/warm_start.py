@@ -86,7 +86,6 @@ def warm_start(
     noise: float = 1.0,
     frames_per_batch: int = 8000,
     eval_steps: int = 500,
-    on_eval=None,
 ):
     """
     Train the projector of `model` in place.
@@ -95,7 +94,7 @@ def warm_start(
         model ([`VoxLMForSpeechSeq2Seq`]): with a frame gate.
         dataset: sequence of rows with "states" `(frames, audio_size)` and "text"; `dataset.lengths` gives their frames.
         dev_rows: rows to report the greedy word error rate on.
-        merges: see `training.pieces`. noise: see `disturb`. on_eval: called with the step after each report, e.g. to save.
+        merges: see `training.pieces`. noise: see `disturb`.
 
     Raises:
         ValueError: for a model without a frame gate.
@@ -138,8 +137,6 @@ def warm_start(
             if step % eval_steps == 0 or step == steps:
                 rate = 100 * greedy_wer(model, processor, dev_rows) if dev_rows else float("nan")
                 tqdm.write(f"step {step}: loss {float(loss.detach()):.3f}, greedy CTC WER {rate:.1f} %")
-                if on_eval:
-                    on_eval(step)
             if step == steps:
                 break
         batches.set_epoch(step)

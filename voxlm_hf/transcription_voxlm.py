@@ -179,6 +179,8 @@ def _transcribe_batch(
         text = greedy_decode(model, prompt, budgets, draft_texts(model, processor, audio))
     else:
         text = _generate(model, prompt, budgets, generate_kwargs)
+        if with_words and any(text.ids):
+            _read_states(model, prompt, text)
     results = [
         VoxLMTranscription(text=processor.decode_text(ids).strip(), words=[], duration=duration_s, truncated=not ended)
         for ids, ended, duration_s in zip(text.ids, text.ended, durations_s)
@@ -201,20 +203,25 @@ def draft_texts(model, processor, audio) -> list[list[int]]:
 
 
 def _generate(model, prompt, budgets: list[int], generate_kwargs: dict) -> DecodedText:
-    """
-    Stock `generate`, for beams, sampling and whatever else its options say, then a teacher-forced pass for the states.
-
-    The pass sees the same tokens as the generation did, so the states are those of the text that was chosen.
-    """
+    """Stock `generate`, for beams, sampling and whatever else its options say; without the LLM's states."""
     options = {"do_sample": False, **generate_kwargs, "max_new_tokens": max(budgets)}
     output = model.generate(**prompt, **options, return_dict_in_generate=True)
     new_ids = output.sequences[:, prompt["input_ids"].shape[1] :]
     # Each row at its own budget, so that the text does not depend on what else is in the batch.
     stops = stop_tokens(model.generation_config.eos_token_id)
     rows = [_until_stop(row[:budget], stops) for row, budget in zip(new_ids.tolist(), budgets)]
-    longest = max(len(ids) for ids, _ in rows)
-    text_ids = new_ids[:, :longest]
-    lengths = torch.tensor([len(ids) for ids, _ in rows], device=text_ids.device)
+    return DecodedText(ids=[ids for ids, _ in rows], ended=[ended for _, ended in rows])
+
+
+def _read_states(model, prompt, text: DecodedText):
+    """
+    Fill in the states and log-probabilities of a text by a teacher-forced pass over prompt and text.
+
+    The pass sees the same tokens as the generation did, so the states are those of the text that was chosen.
+    """
+    text_ids = _pad_ids(text.ids, prompt["input_ids"].device)
+    longest = text_ids.shape[1]
+    lengths = torch.tensor([len(ids) for ids in text.ids], device=text_ids.device)
     text_mask = (torch.arange(longest, device=text_ids.device) < lengths.unsqueeze(1)).to(prompt["attention_mask"])
     output = model(
         **{
@@ -226,13 +233,15 @@ def _generate(model, prompt, budgets: list[int], generate_kwargs: dict) -> Decod
         logits_to_keep=longest + 1,
         use_cache=False,
     )
-    return DecodedText(
-        ids=[ids for ids, _ in rows],
-        ended=[ended for _, ended in rows],
-        # The state before a token is the one that predicted it.
-        states=output.hidden_states[-1][:, -longest - 1 : -1],
-        logprobs=output.logits[:, :-1].float().log_softmax(-1).gather(-1, text_ids.unsqueeze(-1)).squeeze(-1),
-    )
+    # The state before a token is the one that predicted it.
+    text.states = output.hidden_states[-1][:, -longest - 1 : -1]
+    text.logprobs = output.logits[:, :-1].float().log_softmax(-1).gather(-1, text_ids.unsqueeze(-1)).squeeze(-1)
+
+
+def _pad_ids(rows: list[list[int]], device) -> torch.Tensor:
+    """Token ids of rows of unlike length, `(batch, tokens)`, padded on the right with 0."""
+    rows = [torch.tensor(ids, dtype=torch.long) for ids in rows]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
 
 
 def token_budgets(model, audio, durations_s: list[float], max_new_tokens: int | None) -> list[int]:
@@ -260,9 +269,7 @@ def _until_stop(ids: list[int], stops: set[int]) -> tuple[list[int], bool]:
 
 def _add_words(model, processor, text: DecodedText, audio, results):
     """Fill `results` with words, times and confidences."""
-    text_ids = torch.nn.utils.rnn.pad_sequence(
-        [torch.tensor(ids, dtype=torch.long) for ids in text.ids], batch_first=True
-    ).to(text.states.device)
+    text_ids = _pad_ids(text.ids, text.states.device)
     token_scores, pause_scores = model.align_scores(text.states, text_ids, audio)
     frame_counts = audio.frame_mask.sum(-1).tolist()
     calibration = model.config.confidence_calibration

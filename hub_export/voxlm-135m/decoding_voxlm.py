@@ -34,14 +34,14 @@ class DecodedText:
     Args:
         ids (`list[list[int]]`): text tokens of each row, without eos.
         ended (`list[bool]`): whether the row ended with eos and not by its budget.
-        states (`torch.Tensor` of shape `(batch, tokens, text_size)`): last hidden state that predicted each token.
-        logprobs (`torch.Tensor` of shape `(batch, tokens)`): raw log-probability of each token, in float32.
+        states (`torch.Tensor` of shape `(batch, tokens, text_size)`, *optional*): last hidden state that predicted each token.
+        logprobs (`torch.Tensor` of shape `(batch, tokens)`, *optional*): raw log-probability of each token, in float32.
     """
 
     ids: list[list[int]]
     ended: list[bool]
-    states: torch.Tensor
-    logprobs: torch.Tensor
+    states: torch.Tensor | None = None
+    logprobs: torch.Tensor | None = None
 
 
 def is_plain_greedy(generation_config, options: dict) -> bool:
