@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from string import Template
 
+from huggingface_hub import EvalResult, ModelCard
+
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "model_card.md"
 
@@ -18,16 +20,30 @@ def table(rows: list[dict]) -> str:
 
 def fill(template: str, results: dict) -> str:
     """
-    The card's text.
+    The card's text, its metadata checked and completed by huggingface_hub.
 
     Args:
-        results: a text, or a list of rows that becomes a table, for every `$field` of the template.
+        results: a text, or a list of rows that becomes a table, for every `$field` of the template; and "evaluations", a list
+            of `{"dataset", "type", "split", "metric", "value"}`, each measured by a run, for the model index.
 
     Raises:
         KeyError: naming a field that `results` lacks; no figure is made up.
     """
     values = {name: table(value) if isinstance(value, list) else value for name, value in results.items()}
-    return Template(template).substitute(values)
+    card = ModelCard(Template(template).substitute(values))
+    card.data.model_name = results["name"]
+    card.data.eval_results = [
+        EvalResult(
+            task_type="automatic-speech-recognition",
+            dataset_name=item["dataset"],
+            dataset_type=item["type"],
+            dataset_split=item["split"],
+            metric_type=item["metric"],
+            metric_value=item["value"],
+        )
+        for item in results["evaluations"]
+    ]
+    return str(card)
 
 
 def main():

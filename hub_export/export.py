@@ -1,16 +1,21 @@
 """
-Write a model as a self-contained checkpoint folder with remote code.
+Write a model as a checkpoint folder that loads wherever transformers is: `voxlm-export MODEL FOLDER [--mode ...]`.
 
-    python -m hub_export.export MODEL FOLDER        write the folder
-    python -m hub_export.export --code FOLDER       refresh only the code files in it
+    merged (default)    LoRA folded into the LLM; self-contained, peft is not needed
+    lora                self-contained and still trainable
+    delta               only what was trained, with references to the base models (`--audio-base`, `--text-base`)
 
-Frozen weights lie in shards of their own (`encoder`, `language-model-*`), what is trained in `trained.safetensors`, so that a
-better checkpoint changes one small file (with `--frozen-from FOLDER`).
+Frozen weights lie in shards of their own (`encoder-*`, `language-model-*`), what is trained in `trained.safetensors`, so that a
+better checkpoint changes one small file (with `--frozen-from FOLDER`). `--code FOLDER` refreshes only the code files in it.
 """
 
 import argparse
+import copy
 import json
+import os
 import shutil
+import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -18,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 import voxlm_hf
 from voxlm_hf import VoxLMForSpeechSeq2Seq
+from voxlm_hf.bases_voxlm import base_reference, base_state
 
 
 PACKAGE = Path(voxlm_hf.__file__).parent
@@ -79,39 +85,93 @@ def to_int8(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name.removesuffix("weight") + key: tensor for key, tensor in packed.items()}
 
 
-def split_shards(model: VoxLMForSpeechSeq2Seq, int8: bool) -> dict[str, dict[str, torch.Tensor]]:
-    """
-    The model's tensors by file name: encoder in float16, LLM in 8 bits or float16, what is trained in bfloat16.
+def merge_lora(model: VoxLMForSpeechSeq2Seq) -> tuple[dict[str, torch.Tensor], object]:
+    """State and config of the same model with LoRA folded into the weights it adapts."""
+    from peft.tuners.lora import LoraLayer
 
-    Norms and other vectors of the frozen parts stay in float32: they are small, and not all of them fit float16.
+    config, state = copy.deepcopy(model.config), model.state_dict()
+    config.lora_config = None
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            weight = state[f"{name}.base_layer.weight"]
+            for adapter in module.active_adapters:
+                weight = (weight.float() + module.get_delta_weight(adapter).float()).to(weight.dtype)
+            state[f"{name}.base_layer.weight"] = weight
+    return {name: tensor for name, tensor in state.items() if ".lora_" not in name}, config
+
+
+def delta_state(model: VoxLMForSpeechSeq2Seq, config) -> dict[str, torch.Tensor]:
     """
-    files: dict[str, dict[str, torch.Tensor]] = {"encoder.safetensors": {}, TRAINED_FILE: {}}
-    tied = set(model.all_tied_weights_keys)
-    shard, size = {}, 0
-    for name, tensor in model.state_dict().items():
+    What the base models of `config.base_models` do not have: trained weights, and the embeddings of added tokens.
+
+    Raises:
+        ValueError: naming a frozen weight that the base has otherwise.
+    """
+    state = {name.replace(".base_layer.", "."): tensor for name, tensor in model.state_dict().items()}
+    for name, tensor in base_state(config).items():
+        own = state.pop(name, None)
+        if own is None:
+            raise ValueError(f"The base model has a weight that this model lacks: {name}")
+        rows = len(tensor) if tensor.dim() else None
+        if own.shape[1:] != tensor.shape[1:] or not torch.equal(own[:rows].cpu(), tensor.to(own.dtype)):
+            raise ValueError(f"The base model is not the one this model has: {name} differs")
+        if tensor.dim() and len(own) > rows and name not in model.all_tied_weights_keys:
+            state[f"added.{name}"] = own[rows:].clone()
+    return {name: tensor for name, tensor in state.items() if name not in model.all_tied_weights_keys}
+
+
+def store(name: str, tensor: torch.Tensor, storage: str) -> dict[str, torch.Tensor]:
+    """
+    One tensor as it is written.
+
+    Args:
+        storage: "as is", a dtype's name, or "int8": the LLM's matrices in 8 bits, the encoder in float16, what is trained in
+            bfloat16. There, norms and other vectors stay in float32: they are small, and not all of them fit float16.
+    """
+    if not tensor.is_floating_point() or storage == "as is":
+        return {name: tensor}
+    if storage != "int8":
+        return {name: tensor.to(getattr(torch, storage))}
+    if tensor.dim() < 2:
+        return {name: tensor.float()}
+    if part_of(name) == "language-model":
+        return to_int8(name, tensor)
+    return {name: tensor.half() if part_of(name) == "encoder" else tensor.bfloat16()}
+
+
+def part_of(name: str) -> str:
+    """The file, or beginning of the names of files, that a tensor goes to."""
+    if name.startswith("encoder."):
+        return "encoder"
+    return "language-model" if name.startswith("language_model.") and ".lora_" not in name else "trained"
+
+
+def split_shards(
+    state: dict[str, torch.Tensor], tied: set[str], storage: str, shard_bytes: int = SHARD_BYTES
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Tensors by file name, in files of at most `shard_bytes` (more where one tensor is larger)."""
+    parts: dict[str, list[dict[str, torch.Tensor]]] = {"encoder": [{}], "language-model": [{}], "trained": [{}]}
+    for name, tensor in state.items():
         if name in tied:
             continue
-        key, tensor = name.replace(".base_layer.", "."), tensor.detach().cpu()
-        is_matrix = tensor.dim() > 1
-        if not tensor.is_floating_point():
-            files[TRAINED_FILE][key] = tensor
-        elif name.startswith("encoder."):
-            files["encoder.safetensors"][key] = tensor.half() if is_matrix else tensor.float()
-        elif not name.startswith("language_model.") or ".lora_" in name:
-            files[TRAINED_FILE][key] = tensor.bfloat16() if is_matrix else tensor.float()
-        else:
-            if is_matrix:
-                stored = to_int8(key, tensor) if int8 else {key: tensor.half()}
-            else:
-                stored = {key: tensor.float()}
-            added = sum(item.numel() * item.element_size() for item in stored.values())
-            if shard and size + added > SHARD_BYTES:
-                files[f"language-model-{len(files) - 1}.safetensors"] = shard
-                shard, size = {}, 0
-            shard.update(stored)
-            size += added
-    files[f"language-model-{len(files) - 1}.safetensors"] = shard
-    return files
+        key = name.replace(".base_layer.", ".")
+        stored, shards = store(key, tensor.detach().cpu(), storage), parts[part_of(key)]
+        if shards[-1] and num_bytes(shards[-1]) + num_bytes(stored) > shard_bytes:
+            shards.append({})
+        shards[-1].update(stored)
+    return {
+        f"{part}.safetensors"
+        if len(shards) == 1 and part != "language-model"
+        else f"{part}-{number}.safetensors": shard
+        for part, shards in parts.items()
+        for number, shard in enumerate(shards, 1)
+        if shard
+    }
+
+
+def num_bytes(tensors: dict[str, torch.Tensor]) -> int:
+    """Bytes of all tensors together."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def read_frozen_shards(model: VoxLMForSpeechSeq2Seq, folder: Path) -> dict[str, dict[str, torch.Tensor]]:
@@ -135,69 +195,163 @@ def read_frozen_shards(model: VoxLMForSpeechSeq2Seq, folder: Path) -> dict[str, 
     return files
 
 
-def write_weights(model: VoxLMForSpeechSeq2Seq, folder: Path, int8: bool, frozen_from: Path | None = None):
-    """Write the shards and their index; the frozen ones as they are in an earlier export, where one is given."""
-    weight_map, total = {}, 0
-    files = split_shards(model, int8)
-    if frozen_from is not None:
-        files = {TRAINED_FILE: files[TRAINED_FILE], **read_frozen_shards(model, frozen_from)}
+def write_weights(files: dict[str, dict[str, torch.Tensor]], folder: Path, frozen_from: Path | None = None):
+    """Write shards and their index; with `frozen_from`, all but what is trained as copies of the files there."""
+    weight_map = {}
     for file, tensors in files.items():
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         if frozen_from is None or file == TRAINED_FILE:
+            tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
             save_file(tensors, folder / file, metadata={"format": "pt"})
-        elif frozen_from.resolve() != folder.resolve():
+        else:
             shutil.copyfile(frozen_from / file, folder / file)
         weight_map.update(dict.fromkeys(tensors, file))
-        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    index = {
+        "metadata": {"total_size": sum(num_bytes(tensors) for tensors in files.values())},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def export(model: VoxLMForSpeechSeq2Seq, folder: Path, int8: bool = True, frozen_from: Path | None = None):
+def write_config(config, folder: Path, storage: str, dtype: str):
+    """config.json with the auto classes, the pipeline and, for "int8", how to restore the weights."""
+    fields = config.to_dict()
+    fields.update(
+        architectures=["VoxLMForSpeechSeq2Seq"], auto_map=AUTO_MAP, custom_pipelines=CUSTOM_PIPELINES, dtype=dtype
+    )
+    for part in ("audio_config", "text_config"):
+        fields[part]["dtype"] = dtype
+    fields.pop("_name_or_path", None)
+    fields.pop("quantization_config", None)
+    if storage == "int8":
+        fields["quantization_config"] = INT8_WEIGHTS
+    (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+
+
+def export(
+    model: VoxLMForSpeechSeq2Seq,
+    folder: Path,
+    mode: str = "merged",
+    storage: str = "as is",
+    frozen_from: Path | None = None,
+    bases: tuple[str, str] | None = None,
+    force: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+):
     """
     Write `model` and its processor to `folder` so that Auto classes and `pipeline` load it without the package installed.
 
+    It is written beside `folder` and moved there when it is whole: an error leaves what was there before.
+
     Args:
-        int8 (`bool`): store the LLM's matrices in 8 bits (restored to floating point when loaded) instead of 16.
+        mode (`"merged"`, `"lora"` or `"delta"`): see the module.
+        storage: see `store`.
         frozen_from (`Path`, *optional*): an earlier export (it may be `folder` itself) of a model with the same frozen
             weights in the same storage, whose shards of them are taken over byte for byte.
+        bases (`tuple[str, str]`, *optional*): for "delta", folder or Hub id (`ID@REVISION` for another than its main branch) of
+            audio encoder and LLM.
+        force (`bool`): replace `folder` if it exists (its README.md is kept).
+        shard_bytes (`int`): largest file.
+
+    Raises:
+        FileExistsError: when `folder` exists and `force` is not given.
+        ValueError: for options that do not go together, or bases that are not the model's.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    model.get_processor().save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
-    write_weights(model, folder, int8, frozen_from)
-    copy_code(folder)
-    config = model.config.to_dict()
-    config.update(
-        architectures=[type(model).__name__], auto_map=AUTO_MAP, custom_pipelines=CUSTOM_PIPELINES, dtype="float32"
-    )
-    for part in ("audio_config", "text_config"):
-        config[part]["dtype"] = "float32"
-    config.pop("_name_or_path", None)
-    if int8:
-        config["quantization_config"] = INT8_WEIGHTS
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for file in ("processor_config.json", "tokenizer_config.json"):
-        path = folder / file
-        content = json.loads(path.read_text())
-        content["auto_map"] = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
-        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()) and not force:
+        raise FileExistsError(f"{folder} exists and is not empty; give --force to replace it")
+    if mode not in ("merged", "lora", "delta") or (mode == "delta") != (bases is not None):
+        raise ValueError(
+            f"The mode is merged, lora or delta, and delta alone needs the base models; got {mode!r}, {bases}"
+        )
+    if mode == "delta" and (storage == "int8" or frozen_from):
+        raise ValueError("A delta holds no frozen weights: they cannot be stored in 8 bits, nor taken from elsewhere")
+    config, state = copy.deepcopy(model.config), model.state_dict()
+    if mode == "merged" and config.lora_config is not None:
+        state, config = merge_lora(model)
+    elif mode == "delta":
+        config.base_models = {part: base_reference(base) for part, base in zip(("audio", "text"), bases)}
+        state = delta_state(model, config)
+    files = split_shards(state, set(model.all_tied_weights_keys), storage, shard_bytes)
+    if frozen_from is not None:
+        files = {TRAINED_FILE: files[TRAINED_FILE], **read_frozen_shards(model, frozen_from)}
+    dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
+    dtype = str(dtypes.pop()) if storage == "as is" and len(dtypes) == 1 else f"torch.{storage}"
+    dtype = "float32" if dtype in ("torch.as is", "torch.int8") else dtype.removeprefix("torch.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", suffix=".unfinished", dir=folder.parent))
+    try:
+        model.get_processor().save_pretrained(unfinished)
+        model.generation_config.save_pretrained(unfinished)
+        write_weights(files, unfinished, frozen_from)
+        copy_code(unfinished)
+        write_config(config, unfinished, storage, dtype)
+        for file in ("processor_config.json", "tokenizer_config.json"):
+            content = json.loads((unfinished / file).read_text())
+            content["auto_map"] = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
+            (unfinished / file).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        if (folder / "README.md").exists():
+            shutil.copyfile(folder / "README.md", unfinished / "README.md")
+        move_into_place(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def main():
+def move_into_place(new: Path, folder: Path):
+    """Put the finished folder `new` in the place of `folder`, whose old content goes when that has worked."""
+    new.chmod(0o755)  # mkdtemp made it private
+    if not folder.exists():
+        os.rename(new, folder)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", suffix=".old", dir=folder.parent))
+    os.rename(folder, old / "folder")
+    try:
+        os.rename(new, folder)
+    except OSError:
+        os.rename(old / "folder", folder)
+        raise
+    finally:
+        shutil.rmtree(old)
+
+
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", help="folder or Hub id of the model to export")
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--mode", choices=["merged", "lora", "delta"], default="merged")
+    parser.add_argument(
+        "--storage", choices=["as is", "float32", "bfloat16", "float16", "int8"], default="as is", help="see `store`"
+    )
+    parser.add_argument("--audio-base", help="for delta: folder or Hub id of the audio encoder, ID@REVISION to pin")
+    parser.add_argument("--text-base", help="for delta: folder or Hub id of the LLM")
+    parser.add_argument("--shard-mb", type=int, default=SHARD_BYTES // 10**6, help="largest file in MB")
+    parser.add_argument("--force", action="store_true", help="replace FOLDER if it exists")
     parser.add_argument("--code", action="store_true", help="only refresh the code files of FOLDER")
-    parser.add_argument("--float16", action="store_true", help="store the LLM in 16 bits instead of 8")
     parser.add_argument("--frozen-from", type=Path, help="earlier export whose frozen shards are kept byte for byte")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.code:
         copy_code(arguments.folder)
-    else:
-        model = VoxLMForSpeechSeq2Seq.from_pretrained(arguments.model)
-        export(model, arguments.folder, not arguments.float16, arguments.frozen_from)
+        return 0
+    if arguments.model is None:
+        parser.error("MODEL and FOLDER are needed")
+    bases = (arguments.audio_base, arguments.text_base) if arguments.mode == "delta" else None
+    if bases and None in bases:
+        parser.error("--mode delta needs --audio-base and --text-base")
+    try:
+        export(
+            VoxLMForSpeechSeq2Seq.from_pretrained(arguments.model),
+            arguments.folder,
+            arguments.mode,
+            arguments.storage,
+            arguments.frozen_from,
+            bases,
+            arguments.force,
+            arguments.shard_mb * 10**6,
+        )
+    except (OSError, ValueError) as error:
+        print(f"voxlm-export: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

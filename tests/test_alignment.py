@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from voxlm_hf.alignment_voxlm import alignment_loss, decode_spans, spans_to_seconds, word_log_posteriors
+from voxlm_hf.alignment_voxlm import (
+    RAMP_S,
+    AlignmentScores,
+    WordSpan,
+    alignment_loss,
+    alignment_targets,
+    close_gaps,
+    decode_spans,
+    span_edges,
+    word_log_posteriors,
+    word_seconds,
+)
 
 
 def scores_from(path, num_words, margin=5.0):
@@ -23,7 +34,7 @@ def test_words_pauses_and_edges_are_found():
     assert [(span.start, span.end) for span in spans] == [(5, 9), (9, 12), (18, 20)]
 
 
-def brute_force(log_posteriors, penalty):
+def brute_force(log_posteriors, onsets, penalty):
     """The best monotonic path by trying all."""
     num_words, num_frames = log_posteriors.shape[0] - 1, log_posteriors.shape[1]
     best, best_spans = -np.inf, None
@@ -36,6 +47,7 @@ def brute_force(log_posteriors, penalty):
             row[start:end] = word
         score = log_posteriors[row, np.arange(num_frames)].sum()
         score -= penalty * sum(spans[i][1] < spans[i + 1][0] for i in range(num_words - 1))
+        score += sum(onsets[start] for start, _ in spans if start > 0)
         if score > best + 1e-12:
             best, best_spans = score, spans
     return best, best_spans
@@ -46,8 +58,9 @@ def test_viterbi_equals_brute_force(seed):
     rng = np.random.default_rng(seed)
     scores = rng.normal(size=(1 + rng.integers(1, 4), rng.integers(4, 8)))
     scores -= np.logaddexp.reduce(scores, axis=0)
-    expected, spans = brute_force(scores, 2.0)
-    found = [(span.start, span.end) for span in decode_spans(scores)]
+    onsets = rng.normal(size=scores.shape[1]) * (seed % 2)
+    expected, spans = brute_force(scores, onsets, 2.0)
+    found = [(span.start, span.end) for span in decode_spans(scores, onsets if seed % 2 else None)]
     assert found == spans
 
 
@@ -76,22 +89,81 @@ def test_word_scores_are_the_log_sum_of_their_tokens():
     np.testing.assert_allclose(np.exp(without), [[2 / 3, 0.375], [1 / 3, 0.625]], atol=1e-9)
 
 
+def test_a_word_said_again_starts_where_its_onset_is():
+    scores = np.log(np.full((4, 30), 1e-3))
+    scores[:3] = np.log(1 / 3)  # three times the same word: every frame may be any of them
+    onsets = np.full(30, -4.0)
+    onsets[[0, 7, 19]] = 4.0
+    assert [(span.start, span.end) for span in decode_spans(scores, onsets)] == [(0, 7), (7, 19), (19, 30)]
+
+
+def test_edges_lie_where_posteriors_cross():
+    """A frame that a word covers by a share has that posterior; the edge is found again, between words and at pauses."""
+    edges = np.array([[2.3, 6.75], [6.75, 10.0], [14.6, 17.2]])
+    frames = np.arange(20)
+    shares = np.clip(edges[:, 1:] - frames, 0, 1) - np.clip(edges[:, :1] - frames, 0, 1)
+    scores = np.log(np.vstack([shares, 1 - shares.sum(0)]).clip(1e-12))
+    found = span_edges(decode_spans(scores), scores)
+    np.testing.assert_allclose(found, edges, atol=0.06)
+
+
+def test_edges_never_cross():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        scores = 3 * rng.normal(size=(1 + rng.integers(1, 5), rng.integers(5, 12)))
+        scores -= np.logaddexp.reduce(scores, axis=0)
+        edges = span_edges(decode_spans(scores), scores).ravel()
+        assert (np.diff(edges)[::2] > 0).all() and (np.diff(edges) >= -1e-12).all()
+
+
+def test_small_gaps_are_closed_in_the_middle():
+    times = np.array([[0.0, 0.2], [0.26, 0.5], [0.5, 0.8], [0.95, 1.0]])
+    np.testing.assert_allclose(close_gaps(times), [[0.0, 0.23], [0.23, 0.5], [0.5, 0.8], [0.95, 1.0]])
+    assert times[0, 1] == 0.2  # the caller's times are left alone
+
+
 def test_seconds_stay_inside_the_audio():
-    spans = decode_spans(scores_from([0, 0, 1, 1], 2))
-    assert spans_to_seconds(spans, 0.02, 0.07) == [(0.0, 0.04), (0.04, 0.07)]
+    assert word_seconds(scores_from([0, 0, 1, 1], 2), None, 0.02, 0.07) == [(0.0, 0.04), (0.04, 0.07)]
+    assert word_seconds(scores_from([0, 1], 3), None, 0.02, 0.04) == [(0.0, 0.013), (0.013, 0.027), (0.027, 0.04)]
+    assert word_seconds(np.zeros((1, 5)), None, 0.02, 0.1) == []
+    assert WordSpan(0, 1) in decode_spans(scores_from([0, -1], 1))
+
+
+def test_targets_are_ramps_in_seconds():
+    times = torch.tensor([[[0.1, 0.2], [0.2, 0.3], [torch.nan, torch.nan]]])
+    frames = torch.tensor([[0.0, 0.1, 0.1 + RAMP_S / 2, 0.15, 0.2, 0.4]])
+    shares, onsets = alignment_targets(times, frames)
+    expected = [[0, 0.5, 1, 1, 0.5, 0], [0, 0, 0, 0, 0.5, 0], [0, 0, 0, 0, 0, 0]]
+    torch.testing.assert_close(shares[0], torch.tensor(expected), atol=1e-5, rtol=0)
+    torch.testing.assert_close(onsets[0], torch.tensor([0, 1, 0.5, 0, 1, 0]), atol=1e-5, rtol=0)
 
 
 def test_loss_of_hand_made_posteriors():
-    tokens = torch.log(torch.tensor([[[0.1, 0.2], [0.3, 0.1], [0.4, 0.2]]]))
-    pause = torch.log(torch.tensor([[0.2, 0.5]]))
-    words = torch.tensor([[0, 0, 1]])
-    loss = alignment_loss(tokens, pause, words, torch.tensor([[0, -1]])).squeeze()
-    assert float(loss) == pytest.approx(-(np.log(0.4) + np.log(0.5)) / 2, abs=1e-6)
-    loss = alignment_loss(tokens, pause, words, torch.tensor([[1, -100]])).squeeze()
+    """Words 0 (tokens 0, 1) and 1 (token 2) are spoken in frames 0 and 1; onsets are known for sure."""
+    tokens = torch.log(torch.tensor([[[0.1, 0.2, 0.5], [0.3, 0.1, 0.2], [0.4, 0.2, 0.1]]]))
+    pause = torch.log(torch.tensor([[0.2, 0.5, 0.2]]))
+    words, times = torch.tensor([[0, 0, 1]]), torch.tensor([[[0.0, 1.0], [2.0, 3.0]]])
+    sure = torch.tensor([[-50.0, -50.0, -50.0]])
+    loss = alignment_loss(AlignmentScores(tokens, pause, sure), words, times, torch.tensor([[0.5, 1.5, 2.5]]))
+    assert float(loss) == pytest.approx(-(np.log(0.4) + np.log(0.5) + np.log(0.1)) / 3, abs=1e-6)
+    unknown = torch.tensor([[0.5, torch.nan, torch.nan]])
+    loss = alignment_loss(AlignmentScores(tokens, pause, sure), words, times, unknown)
     assert float(loss) == pytest.approx(-np.log(0.4), abs=1e-6)
-    nothing = torch.full((1, 2), -100)
-    for token_words in (words, torch.full((1, 3), -100)):
-        scores = tokens.clone().requires_grad_()
-        loss = alignment_loss(scores, pause, token_words, nothing)
-        loss.backward()
-        assert float(loss.detach()) == 0.0 and torch.equal(scores.grad, torch.zeros_like(scores))
+    loss = alignment_loss(AlignmentScores(tokens, pause, torch.zeros(1, 3)), words, times, unknown)
+    assert float(loss) == pytest.approx(-np.log(0.4) + np.log(2), abs=1e-6)
+    # An edge in the middle of a frame: half of it is the word, half a pause.
+    loss = alignment_loss(
+        AlignmentScores(tokens, pause, sure * 0 - 50), words, times, torch.tensor([[1.0, torch.nan, torch.nan]])
+    )
+    assert float(loss) == pytest.approx(-(np.log(0.4) + np.log(0.2)) / 2, abs=1e-5)
+
+
+@pytest.mark.parametrize("token_words", [[[0, 0, 1]], [[-100, -100, -100]]])
+def test_nothing_known_is_no_loss_and_no_gradient(token_words):
+    tokens = torch.randn(1, 3, 4, requires_grad=True)
+    scores = AlignmentScores(tokens, torch.zeros(1, 4), torch.zeros(1, 4))
+    loss = alignment_loss(
+        scores, torch.tensor(token_words), torch.full((1, 2, 2), torch.nan), torch.full((1, 4), torch.nan)
+    )
+    loss.backward()
+    assert float(loss.detach()) == 0.0 and torch.equal(tokens.grad, torch.zeros_like(tokens))

@@ -13,7 +13,7 @@ from voxlm_hf.app.cli import main, output_paths
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    export(tiny.model(), folder, int8=False)
+    export(tiny.model(), folder)
     return str(folder)
 
 
@@ -27,7 +27,22 @@ def recording(tmp_path):
 def test_one_file_goes_to_stdout(folder, recording, capsys):
     assert main(["transcribe", str(recording), "--model", folder, "--format", "json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert set(result) == {"text", "words", "duration", "truncated"} and result["duration"] == 0.8
+    assert set(result) == {"text", "words", "duration", "truncated", "word_scores"} and result["duration"] == 0.8
+
+
+def test_align(folder, recording, tmp_path, capsys):
+    command = ["align", str(recording), "--model", folder, "--format", "json"]
+    assert main([*command, "The fox!"]) == 0
+    direct = capsys.readouterr()
+    result = json.loads(direct.out)
+    assert [word["word"] for word in result["words"]] == ["The", "fox!"]
+    assert all(repr(word["word"]) in direct.err for word in result["words"] if not word["spoken"])
+    (tmp_path / "text.txt").write_text("The fox!")
+    assert main([*command, f"@{tmp_path / 'text.txt'}"]) == 0
+    assert json.loads(capsys.readouterr().out) == result
+    for wrong in ("", "@/no/such/file"):
+        assert main([*command, wrong]) == 1
+        assert f"voxlm: {recording}: " in capsys.readouterr().err
 
 
 def test_bad_files_do_not_stop_the_others(folder, recording, tmp_path, capsys):

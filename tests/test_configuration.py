@@ -23,7 +23,7 @@ def test_defaults_are_whisper_and_qwen2():
     config = VoxLMConfig()
     assert (config.audio_config.model_type, config.text_config.model_type) == ("whisper", "qwen2")
     assert config.projector_hidden_size == config.text_config.hidden_size
-    assert config.confidence_calibration == {"scale": 1.0, "bias": 0.0}
+    assert config.confidence_calibration == {"scale": 1.0, "entropy": 0.0, "bias": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,7 @@ def test_defaults_are_whisper_and_qwen2():
         ("audio_window_s", 0),
         ("frame_gate_threshold", 1.5),
         ("alignment_hidden_size", 0),
+        ("alignment_num_blocks", -1),
         ("audio_token_id", 10**6),
         ("prompt_template", "no place for audio"),
         ("prompt_template", "{audio}{audio}"),
@@ -44,7 +45,8 @@ def test_defaults_are_whisper_and_qwen2():
         ("lora_config", {"r": 0}),
         ("lora_config", "r=4"),
         ("confidence_calibration", {"scale": 1.0}),
-        ("confidence_calibration", {"scale": -1.0, "bias": 0.0}),
+        ("confidence_calibration", {"scale": -1.0, "entropy": 0.0, "bias": 0.0}),
+        ("confidence_calibration", {"scale": 1.0, "entropy": -1.0, "bias": 0.0}),
     ],
 )
 def test_validation_names_the_field(field, value):

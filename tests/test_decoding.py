@@ -40,7 +40,7 @@ def damaged(ids, kind):
     return {
         "right": ids,
         "empty": [],
-        "wrong": [token + 1 for token in ids],
+        "wrong": [8 if token == 7 else 7 for token in ids],
         "changed": [*ids[:middle], 5, *ids[middle + 1 :]],
         "short": [*ids[:middle], *ids[middle + 1 :]],
         "long": [*ids[:middle], 5, *ids[middle:], 6, 7],

@@ -47,7 +47,12 @@ def speech(tmp_path):
     toy.processor.save_pretrained(tmp_path / "toy")
     for number in range(3):
         soundfile.write(tmp_path / f"{number}.wav", tiny.noise(0.5 + number / 4, number), 16000)
-    lines = [json.dumps({"id": str(n), "audio": f"{n}.wav", "text": "the quick fox"}) for n in range(3)]
+    anchors = [
+        {"word": "the", "start": 0.1, "end": 0.2, "index": 0},
+        {"word": "fox", "start": 0.3, "end": 0.4, "index": 2},
+    ]
+    row = {"text": "the quick fox", "word_anchors": anchors}
+    lines = [json.dumps({"id": str(n), "audio": f"{n}.wav", **row}) for n in range(3)]
     (tmp_path / "manifest.jsonl").write_text("\n".join(lines))
     return tmp_path
 
@@ -75,8 +80,10 @@ def test_command_line(speech):
     ]
     done = subprocess.run([*command, "--manifest", str(speech / "manifest.jsonl")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (scores,) = json.loads((speech / "out" / "results.json").read_text())
-    assert Scores(**scores).utterances == 3
+    results = json.loads((speech / "out" / "results.json").read_text())
+    assert Scores(**results["texts"][0]).utterances == 3
+    assert {item["condition"] for item in results["times"]} <= {"transcribed", "text given"}
+    assert [item["matched"] for item in results["times"] if item["condition"] == "text given"] == [6]
     assert len((speech / "out" / "hypotheses.jsonl").read_text().splitlines()) == 3
     assert (speech / "out" / "results.md").read_text() in done.stdout
 

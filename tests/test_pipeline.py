@@ -17,7 +17,7 @@ def model():
 @pytest.fixture(scope="module")
 def pipe(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("export")
-    export(model, folder, int8=False)
+    export(model, folder)
     return pipeline("automatic-speech-recognition", model=str(folder), trust_remote_code=True)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from hub_export.legacy import main as convert_legacy
 from tests import tiny
 from voxlm_hf.app.cli import main
 
@@ -37,6 +38,13 @@ def test_snippets_run(name, number, block, tmp_path):
     code = code_of(block)
     if "needs the Hub" in block:
         code = with_tiny_bases(code, tmp_path)
+    if "a converted checkpoint" in block:
+        legacy = ROOT / "tests" / "data" / "legacy"
+        bases = ["--audio-base", str(legacy / "bases/whisper_a"), "--text-base", str(legacy / "bases/qwen2_a")]
+        assert convert_legacy([str(legacy / "a_qwen2/model.pt"), str(tmp_path / "my-converted"), *bases]) == 0
+        code = code.replace('"my-converted"', repr(str(tmp_path / "my-converted")))
+    if "model.align" in code and "from_pretrained" not in code:
+        code = code_of(blocks(ROOT / "README.md", "python")[number - 1]) + code  # goes on from the snippet before it
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=600
     )

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 from tests import tiny
 from training.augment import Augmentation
-from training.collator import VoxLMCollator, frame_targets
+from training.collator import VoxLMCollator, word_targets
 from training.data import LengthBatchSampler, SpeechDataset, read_rows
 from training.features import FeatureCache, encode_missing
 from training.label_words import match_words, read_ctm, read_textgrid, teacher_words
@@ -24,6 +24,7 @@ from training.train import make_dataset, read_recipe, run
 from training.trainer import VoxLMTrainer, leave_out_hidden_frames, prompts_alone, word_time_errors
 from training.warm_start import ctc_loss, greedy_wer, warm_start
 from voxlm_hf import VoxLMForSpeechSeq2Seq
+from voxlm_hf.alignment_voxlm import AlignmentScores, alignment_targets
 
 
 TEXTS = ["the quick brown fox", "over the lazy dog", "he hoped", "stew for dinner", "turnips and carrots", "the fox"]
@@ -218,12 +219,20 @@ def test_words_are_matched_by_alignment_not_by_position():
     assert match_words(["a", "b"], []) == [] and match_words([], ["a"]) == [None]
 
 
-def test_frame_targets():
-    timed = [{"word": "the", "start": 0.1, "end": 0.2}, {"word": "old", "start": 0.2, "end": 0.24}, {"word": "fox", "start": 0.3, "end": 0.4}]  # fmt: skip
-    target = frame_targets(timed, ["the", "fox"], 0.02).tolist()
-    assert target[:20] == [-1] * 5 + [0] * 5 + [-100] * 2 + [-1] * 3 + [1] * 5
-    assert target[20:] == [-1] * 50
-    assert frame_targets(None, ["the"], 0.02).tolist() == [-100]
+def test_word_targets():
+    timed = [("the", 0.1, 0.2), ("um", 0.3, 0.4), ("Fox", 0.46, 0.6), ("ran", 0.9, 1.0)]
+    timed = [{"word": word, "start": start, "end": end} for word, start, end in timed]
+    times, frames = word_targets(timed, ["the", "fox", "ran", "off"], 0.02)
+    np.testing.assert_allclose(times[:3], [[0.1, 0.2], [0.46, 0.6], [0.9, 1.0]], atol=1e-6)
+    assert times[3].isnan().all() and len(frames) == 100
+    known = ~frames.isnan().numpy()
+    # Not where a word is said that the transcript lacks, nor behind the last word with a time: "off" is said somewhere there.
+    assert np.flatnonzero(~known).tolist() == [*range(15, 20), *range(50, 100)]
+    np.testing.assert_allclose(frames[:3], [0.01, 0.03, 0.05])
+    times, frames = word_targets(None, ["the"], 0.02)
+    assert times.isnan().all() and frames.isnan().all()
+    close = [{"word": "a", "start": 0.0, "end": 0.2}, {"word": "b", "start": 0.26, "end": 0.5}]
+    np.testing.assert_allclose(word_targets(close, ["a", "b"], 0.02)[0], [[0, 0.23], [0.23, 0.5]], atol=1e-6)
 
 
 def test_ctm_and_textgrid(tmp_path):
@@ -367,16 +376,18 @@ def test_word_time_errors_of_a_head_that_knows(tmp_path, manifest, monkeypatch):
 
     def known(states, token_ids, audio, shift=0):
         words, frames = batch["token_words"][:, -token_ids.shape[1] :], audio.frame_mask.shape[1]
-        target = torch.roll(torch.nn.functional.pad(batch["frame_words"], (0, 200), value=-1), shift, 1)[:, :frames]
-        target = target.masked_fill((torch.arange(frames) < shift), -1)
-        return 9.0 * (words.unsqueeze(-1) == target.unsqueeze(1)), 9.0 * (target < 0)
+        middles = (torch.arange(frames) + 0.5 - shift) * 0.02
+        shares, onsets = alignment_targets(batch["word_times"], middles.expand(len(words), -1))
+        words = words.clamp(min=0).unsqueeze(-1).expand(-1, -1, frames)
+        of_words = shares.gather(1, words).clamp(min=1e-9).log()
+        return AlignmentScores(of_words, (1 - shares.sum(1)).clamp(min=1e-9).log(), 20 * onsets - 10)
 
     monkeypatch.setattr(toy, "align_scores", known)
-    assert word_time_errors(toy, batch, 0.02).abs().max() < 1e-6
+    assert word_time_errors(toy, batch, 0.02).abs().max() < 0.006
     monkeypatch.setattr(toy, "align_scores", lambda *args: known(*args, shift=3))
     errors = word_time_errors(toy, batch, 0.02)
-    assert errors[0].tolist() == pytest.approx([0.06, 0.06 * 3 / 4], abs=0.02)
-    del batch["frame_words"]
+    assert errors[0].tolist() == pytest.approx([0.06, 0.06], abs=0.02)
+    del batch["word_times"]
     assert word_time_errors(toy, batch, 0.02).isnan().all()
 
 

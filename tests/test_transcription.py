@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from voxlm_hf.transcription_voxlm import calibrate, cut_at_quiet_points
+from voxlm_hf.transcription_voxlm import cut_at_quiet_points, word_confidence
 
 
 @pytest.fixture(scope="module")
@@ -120,11 +120,16 @@ def test_the_token_budget_is_each_recordings_own():
     assert len(together[0].text) < len(together[1].text)
 
 
-def test_calibration_is_monotone_and_the_identity_by_default():
-    values = [0.0, 0.01, 0.3, 0.5, 0.99, 1.0]
-    assert [calibrate(value, 1.0, 0.0) for value in values] == pytest.approx(values, abs=1e-5)
-    mapped = [calibrate(value, 0.6, -0.5) for value in values]
+def test_confidence_is_monotone_and_the_probability_by_default():
+    values = [1e-4, 0.01, 0.3, 0.5, 0.99, 1 - 1e-4]
+    plain = [word_confidence(np.log(value), 3.0, 1.0, 0.0, 0.0) for value in values]
+    assert plain == pytest.approx(values, abs=1e-9)
+    mapped = [word_confidence(np.log(value), 1.0, 0.6, 0.2, -0.5) for value in values]
     assert mapped == sorted(mapped) and mapped[0] >= 0 and mapped[-1] <= 1
+    spread = [word_confidence(np.log(0.8), entropy, 0.6, 0.2, -0.5) for entropy in (0.0, 0.5, 3.0)]
+    assert spread == sorted(spread, reverse=True)
+    assert spread[1] == pytest.approx(1 / (1 + np.exp(-(0.6 * np.log(4) - 0.1 - 0.5))))  # by hand
+    assert word_confidence(-1000.0, 8.0, 1.0, 1.0, 0.0) >= 0
 
 
 @pytest.mark.parametrize(

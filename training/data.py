@@ -27,6 +27,7 @@ class Row:
         duration (`float`, *optional*): seconds.
         words (`list[dict]`, *optional*): `{"word", "start", "end"}` in seconds.
         speaker (`str`, *optional*)
+        anchors (`list[dict]`, *optional*): times of some words, with "index", the word's place in the text; to measure by only.
         place (`tuple[int, int]`): number of its source and its own number there, whoever else is left out.
     """
 
@@ -36,6 +37,7 @@ class Row:
     duration: float | None = None
     words: list[dict] | None = None
     speaker: str | None = None
+    anchors: list[dict] | None = None
     place: tuple[int, int] = (0, 0)
 
 
@@ -62,7 +64,7 @@ class Report:
 
 def manifest_rows(path: Path, report: Report) -> Iterator[dict]:
     """
-    Rows of a JSONL manifest: "audio" (relative to it) and "text", optionally "duration", "words", "speaker", "id".
+    Rows of a JSONL manifest: "audio" (relative to it) and "text", optionally "duration", "words", "word_anchors", "speaker", "id".
 
     A line that is no JSON object, or lacks a field, is reported and left out.
     """
@@ -200,6 +202,7 @@ def read_rows(
                     duration=raw.get("duration"),
                     words=words or None,
                     speaker=raw.get("speaker"),
+                    anchors=raw.get("word_anchors"),
                     place=(source_number, number),
                 )
             )

@@ -2,7 +2,9 @@
 Score models on recordings: `voxlm-eval --model FOLDER [--reference WHISPER] --manifest FILE --output DIR`.
 
 Word and character error rates are pooled over all words, after the normaliser of Whisper's paper (Radford et al. 2022), as
-the Open ASR Leaderboard has it. Writes results.json, results.md and hypotheses.jsonl.
+the Open ASR Leaderboard has it. Rows with "words" or "word_anchors" in the manifest also score word times, of what was
+transcribed and with the text given. Confidences are scored raw and calibrated. Writes results.json, results.md,
+hypotheses.jsonl and reliability.png.
 """
 
 import argparse
@@ -14,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import jiwer
+import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import pipeline
@@ -22,7 +25,10 @@ from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 from voxlm_hf import VoxLMForSpeechSeq2Seq
 from voxlm_hf.processing_voxlm import read_audio, to_waveform
 
+from . import timing
+from .confidence import plot_reliability, right_words, score_confidences
 from .data import Row, read_rows
+from .text import normalise
 
 
 # British to American spellings, from openai/whisper (MIT licence), where Whisper's own normaliser has them.
@@ -107,16 +113,19 @@ def score_texts(references: list[str], hypotheses: list[str]) -> dict:
 
 def transcribe_rows(model: str, rows: list[Row], batch_size: int, is_reference: bool) -> tuple[list[dict], float]:
     """
-    What a model makes of each row, in order, and the seconds it took.
+    What a model makes of each row, in order, and the seconds it took. Where rows have known word times, a reference is asked
+    for its own.
 
     Args:
         model (`str`): folder or Hub id; a VoxLM checkpoint, or with `is_reference` any model of the stock
             `automatic-speech-recognition` pipeline.
 
     Returns:
-        dicts with "text" and, for VoxLM, "truncated" and "words".
+        dicts with "text", "words" and, for VoxLM, "truncated", "word_scores" and, where times are known, "given", the words
+        with times that it finds when it is given the reference.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    with_times = any(row.words or row.anchors for row in rows)
     if is_reference:
         stock = pipeline("automatic-speech-recognition", model=model, device=device, dtype=torch.float32)
         greedy = {"num_beams": 1, "language": "en", "task": "transcribe"}
@@ -125,7 +134,9 @@ def transcribe_rows(model: str, rows: list[Row], batch_size: int, is_reference: 
             # Decoded here, as for VoxLM: the stock pipeline needs ffmpeg for files.
             rate = stock.feature_extractor.sampling_rate
             clips = [{"raw": to_waveform(*read_audio(file), rate), "sampling_rate": rate} for file in files]
-            return stock(clips, batch_size=batch_size, generate_kwargs=greedy)
+            asked = {"return_timestamps": "word"} if with_times else {}
+            outputs = stock(clips, batch_size=batch_size, generate_kwargs=greedy, **asked)
+            return [{"text": output["text"], "words": stock_words(output.get("chunks", []))} for output in outputs]
     else:
         voxlm = VoxLMForSpeechSeq2Seq.from_pretrained(model).to(device)
 
@@ -142,7 +153,51 @@ def transcribe_rows(model: str, rows: list[Row], batch_size: int, is_reference: 
         seconds += time.perf_counter() - started
         for index, output in zip(batch, outputs):
             results[index] = output
+    if with_times and not is_reference:
+        for row, result in tqdm(list(zip(rows, results)), desc="aligning", unit="text"):
+            result["given"] = voxlm.align(row.audio, normalise(row.text)).words if normalise(row.text) else []
     return results, seconds
+
+
+def stock_words(chunks: list[dict]) -> list[dict]:
+    """Words as VoxLM writes them, from the chunks of the stock pipeline."""
+    return [
+        {"word": chunk["text"].strip(), "start": chunk["timestamp"][0], "end": chunk["timestamp"][1]}
+        for chunk in chunks
+    ]
+
+
+def score_all_times(results: list[tuple], rows: list[Row], data: str) -> list[timing.TimingScores]:
+    """Word-time errors of all models, `results` being what `evaluate` returned of each; none without known times."""
+    scores = []
+    for text_scores, utterances in results:
+        for condition, key in (("transcribed", "words"), ("text given", "given")):
+            words = [item.get(key) or [] for item in utterances]
+            scores.append(timing.score_times(rows, words, Path(text_scores.model).name, data, condition))
+    return [item for item in scores if item is not None]
+
+
+def word_confidence_curves(utterances: list[dict]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Confidences "raw" and "calibrated" of all written words, each with which of them are right; empty if all are or none."""
+    words = [word for item in utterances for word in item["words"]]
+    right = [right_words(item["reference"], [word["word"] for word in item["words"]]) for item in utterances]
+    right = np.concatenate(right) if words else np.zeros(0, dtype=bool)
+    if right.all() or not right.any():
+        return {}
+    raw = np.exp([score["logprob"] for item in utterances for score in item["word_scores"]])
+    return {"raw": (raw, right), "calibrated": (np.array([word["confidence"] for word in words]), right)}
+
+
+def confidence_markdown(curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> str:
+    """A table of the confidence measures."""
+    lines = ["| confidence | words | right | NCE | ECE | AUROC | AUPRC of errors |", "|---|---|---|---|---|---|---|"]
+    for name, (confidences, right) in curves.items():
+        scores = score_confidences(confidences, right)
+        lines.append(
+            f"| {name} | {scores.words:,} | {100 * scores.right:.1f} % | {scores.nce:.3f} | {scores.ece:.3f} | "
+            f"{scores.auroc:.3f} | {scores.error_auprc:.3f} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def evaluate(model: str, rows: list[Row], data: str, batch_size: int = 8, is_reference: bool = False):
@@ -222,15 +277,26 @@ def main():
     models = [(arguments.model, False), *((reference, True) for reference in arguments.reference)]
     results = [evaluate(model, rows, data, arguments.batch_size, stock) for model, stock in models]
     arguments.output.mkdir(parents=True, exist_ok=True)
-    utterances = results[0][1]
-    worst = sorted(utterances, key=lambda item: -item["errors"])[: arguments.worst]
-    table = markdown([scores for scores, _ in results], worst)
-    (arguments.output / "results.md").write_text(table)
-    (arguments.output / "results.json").write_text(json.dumps([asdict(scores) for scores, _ in results], indent=2))
     with (arguments.output / "hypotheses.jsonl").open("w") as file:
         for scores, items in results:
             for item in items:
                 file.write(json.dumps({"model": scores.model, **item}) + "\n")
+    utterances = results[0][1]
+    worst = sorted(utterances, key=lambda item: -item["errors"])[: arguments.worst]
+    table = markdown([scores for scores, _ in results], worst)
+    times, curves = score_all_times(results, rows, data), word_confidence_curves(utterances)
+    if times:
+        table += "\nWord times:\n\n" + timing.markdown(times)
+    if curves:
+        table += "\nConfidences of the first model's words:\n\n" + confidence_markdown(curves)
+        plot_reliability(curves, arguments.output / "reliability.png")
+    (arguments.output / "results.md").write_text(table)
+    measured = {
+        "texts": [asdict(scores) for scores, _ in results],
+        "times": [asdict(scores) for scores in times],
+        "confidences": {name: asdict(score_confidences(*curve)) for name, curve in curves.items()},
+    }
+    (arguments.output / "results.json").write_text(json.dumps(measured, indent=2))
     print(table)
 
 

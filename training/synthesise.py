@@ -5,7 +5,8 @@ Read sentences aloud with many free voices, one drawn for each sentence, as a fo
 
 Needs Debian's packages flite, festival with festvox-us-slt-hts, festvox-kallpc16k and festvox-kdlpc16k, espeak-ng and
 libttspico-utils (non-free section; its own licence is Apache-2.0). The rate varies by the engine's own duration control,
-pitch and vocal-tract length together by resampling. Resumable.
+pitch and vocal-tract length together by resampling. Festival tells where it put each word; those rows have "words" with exact
+times. Resumable.
 """
 
 import argparse
@@ -34,6 +35,19 @@ VOICES = {
     "espeak": (0.12, ESPEAK),
 }
 
+# Speaks into a file and prints one line for each word: the token it was written as, start and end in seconds.
+FESTIVAL_SCRIPT = """
+(voice_{voice})
+(Parameter.set 'Duration_Stretch {stretch:.3f})
+(set! utt (utt.synth (Utterance Text "{text}")))
+(utt.save.wave utt "{wav}" 'riff)
+(mapcar (lambda (word)
+  (format t "%s\\t%s\\t%s\\n" (item.feat word "R:Token.parent.name")
+    (item.feat word "R:SylStructure.daughter1.daughter1.R:Segment.segment_start")
+    (item.feat word "R:SylStructure.daughtern.daughtern.R:Segment.segment_end")))
+  (utt.relation.items utt 'Word))
+"""
+
 
 def command(engine: str, voice: str, text: str, stretch: float, wav: Path) -> tuple[list[str], str]:
     """The command line that speaks `text` into `wav`, `stretch` times as slowly as usual, and its standard input."""
@@ -43,17 +57,36 @@ def command(engine: str, voice: str, text: str, stretch: float, wav: Path) -> tu
         speech = f'<speed level="{round(100 / stretch)}">{xml.sax.saxutils.escape(text)}</speed>'
         return ["pico2wave", "-l", voice, "-w", str(wav), speech], ""
     if engine == "festival":
-        scheme = f"(begin (voice_{voice}) (Parameter.set 'Duration_Stretch {stretch:.3f}))"
-        return ["text2wave", "-eval", scheme, "-o", str(wav)], text
+        quoted = text.replace("\\", "").replace('"', "")
+        return ["festival", "--pipe"], FESTIVAL_SCRIPT.format(voice=voice, stretch=stretch, text=quoted, wav=wav)
     return ["espeak-ng", "-v", voice, "-s", str(round(165 / stretch)), "-w", str(wav), "--stdin"], text
 
 
-def speak(text: str, rng: np.random.Generator) -> tuple[np.ndarray, str]:
+def festival_words(printed: str, stretch: float) -> list[dict]:
+    """
+    Words from what `FESTIVAL_SCRIPT` printed, `stretch` times as long; a number spoken as several words is one again.
+
+    Args:
+        printed: lines of token, start and end in seconds, separated by tabs.
+    """
+    words: list[dict] = []
+    for line in printed.splitlines():
+        token, start, end = line.split("\t")
+        start, end = round(float(start) * stretch, 4), round(float(end) * stretch, 4)
+        if words and words[-1]["word"] == token and any(letter.isdigit() for letter in token):
+            words[-1]["end"] = end
+        else:
+            words.append({"word": token, "start": start, "end": end})
+    return words
+
+
+def speak(text: str, rng: np.random.Generator) -> tuple[np.ndarray, str, list[dict] | None]:
     """
     One sentence by a voice, rate and pitch drawn from `rng`.
 
     Returns:
-        the waveform `(samples,)` at 16 kHz, its peak between 0.2 and 0.9, and the voice as "engine/voice".
+        the waveform `(samples,)` at 16 kHz, its peak between 0.2 and 0.9, the voice as "engine/voice", and words with times
+        where the engine tells them.
 
     Raises:
         subprocess.CalledProcessError, ValueError: when the engine fails or writes nothing.
@@ -64,12 +97,13 @@ def speak(text: str, rng: np.random.Generator) -> tuple[np.ndarray, str]:
     with tempfile.TemporaryDirectory() as folder:
         wav = Path(folder) / "speech.wav"
         line, stdin = command(engine, voice, text, rate * pitch, wav)
-        subprocess.run(line, input=stdin, text=True, check=True, capture_output=True, timeout=60)
+        printed = subprocess.run(line, input=stdin, text=True, check=True, capture_output=True, timeout=60).stdout
         samples, source_rate = soundfile.read(wav, dtype="float32", always_2d=True)
     # Resampled as if it had been recorded at `pitch` times its rate: higher, and with a shorter vocal tract.
     waveform = to_waveform(samples.T, source_rate, source_rate)
     waveform = soxr.resample(waveform, source_rate * pitch, RATE)
-    return rng.uniform(0.2, 0.9) * waveform / max(1e-6, float(np.abs(waveform).max())), f"{engine}/{voice}"
+    waveform = rng.uniform(0.2, 0.9) * waveform / max(1e-6, float(np.abs(waveform).max()))
+    return waveform, f"{engine}/{voice}", festival_words(printed, 1 / pitch) if engine == "festival" else None
 
 
 def main():
@@ -92,13 +126,14 @@ def main():
         number, text = item
         name = f"{arguments.seed}-{number:06d}"
         try:
-            waveform, voice = speak(text, np.random.default_rng([arguments.seed, number]))
+            waveform, voice, words = speak(text, np.random.default_rng([arguments.seed, number]))
         except (subprocess.SubprocessError, ValueError, soundfile.LibsndfileError) as error:
             tqdm.write(f"left out: {name}: {error}")
             return None
         soundfile.write(arguments.output / "audio" / f"{name}.flac", waveform, RATE)
         duration = round(len(waveform) / RATE, 4)
-        return {"id": name, "audio": f"audio/{name}.flac", "text": text, "duration": duration, "speaker": voice}
+        row = {"id": name, "audio": f"audio/{name}.flac", "text": text, "duration": duration, "speaker": voice}
+        return row | ({"words": words} if words else {})
 
     with manifest.open("a") as rows, ThreadPoolExecutor(arguments.workers) as pool:
         for row in tqdm(pool.map(make, sentences), total=len(sentences), unit="sentence"):

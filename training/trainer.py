@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalPrediction
 
-from voxlm_hf.alignment_voxlm import decode_spans, word_log_posteriors
+from voxlm_hf.alignment_voxlm import word_times
 
 from .data import LengthBatchSampler
 
@@ -203,28 +203,20 @@ def word_time_errors(model, inputs: dict, frame_s: float) -> torch.Tensor:
         `(batch, 2)` mean absolute errors of word starts and ends in seconds, NaN for rows without word times.
     """
     errors = torch.full((len(inputs["labels"]), 2), torch.nan)
-    if "frame_words" not in inputs:
+    if "word_times" not in inputs:
         return errors
     output = model(**inputs, output_hidden_states=True, use_cache=False)
     first = max(1, int((inputs["labels"] != -100).any(0).int().argmax()))
-    scores = model.align_scores(
-        output.hidden_states[-1][:, first - 1 : -1], inputs["input_ids"][:, first:], output.audio
-    )
-    token_scores, pause_scores = (item.cpu().numpy() for item in scores)
-    for row, frames in enumerate(output.audio.frame_mask.sum(-1).tolist()):
-        targets = inputs["frame_words"][row, :frames].cpu().numpy()
-        token_words = inputs["token_words"][row, first:].cpu().numpy()
-        if targets.max(initial=-1) < 0:
+    states = model.text_states(output.hidden_states[-1], first)
+    scores = model.align_scores(states, inputs["input_ids"][:, first:], output.audio)
+    frame_s = frame_s * model.alignment.frames_per_key
+    for row, frames in enumerate(model.alignment.keys_of(output.audio)[1].sum(-1).tolist()):
+        targets = inputs["word_times"][row].cpu().numpy()
+        known = np.flatnonzero(~np.isnan(targets[:, 0]))
+        if not len(known):
             continue
-        posteriors = word_log_posteriors(
-            token_scores[row, :, :frames], pause_scores[row, :frames], np.where(token_words < 0, -1, token_words)
-        )
-        spans = decode_spans(posteriors)
-        wrong = []
-        for word in np.unique(targets[targets >= 0]):
-            places = np.flatnonzero(targets == word)
-            wrong.append((abs(spans[word].start - places[0]), abs(spans[word].end - places[-1] - 1)))
-        errors[row] = frame_s * torch.tensor(wrong, dtype=torch.float).mean(0)
+        found = word_times(scores, row, inputs["token_words"][row, first:].cpu().numpy(), frames, frame_s)
+        errors[row] = torch.tensor(np.abs(np.array(found)[known] - targets[known]).mean(0), dtype=torch.float)
     return errors
 
 

@@ -36,12 +36,14 @@ class DecodedText:
         ended (`list[bool]`): whether the row ended with eos and not by its budget.
         states (`torch.Tensor` of shape `(batch, tokens, text_size)`, *optional*): last hidden state that predicted each token.
         logprobs (`torch.Tensor` of shape `(batch, tokens)`, *optional*): raw log-probability of each token, in float32.
+        entropies (`torch.Tensor` of shape `(batch, tokens)`, *optional*): of the raw distribution it was drawn from, in nats.
     """
 
     ids: list[list[int]]
     ended: list[bool]
     states: torch.Tensor | None = None
     logprobs: torch.Tensor | None = None
+    entropies: torch.Tensor | None = None
 
 
 def is_plain_greedy(generation_config, options: dict) -> bool:
@@ -66,6 +68,11 @@ def stop_tokens(eos_token_id: int | list[int] | None) -> set[int]:
     return {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or [])
 
 
+def token_entropies(logprobs: torch.Tensor) -> torch.Tensor:
+    """Entropies in nats of log-probabilities `(..., vocabulary)`."""
+    return -(logprobs.exp() * logprobs).sum(-1)
+
+
 @torch.no_grad()
 def greedy_decode(model, prompt: dict, budgets: list[int], drafts: list[list[int]]) -> DecodedText:
     """
@@ -88,7 +95,7 @@ def greedy_decode(model, prompt: dict, budgets: list[int], drafts: list[list[int
     count = len(budgets)
     ids, places = [[] for _ in range(count)], [0] * count
     ended, finished = [False] * count, [budget < 1 for budget in budgets]
-    states, logprobs = [[] for _ in range(count)], [[] for _ in range(count)]
+    states, logprobs, entropies = ([[] for _ in range(count)] for _ in range(3))
     audio = {name: prompt[name] for name in ("audio_embeds", "audio_embeds_mask")}
     pending, cache = prompt["input_ids"], None
     while not all(finished):
@@ -114,6 +121,7 @@ def greedy_decode(model, prompt: dict, budgets: list[int], drafts: list[list[int
         )
         cache, hidden, logits = output.past_key_values, output.hidden_states[-1][:, -width - 1 :], output.logits.float()
         raw = logits.log_softmax(-1)
+        entropy = token_entropies(raw)
         logits[..., suppressed] = -torch.inf
         predicted = logits.argmax(-1)
         raw = raw.gather(-1, predicted.unsqueeze(-1)).squeeze(-1)
@@ -130,6 +138,7 @@ def greedy_decode(model, prompt: dict, budgets: list[int], drafts: list[list[int
             ids[row] += taken[:kept]
             states[row].append(hidden[row, :kept])
             logprobs[row].append(raw[row, :kept])
+            entropies[row].append(entropy[row, :kept])
             finished[row] = ended[row] or len(ids[row]) >= budgets[row]
             places[row] = next_draft(drafts[row], places[row] + agreed, taken[-1])
             mask[row, mask.shape[1] - width + agreed :] = 0
@@ -143,6 +152,7 @@ def greedy_decode(model, prompt: dict, budgets: list[int], drafts: list[list[int
             [torch.cat(row) if row else torch.zeros(0, model.config.text_config.hidden_size) for row in states]
         ),
         logprobs=_pad([torch.cat(row) if row else torch.zeros(0) for row in logprobs]),
+        entropies=_pad([torch.cat(row) if row else torch.zeros(0) for row in entropies]),
     )
 
 

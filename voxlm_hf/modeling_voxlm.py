@@ -5,20 +5,24 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from packaging import version
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
+from transformers import __version__ as transformers_version
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import can_return_tuple, is_peft_available
+from transformers.utils import can_return_tuple, is_peft_available, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .alignment_voxlm import VoxLMAlignmentHead, alignment_loss
+from .alignment_voxlm import alignment_loss, make_alignment_head
+from .bases_voxlm import base_folder, read_tensors, with_bases
 from .configuration_voxlm import DEFAULT_LORA, VoxLMConfig, preset_bases
+from .projector_voxlm import make_projector
 
 
 if is_peft_available():
@@ -26,6 +30,10 @@ if is_peft_available():
     from peft.tuners.lora import LoraLayer
 
 
+logger = logging.get_logger(__name__)
+
+# The range of transformers that this code was tested with: from the first, and before the second.
+TESTED_TRANSFORMERS = ("5.20", "6")
 # Encoders with Whisper's layout (two convolutions, learned positions, layers), whose own forward insists on a full window.
 WINDOWED_ENCODERS = ("whisper", "qwen2_audio_encoder")
 
@@ -64,100 +72,6 @@ class VoxLMCausalLMOutputWithPast(CausalLMOutputWithPast):
 
     audio: VoxLMAudioOutput | None = None
     alignment_loss: torch.Tensor | None = None
-
-
-class VoxLMConvNeXtBlock(nn.Module):
-    """Residual depthwise convolution over time and feed-forward layer (Liu et al. 2022, in one dimension)."""
-
-    def __init__(self, hidden_size: int, kernel_size: int = 7, expansion: int = 3):
-        super().__init__()
-        self.conv = nn.Conv1d(hidden_size, hidden_size, kernel_size, padding=kernel_size // 2, groups=hidden_size)
-        self.norm = nn.LayerNorm(hidden_size)
-        self.up = nn.Linear(hidden_size, expansion * hidden_size)
-        self.down = nn.Linear(expansion * hidden_size, hidden_size)
-
-    def forward(self, hidden_states, mask):
-        """`hidden_states` `(batch, frames, hidden_size)`, `mask` `(batch, frames, 1)`; padding never reaches real frames."""
-        mixed = self.conv((hidden_states * mask).transpose(1, 2)).transpose(1, 2)
-        return hidden_states + self.down(nn.functional.gelu(self.up(self.norm(mixed))))
-
-
-class VoxLMProjector(nn.Module):
-    """Encoder frames to input embeddings of the LLM: stack `projector_stride` frames, then an MLP, then RMSNorm."""
-
-    def __init__(self, config: VoxLMConfig):
-        super().__init__()
-        hidden_size, text_size = config.projector_hidden_size, config.text_config.hidden_size
-        self.stride = config.projector_stride
-        self.linear_in = nn.Linear(self.stride * config.audio_hidden_size, hidden_size)
-        num_blocks = config.projector_num_blocks if config.projector_kind == "convnext" else 0
-        self.blocks = nn.ModuleList([VoxLMConvNeXtBlock(hidden_size) for _ in range(num_blocks)])
-        self.linear_out = nn.Linear(hidden_size, text_size)
-        self.norm = nn.RMSNorm(text_size, eps=1e-6)
-        self.gate_threshold = config.frame_gate_threshold
-        self.gate = nn.Linear(hidden_size, 1) if self.gate_threshold is not None else None
-        # The inverse temperature of the token scores, as a logarithm; not a scalar, which FSDP2 cannot shard.
-        self.log_scale = nn.Parameter(torch.zeros(1)) if config.projector_readout == "token_mixture" else None
-        # The tokens that frames are read as; before training the first ones, for want of a choice.
-        vocab_size = config.projector_vocab_size
-        self.register_buffer("token_ids", None if vocab_size is None else torch.arange(vocab_size))
-
-    def forward(self, frames, frame_mask, token_embeddings=None):
-        """
-        Args:
-            frames (`torch.Tensor` of shape `(batch, frames, audio_size)`)
-            frame_mask (`torch.LongTensor` of shape `(batch, frames)`)
-            token_embeddings (`torch.Tensor` of shape `(vocabulary, text_size)`, *optional*): of the LLM, to read the frames
-                as tokens (see `mix_tokens`). Done in this pass, where sharded parameters are whole.
-
-        Returns:
-            embeddings `(batch, ceil(frames / stride), text_size)`, their mask, the gate's log-odds or `None`, and the tokens
-            that were read or `None`.
-        """
-        frames = frames.to(self.linear_in.weight.dtype) * frame_mask.unsqueeze(-1).to(self.linear_in.weight.dtype)
-        missing = -frames.shape[1] % self.stride
-        frames = nn.functional.pad(frames, (0, 0, 0, missing))
-        mask = nn.functional.pad(frame_mask, (0, missing))[:, :: self.stride]
-        hidden_states = self.linear_in(frames.reshape(frames.shape[0], -1, self.stride * frames.shape[2]))
-        if len(self.blocks) == 0:
-            hidden_states = nn.functional.gelu(hidden_states)
-        for block in self.blocks:
-            hidden_states = block(hidden_states, mask.unsqueeze(-1).to(hidden_states.dtype))
-        speech_logits = self.gate(hidden_states).squeeze(-1) if self.gate is not None else None
-        embeds, tokens = self.norm(self.linear_out(hidden_states)), None
-        if token_embeddings is not None:
-            embeds, speech_logits, tokens = self.mix_tokens(embeds, speech_logits, token_embeddings)
-            tokens = tokens.masked_fill(mask == 0, -1)
-        return embeds, mask, speech_logits, tokens
-
-    def keep(self, speech_logits):
-        """Mask of the frames whose probability of carrying a token is above the gate's threshold."""
-        return speech_logits.float().sigmoid() > self.gate_threshold
-
-    def mix_tokens(self, embeds, speech_logits, token_embeddings):
-        """
-        Read the projected frames as tokens.
-
-        Args:
-            embeds (`torch.Tensor` of shape `(batch, frames, text_size)`), speech_logits (`(batch, frames)`): of `forward`.
-            token_embeddings (`torch.Tensor` of shape `(vocabulary, text_size)`): of the LLM.
-
-        Returns:
-            mixtures of token embeddings by the softmax of their dot products with each frame, zero for frames that the gate
-            hides; the gate's log-odds, minus infinity for frames that repeat the token before them; and the likeliest
-            tokens `(batch, frames)`, -1 for frames hidden for either reason.
-        """
-        if self.token_ids is not None:
-            token_embeddings = token_embeddings[self.token_ids]
-        kept = self.keep(speech_logits)
-        scores = embeds[kept] @ token_embeddings.to(embeds.dtype).T * self.log_scale.exp()
-        mixtures = torch.zeros_like(embeds)
-        mixtures[kept] = scores.softmax(-1) @ token_embeddings.to(embeds.dtype)
-        tokens = torch.full(kept.shape, -1, device=embeds.device)
-        best = scores.argmax(-1)
-        tokens[kept] = best if self.token_ids is None else self.token_ids[best]
-        repeats = nn.functional.pad((tokens[:, 1:] == tokens[:, :-1]) & kept[:, 1:], (1, 0))
-        return mixtures, speech_logits.masked_fill(repeats, -torch.inf), tokens.masked_fill(repeats, -1)
 
 
 def encoder_output_lengths(encoder: nn.Module, lengths: torch.Tensor) -> torch.Tensor:
@@ -228,7 +142,7 @@ class VoxLMPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _no_split_modules = ["VoxLMProjector", "VoxLMAlignmentHead"]
+    _no_split_modules = ["VoxLMProjector", "VoxLMConvProjector", "VoxLMAlignmentHead", "VoxLMCrossAttentionHead"]
     _skip_keys_device_placement = ["past_key_values"]
 
     @torch.no_grad()
@@ -252,6 +166,11 @@ class VoxLMPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: naming the weights that are missing; not with `output_loading_info=True`, which asks for their list.
         """
+        first, end = TESTED_TRANSFORMERS
+        if not version.parse(first) <= version.parse(transformers_version) < version.parse(end):
+            logger.warning_once(
+                f"This checkpoint's code was tested with transformers from {first} and before {end}; this is {transformers_version}"
+            )
         output_loading_info = kwargs.pop("output_loading_info", False)
         known = config
         if known is None or not hasattr(known, "lora_config"):
@@ -261,9 +180,17 @@ class VoxLMPreTrainedModel(PreTrainedModel):
                 **{name: kwargs[name] for name in ("lora_config", *names) if name in kwargs},
             )
         kwargs.setdefault("key_mapping", cls._lora_key_mapping(known))
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
-        )
+        source = pretrained_model_name_or_path
+        if getattr(known, "base_models", None):
+            hub_options = {name: kwargs[name] for name in ("cache_dir", "local_files_only", "token") if name in kwargs}
+            folder = base_folder(source, kwargs.get("revision"), **hub_options)
+            kwargs["state_dict"] = with_bases(read_tensors(folder), known, **hub_options)
+            config, source = known, None
+        model, info = super().from_pretrained(source, *model_args, config=config, output_loading_info=True, **kwargs)
+        if source is None:
+            model.config._name_or_path = model.name_or_path = str(pretrained_model_name_or_path)
+            model.config.base_models = None  # the model is whole now, and so is what it saves
+            model.generation_config = GenerationConfig.from_pretrained(folder)
         missing = sorted(key for key in info["missing_keys"] if ".lora_" not in key)
         if missing and not output_loading_info:
             shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
@@ -329,11 +256,9 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
             encoder = AutoModel.from_config(config.audio_config)
             encoder = encoder.get_encoder() if config.audio_config.is_encoder_decoder else encoder
         self.encoder = encoder
-        self.projector = VoxLMProjector(config)
+        self.projector = make_projector(config)
         self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
-        self.alignment = VoxLMAlignmentHead(
-            config.text_config.hidden_size, config.audio_hidden_size, config.alignment_hidden_size
-        )
+        self.alignment = make_alignment_head(config)
         self.processor = None
         # The class name would not tell the library that labels are those of a causal LM.
         self.loss_type = "ForCausalLM"
@@ -416,9 +341,7 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
         # A new composite config resets the attention of the configs it takes in, which the loaded parts share.
         encoder.config._attn_implementation, language_model.config._attn_implementation = attentions
         model = cls(config, encoder=encoder, language_model=language_model).to(dtype)
-        # Projected frames start at the size of the embeddings the LLM is used to.
-        embeddings = language_model.get_input_embeddings().weight
-        nn.init.constant_(model.projector.norm.weight, embeddings.detach().float().pow(2).mean().sqrt().item())
+        model.projector.scale_to(language_model.get_input_embeddings().weight)
         processor.configure(model)
         model.processor = processor
         model.generation_config.eos_token_id = tokenizer.eos_token_id
@@ -452,8 +375,7 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
 
     def audio_lengths(self, lengths: torch.Tensor) -> torch.Tensor:
         """Number of placeholders for `lengths` input features (or samples), a tensor of integers."""
-        frames = encoder_output_lengths(self.encoder, lengths)
-        return (frames + self.config.projector_stride - 1) // self.config.projector_stride
+        return self.projector.output_lengths(encoder_output_lengths(self.encoder, lengths))
 
     def _encode(self, inputs, mask, **kwargs) -> BaseModelOutput:
         """Encoder states `(batch, frames, audio_size)` for padded inputs; padding leaves real frames untouched."""
@@ -563,6 +485,26 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
             )
         return placeholders
 
+    def merge_audio(self, input_ids, inputs_embeds, audio_embeds, audio_embeds_mask):
+        """
+        Input embeddings `(batch, length, text_size)` with the audio at its placeholders.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*), inputs_embeds (`(batch, length, text_size)`,
+                *optional*): one may be `None`.
+            audio_embeds, audio_embeds_mask: `pooler_output` and `audio_embeds_mask` of [`VoxLMAudioOutput`].
+
+        Raises:
+            ValueError: when placeholders and projected frames differ in number.
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        placeholders = self._placeholders(input_ids, audio_embeds_mask, inputs_embeds).unsqueeze(-1)
+        return inputs_embeds.masked_scatter(
+            placeholders.to(inputs_embeds.device),
+            audio_embeds[audio_embeds_mask.bool()].to(inputs_embeds.device, inputs_embeds.dtype),
+        )
+
     @can_return_tuple
     def forward(
         self,
@@ -581,7 +523,8 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
         audio_embeds_mask: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         token_words: torch.LongTensor | None = None,
-        frame_words: torch.LongTensor | None = None,
+        word_times: torch.Tensor | None = None,
+        frame_times: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
@@ -598,8 +541,10 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
             labels (`torch.LongTensor` of shape `(batch, length)`): -100 where no loss is wanted; not shifted.
             token_words (`torch.LongTensor` of shape `(batch, length)`): with `labels`, the number of the word that each token
                 of `input_ids` belongs to, -100 for those of none.
-            frame_words (`torch.LongTensor` of shape `(batch, frames)`): the word spoken in each encoder frame, -1 in a pause,
-                -100 where that is not known. Adds the alignment head's loss to `loss`; only the head learns from it.
+            word_times (`torch.Tensor` of shape `(batch, words, 2)`): starts and ends of the words in seconds, NaN where not
+                known. Adds the alignment head's loss to `loss`; only the head learns from it.
+            frame_times (`torch.Tensor` of shape `(batch, frames)`): with `word_times`, the middles of the encoder frames in
+                seconds; NaN for those of which it is not known what is said in them, as of frames that it lacks.
             logits_to_keep (`int`): compute the logits (and the loss) of the last positions only.
 
         Raises:
@@ -621,16 +566,12 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         # `generate` hands the encoded audio to every step; only the pass over the prompt has places for it.
         if audio_embeds is not None and past_length == 0:
-            placeholders = self._placeholders(input_ids, audio_embeds_mask, inputs_embeds).unsqueeze(-1)
-            inputs_embeds = inputs_embeds.masked_scatter(
-                placeholders.to(inputs_embeds.device),
-                audio_embeds[audio_embeds_mask.bool()].to(inputs_embeds.device, inputs_embeds.dtype),
-            )
+            inputs_embeds = self.merge_audio(input_ids, inputs_embeds, audio_embeds, audio_embeds_mask)
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             # Positions count what is seen, so that padding on either side and hidden frames change nothing.
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
 
-        if frame_words is not None:
+        if word_times is not None:
             kwargs["output_hidden_states"] = True
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -647,9 +588,9 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
             loss = self.loss_function(
                 logits=outputs.logits, labels=kept, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
-            if frame_words is not None:
+            if word_times is not None:
                 loss_of_times = self._alignment_loss(
-                    outputs.hidden_states[-1], input_ids, labels, token_words, frame_words, audio, **kwargs
+                    outputs.hidden_states[-1], input_ids, labels, token_words, word_times, frame_times, audio, **kwargs
                 )
                 loss = loss + loss_of_times
         return VoxLMCausalLMOutputWithPast(
@@ -663,19 +604,31 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
         )
 
     def _alignment_loss(
-        self, hidden_states, input_ids, labels, token_words, frame_words, audio, num_items_in_batch=None, **kwargs
+        self,
+        hidden_states,
+        input_ids,
+        labels,
+        token_words,
+        word_times,
+        frame_times,
+        audio,
+        num_items_in_batch=None,
+        **kwargs,
     ):
         """
         The head's loss, each row weighted by its text tokens as in the LLM's loss, so that both add up in the same way over
         the parts of a batch.
         """
-        # Only the columns that hold text somewhere; the state before a token is the one that predicted it.
+        # Only the columns that hold text somewhere.
         first = max(1, int((token_words != -100).any(0).int().argmax()))
-        scores = self.align_scores(hidden_states[:, first - 1 : -1].detach(), input_ids[:, first:], audio)
+        states = self.text_states(hidden_states, first).detach()
+        scores = self.align_scores(states, input_ids[:, first:], audio)
         # Nothing is known of frames behind the last target, nor of padding.
-        frame_words = nn.functional.pad(frame_words, (0, scores[1].shape[1] - frame_words.shape[1]), value=-100)
-        frame_words = frame_words.masked_fill(audio.frame_mask == 0, -100)
-        losses = alignment_loss(*scores, token_words[:, first:], frame_words)
+        mask, stride = self.alignment.keys_of(audio)[1], self.alignment.frames_per_key
+        missing = mask.shape[1] * stride - frame_times.shape[1]
+        frame_times = nn.functional.pad(frame_times, (0, missing), value=torch.nan).unflatten(-1, (-1, stride)).mean(-1)
+        frame_times = frame_times.masked_fill(mask == 0, torch.nan)
+        losses = alignment_loss(scores, token_words[:, first:], word_times, frame_times)
         weights = (labels != -100).sum(-1)
         return (losses * weights).sum() / (weights.sum() if num_items_in_batch is None else num_items_in_batch)
 
@@ -701,20 +654,24 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
                 kwargs["attention_mask"] = attention_mask
         return super().generate(inputs, *args, **kwargs)
 
+    def text_states(self, hidden_states, first: int):
+        """The LLM's last hidden states `(batch, length, text_size)` that the alignment head wants for the tokens from `first` on."""
+        return hidden_states[:, first:] if self.alignment.states_at_tokens else hidden_states[:, first - 1 : -1]
+
     def align_scores(self, text_states, token_ids, audio: VoxLMAudioOutput):
         """
         Scores of the alignment head.
 
         Args:
-            text_states (`torch.Tensor` of shape `(batch, tokens, text_size)`): the LLM's last hidden states that predicted
-                `token_ids` (`torch.LongTensor` of shape `(batch, tokens)`).
+            text_states (`torch.Tensor` of shape `(batch, tokens, text_size)`): see `text_states`, for `token_ids`
+                (`torch.LongTensor` of shape `(batch, tokens)`).
             audio ([`VoxLMAudioOutput`]): of the same batch.
 
         Returns:
-            see [`VoxLMAlignmentHead.forward`].
+            [`AlignmentScores`].
         """
         token_embeds = self.get_input_embeddings()(token_ids)
-        return self.alignment(text_states, token_embeds, audio.last_hidden_state, audio.frame_mask)
+        return self.alignment(text_states, token_embeds, *self.alignment.keys_of(audio))
 
     def get_processor(self):
         """The model's [`VoxLMProcessor`]: `model.processor` if set, else loaded from where the model came from.
@@ -742,6 +699,12 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
         from .transcription_voxlm import transcribe
 
         return transcribe(self, self.get_processor(), audio, **kwargs)
+
+    def align(self, audio, text, **kwargs):
+        """Times of the words of a text that is known; see `forced_alignment_voxlm.align`."""
+        from .forced_alignment_voxlm import align
+
+        return align(self, self.get_processor(), audio, text, **kwargs)
 
     def transcription_pipeline(self, **kwargs):
         """An `automatic-speech-recognition` pipeline over this very model and its processor."""

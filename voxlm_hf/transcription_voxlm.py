@@ -8,8 +8,8 @@ import torch
 from transformers import DynamicCache
 from transformers.utils import ModelOutput, logging
 
-from .alignment_voxlm import decode_spans, spans_to_seconds, word_log_posteriors
-from .decoding_voxlm import DecodedText, greedy_decode, is_plain_greedy, stop_tokens
+from .alignment_voxlm import word_times
+from .decoding_voxlm import DecodedText, greedy_decode, is_plain_greedy, stop_tokens, token_entropies
 from .processing_voxlm import is_batch, one_for_each
 
 
@@ -33,12 +33,15 @@ class VoxLMTranscription(ModelOutput):
             in 0..1; empty when times were not asked for.
         duration (`float`): length of the recording in seconds.
         truncated (`bool`): whether the token budget ended the text somewhere before the model did.
+        word_scores (`list[dict]`): for each word what its confidence was made from: `{"logprob", "entropy"}`, the raw
+            log-probability of its tokens together and the highest entropy among them, in nats.
     """
 
     text: str | None = None
     words: list[dict] | None = None
     duration: float | None = None
     truncated: bool | None = None
+    word_scores: list[dict] | None = None
 
 
 @dataclass
@@ -74,10 +77,25 @@ def cut_at_quiet_points(waveform: np.ndarray, sampling_rate: int, window_s: floa
     return [*cuts, (start, len(waveform))]
 
 
-def calibrate(probability: float, scale: float, bias: float) -> float:
-    """Platt scaling, `sigmoid(scale * logit(p) + bias)`: monotone, so it changes the values and not the order."""
-    probability = min(max(probability, 1e-6), 1 - 1e-6)
-    return 1 / (1 + math.exp(-(scale * math.log(probability / (1 - probability)) + bias)))
+def word_confidence(logprob: float, max_entropy: float, scale: float, entropy: float, bias: float) -> float:
+    """
+    How likely a word is to be right: `sigmoid(scale * logit(p) - entropy * max_entropy + bias)`.
+
+    Platt scaling of the LLM's probability of the word and, since a distribution that is spread out says more about errors than
+    its maximum does (Laptev and Ginsburg 2023), of the highest entropy among its tokens. Monotone in both.
+
+    Args:
+        logprob (`float`): log of the product over the word's tokens; max_entropy (`float`): in nats.
+        scale, entropy, bias (`float`): `config.confidence_calibration`.
+    """
+    score = scale * probability_logit(logprob) - entropy * max_entropy + bias
+    return 1 / (1 + math.exp(-score))
+
+
+def probability_logit(logprob: float) -> float:
+    """Log-odds of a probability given by its logarithm, kept within 1e-4 of 0 and 1."""
+    probability = min(max(math.exp(logprob), 1e-4), 1 - 1e-4)
+    return math.log(probability / (1 - probability))
 
 
 @torch.no_grad()
@@ -157,6 +175,7 @@ def _join(parts: list[tuple[float, VoxLMTranscription]], duration_s: float) -> V
         words=words,
         duration=round(duration_s, 3),
         truncated=any(part.truncated for _, part in parts),
+        word_scores=[score for _, part in parts for score in part.word_scores],
     )
 
 
@@ -169,25 +188,32 @@ def _transcribe_batch(
     # Encoded once, for the generation and for the word times.
     audio = model.get_audio_features(**features)
     budgets = token_budgets(model, audio, durations_s, generate_kwargs.get("max_new_tokens"))
-    prompt = {
-        "input_ids": inputs["input_ids"],
-        "attention_mask": model.hide_gated_frames(inputs["input_ids"], inputs["attention_mask"], audio),
-        "audio_embeds": audio.pooler_output,
-        "audio_embeds_mask": audio.audio_embeds_mask,
-    }
+    prompt = prompt_with_audio(model, inputs, audio)
     if is_plain_greedy(model.generation_config, generate_kwargs):
         text = greedy_decode(model, prompt, budgets, draft_texts(model, processor, audio))
     else:
         text = _generate(model, prompt, budgets, generate_kwargs)
-        if with_words and any(text.ids):
-            _read_states(model, prompt, text)
+    if with_words and any(text.ids) and (text.states is None or model.alignment.states_at_tokens):
+        read_states(model, prompt, text)
     results = [
-        VoxLMTranscription(text=processor.decode_text(ids).strip(), words=[], duration=duration_s, truncated=not ended)
+        VoxLMTranscription(
+            text=processor.decode_text(ids).strip(), words=[], duration=duration_s, truncated=not ended, word_scores=[]
+        )
         for ids, ended, duration_s in zip(text.ids, text.ended, durations_s)
     ]
     if with_words and any(text.ids):
         _add_words(model, processor, text, audio, results)
     return results
+
+
+def prompt_with_audio(model, inputs, audio) -> dict[str, torch.Tensor]:
+    """What the model's `forward` takes for a prompt whose audio ([`VoxLMAudioOutput`]) is projected already."""
+    return {
+        "input_ids": inputs["input_ids"],
+        "attention_mask": model.hide_gated_frames(inputs["input_ids"], inputs["attention_mask"], audio),
+        "audio_embeds": audio.pooler_output,
+        "audio_embeds_mask": audio.audio_embeds_mask,
+    }
 
 
 def draft_texts(model, processor, audio) -> list[list[int]]:
@@ -197,23 +223,31 @@ def draft_texts(model, processor, audio) -> list[list[int]]:
     if audio.tokens is None or any(sliding):
         return [[] for _ in audio.frame_mask]
     texts = [processor.text_prefix + processor.decode_text(row[row >= 0]).lstrip() for row in audio.tokens.cpu()]
-    special = {*processor.tokenizer.all_special_ids, *processor.tokenizer.added_tokens_decoder}
+    special = processor.special_ids
     ids = processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
     return [[token for token in row if token not in special] for row in ids]
 
 
 def _generate(model, prompt, budgets: list[int], generate_kwargs: dict) -> DecodedText:
-    """Stock `generate`, for beams, sampling and whatever else its options say; without the LLM's states."""
+    """
+    Stock `generate`, for beams, sampling and whatever else its options say; without the LLM's states.
+
+    The prompt goes in as embeddings, so that penalties on repetition see the text alone.
+    """
     options = {"do_sample": False, **generate_kwargs, "max_new_tokens": max(budgets)}
-    output = model.generate(**prompt, **options, return_dict_in_generate=True)
-    new_ids = output.sequences[:, prompt["input_ids"].shape[1] :]
+    embeds = model.merge_audio(prompt["input_ids"], None, prompt["audio_embeds"], prompt["audio_embeds_mask"])
+    attention_mask = prompt["attention_mask"]
+    output = model.generate(
+        inputs_embeds=embeds, attention_mask=attention_mask, **options, return_dict_in_generate=True
+    )
+    new_ids = output.sequences
     # Each row at its own budget, so that the text does not depend on what else is in the batch.
     stops = stop_tokens(model.generation_config.eos_token_id)
     rows = [_until_stop(row[:budget], stops) for row, budget in zip(new_ids.tolist(), budgets)]
     return DecodedText(ids=[ids for ids, _ in rows], ended=[ended for _, ended in rows])
 
 
-def _read_states(model, prompt, text: DecodedText):
+def read_states(model, prompt, text: DecodedText):
     """
     Fill in the states and log-probabilities of a text by a teacher-forced pass over prompt and text.
 
@@ -233,9 +267,10 @@ def _read_states(model, prompt, text: DecodedText):
         logits_to_keep=longest + 1,
         use_cache=False,
     )
-    # The state before a token is the one that predicted it.
-    text.states = output.hidden_states[-1][:, -longest - 1 : -1]
-    text.logprobs = output.logits[:, :-1].float().log_softmax(-1).gather(-1, text_ids.unsqueeze(-1)).squeeze(-1)
+    text.states = model.text_states(output.hidden_states[-1], output.hidden_states[-1].shape[1] - longest)
+    logprobs = output.logits[:, :-1].float().log_softmax(-1)
+    text.logprobs = logprobs.gather(-1, text_ids.unsqueeze(-1)).squeeze(-1)
+    text.entropies = token_entropies(logprobs)
 
 
 def _pad_ids(rows: list[list[int]], device) -> torch.Tensor:
@@ -269,31 +304,37 @@ def _until_stop(ids: list[int], stops: set[int]) -> tuple[list[int], bool]:
 
 def _add_words(model, processor, text: DecodedText, audio, results):
     """Fill `results` with words, times and confidences."""
-    text_ids = _pad_ids(text.ids, text.states.device)
-    token_scores, pause_scores = model.align_scores(text.states, text_ids, audio)
-    frame_counts = audio.frame_mask.sum(-1).tolist()
-    calibration = model.config.confidence_calibration
+    scores = model.align_scores(text.states, _pad_ids(text.ids, text.states.device), audio)
+    frame_counts = model.alignment.keys_of(audio)[1].sum(-1).tolist()
+    frame_s = processor.frame_s * model.alignment.frames_per_key
     for row, (ids, result) in enumerate(zip(text.ids, results)):
         words = processor.split_words(ids)
-        if not words:
-            continue
         token_words = np.full(len(ids), -1)
         for number, word in enumerate(words):
             token_words[word.tokens] = number
         # A model fed the full window has frames of silence after the recording's end.
-        frames = min(frame_counts[row], max(1, round(result.duration / processor.frame_s)))
-        posteriors = word_log_posteriors(
-            token_scores[row, : len(ids), :frames].cpu().numpy(), pause_scores[row, :frames].cpu().numpy(), token_words
-        )
-        times = spans_to_seconds(decode_spans(posteriors), processor.frame_s, result.duration)
-        for word, (start, end) in zip(words, times):
-            # The words' tokens are needed all together: the probability of a word is the product over its tokens.
-            probability = math.exp(sum(float(text.logprobs[row, token]) for token in word.tokens))
-            result.words.append(
-                {
-                    "word": word.text,
-                    "start": start,
-                    "end": end,
-                    "confidence": round(calibrate(probability, **calibration), 4),
-                }
-            )
+        frames = min(frame_counts[row], max(1, round(result.duration / frame_s)))
+        times = word_times(scores, row, token_words, frames, frame_s, result.duration)
+        result.word_scores = word_scores(text, row, [word.tokens for word in words])
+        result.words = [
+            {"word": word.text, "start": start, "end": end, "confidence": confidence}
+            for word, (start, end), confidence in zip(words, times, confidences(result.word_scores, model.config))
+        ]
+
+
+def word_scores(text: DecodedText, row: int, word_tokens: list[list[int]]) -> list[dict]:
+    """`word_scores` of [`VoxLMTranscription`] for the words of one row, whose tokens are at `word_tokens`."""
+    # The probability of a word is the product over its tokens: all of them are needed to write it.
+    return [
+        {
+            "logprob": round(float(text.logprobs[row, tokens].sum()), 4),
+            "entropy": round(float(text.entropies[row, tokens].max()), 4),
+        }
+        for tokens in word_tokens
+    ]
+
+
+def confidences(scores: list[dict], config) -> list[float]:
+    """Calibrated confidences of words with these `word_scores`."""
+    calibration = config.confidence_calibration
+    return [round(word_confidence(score["logprob"], score["entropy"], **calibration), 4) for score in scores]

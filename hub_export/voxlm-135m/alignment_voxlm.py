@@ -1,4 +1,4 @@
-"""Word times: the alignment head, its loss, and the monotonic decoder that turns scores into word spans."""
+"""Word times: the alignment head, its target and loss, and the monotonic decoder that turns scores into word spans."""
 
 import math
 from dataclasses import dataclass
@@ -8,24 +8,58 @@ import torch
 from torch import nn
 
 
+# Word edges in the target are ramps of this length: nobody hears them sharper, and no label is.
+RAMP_S = 0.03
+# Words less than this apart are taken as joined in the middle, in the target as in the result. Aligners and synthesisers put
+# short pauses between words by habit, and do not agree where (CrisperWhisper splits gaps of up to 160 ms).
+CLOSED_GAP_S = 0.1
+# Frames on either side of an edge whose posteriors say where within a frame it lies.
+EDGE_CONTEXT = 2
+
+
+class VoxLMFrameBlock(nn.Module):
+    """Residual depthwise convolution over frames and feed-forward layer (ConvNeXt, Liu et al. 2022, in one dimension)."""
+
+    def __init__(self, hidden_size: int, kernel_size: int = 9):
+        super().__init__()
+        self.conv = nn.Conv1d(hidden_size, hidden_size, kernel_size, padding=kernel_size // 2, groups=hidden_size)
+        self.norm = nn.LayerNorm(hidden_size)
+        self.up = nn.Linear(hidden_size, 2 * hidden_size)
+        self.down = nn.Linear(2 * hidden_size, hidden_size)
+
+    def forward(self, hidden_states, mask):
+        """`hidden_states` `(batch, frames, hidden_size)`, `mask` `(batch, frames, 1)`; padding never reaches real frames."""
+        mixed = self.conv((hidden_states * mask).transpose(1, 2)).transpose(1, 2)
+        return hidden_states + self.down(nn.functional.gelu(self.up(self.norm(mixed))))
+
+
 class VoxLMAlignmentHead(nn.Module):
     """
-    Scores every encoder frame against every text token and against a pause.
+    Scores every encoder frame against every text token, against a pause, and for being the first of a word.
 
     A token's query is the LLM's hidden state that predicted it (so the pass that generated the text can be used) plus the
-    embedding of the token itself. Keys are the encoder's own frames (50 Hz for Whisper), with a depthwise convolution that
-    shows each frame its neighbours.
+    embedding of the token itself. Keys are the encoder's own frames (50 Hz for Whisper, whose states carry their position),
+    with convolutions that show each frame its neighbours.
     """
 
-    def __init__(self, text_size: int, audio_size: int, hidden_size: int):
+    frames_per_key = 1
+    # A token's state is the one that predicted it, not the one at it.
+    states_at_tokens = False
+
+    def __init__(self, text_size: int, audio_size: int, hidden_size: int, num_blocks: int):
         super().__init__()
+        self.state_norm = nn.LayerNorm(text_size)
         self.state_proj = nn.Linear(text_size, hidden_size)
         self.token_proj = nn.Linear(text_size, hidden_size, bias=False)
-        self.frame_proj = nn.Linear(audio_size, hidden_size)
-        self.frame_conv = nn.Conv1d(hidden_size, hidden_size, kernel_size=9, padding=4, groups=hidden_size)
-        self.state_norm = nn.LayerNorm(text_size)
         self.frame_norm = nn.LayerNorm(audio_size)
-        self.pause_proj = nn.Linear(hidden_size, 1)
+        self.frame_proj = nn.Linear(audio_size, hidden_size)
+        self.blocks = nn.ModuleList([VoxLMFrameBlock(hidden_size) for _ in range(num_blocks)])
+        self.key_norm = nn.LayerNorm(hidden_size)
+        self.frame_scores = nn.Linear(hidden_size, 2)
+
+    def keys_of(self, audio):
+        """Frames and their mask that `forward` takes, of a [`VoxLMAudioOutput`]: the encoder's."""
+        return audio.last_hidden_state, audio.frame_mask
 
     def forward(self, text_states, token_embeds, frames, frame_mask):
         """
@@ -36,39 +70,169 @@ class VoxLMAlignmentHead(nn.Module):
             frame_mask (`torch.Tensor` of shape `(batch, frames)`): 1 for real frames.
 
         Returns:
-            `(batch, tokens, frames)` token scores and `(batch, frames)` pause scores, both unnormalised and in float32.
+            [`AlignmentScores`], unnormalised and in float32.
         """
         dtype = self.state_proj.weight.dtype
         queries = self.state_proj(self.state_norm(text_states.to(dtype)))
         queries = queries + self.token_proj(nn.functional.normalize(token_embeds.to(dtype), dim=-1))
-        keys = self.frame_proj(self.frame_norm(frames.to(dtype))) * frame_mask.unsqueeze(-1).to(dtype)
-        keys = keys + nn.functional.gelu(self.frame_conv(keys.transpose(1, 2)).transpose(1, 2))
-        scores = queries @ keys.transpose(1, 2) / math.sqrt(keys.shape[-1])
-        return scores.float(), self.pause_proj(keys).squeeze(-1).float()
+        mask = frame_mask.unsqueeze(-1).to(dtype)
+        keys = self.frame_proj(self.frame_norm(frames.to(dtype)))
+        for block in self.blocks:
+            keys = block(keys, mask)
+        keys = self.key_norm(keys)
+        tokens = queries @ keys.transpose(1, 2) / math.sqrt(keys.shape[-1])
+        pause, onset = self.frame_scores(keys).float().unbind(-1)
+        return AlignmentScores(tokens.float(), pause, onset)
 
 
-def alignment_loss(token_scores, pause_scores, token_words, frame_words):
+class VoxLMCrossAttentionLayer(nn.Module):
+    """Post-norm cross-attention and feed-forward layer that also returns its attention weights."""
+
+    def __init__(self, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(hidden_size, hidden_size) for _ in range(4))
+        self.norm1, self.norm2 = nn.LayerNorm(hidden_size), nn.LayerNorm(hidden_size)
+        self.up, self.down = nn.Linear(hidden_size, 4 * hidden_size), nn.Linear(4 * hidden_size, hidden_size)
+
+    def forward(self, hidden_states, frames, frame_mask):
+        """States `(batch, tokens, size)` and attention weights `(batch, heads, tokens, frames)`."""
+        queries, keys, values = (
+            projection(source).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for projection, source in (
+                (self.q_proj, hidden_states),
+                (self.k_proj, frames),
+                (self.v_proj, frames),
+            )
+        )
+        scores = queries @ keys.transpose(2, 3) / math.sqrt(queries.shape[-1])
+        weights = scores.masked_fill(frame_mask[:, None, None] == 0, -torch.inf).softmax(-1)
+        hidden_states = self.norm1(hidden_states + self.out_proj((weights @ values).transpose(1, 2).flatten(2)))
+        return self.norm2(hidden_states + self.down(nn.functional.gelu(self.up(hidden_states)))), weights
+
+
+class VoxLMCrossAttentionHead(nn.Module):
+    """The alignment head of the original VoxLM: the mean attention weights of cross-attention layers over projected frames."""
+
+    states_at_tokens = True
+
+    def __init__(self, text_size: int, num_layers: int, num_heads: int, frames_per_key: int):
+        super().__init__()
+        self.frames_per_key = frames_per_key
+        self.query_proj = nn.Linear(text_size, text_size)
+        self.layers = nn.ModuleList([VoxLMCrossAttentionLayer(text_size, num_heads) for _ in range(num_layers)])
+
+    def keys_of(self, audio):
+        """Frames and their mask that `forward` takes: projected ones, without the learned vectors around them."""
+        return audio.pooler_output[:, 1:-1], audio.audio_embeds_mask[:, 1:-1]
+
+    def forward(self, text_states, token_embeds, frames, frame_mask):
+        """
+        As [`VoxLMAlignmentHead.forward`], on projected frames; the tokens' embeddings are not used.
+
+        Token scores are log attention weights. A pause scores as a token would that attends to all frames evenly, so that
+        frames which no token looks at more than that belong to none; onsets are not known.
+        """
+        dtype = self.query_proj.weight.dtype
+        hidden_states, frames = self.query_proj(text_states.to(dtype)), frames.to(dtype)
+        attentions = []
+        for layer in self.layers:
+            hidden_states, weights = layer(hidden_states, frames, frame_mask)
+            attentions.append(weights)
+        tokens = torch.stack(attentions).mean((0, 2)).float().clamp(min=1e-10).log()
+        pause = -frame_mask.sum(-1, keepdim=True).log().expand(frame_mask.shape)
+        return AlignmentScores(tokens, pause.float(), torch.zeros_like(pause, dtype=torch.float))
+
+
+def make_alignment_head(config) -> nn.Module:
+    """The alignment head that `config.alignment_kind` ([`VoxLMConfig`]) names."""
+    text_size, num_blocks = config.text_config.hidden_size, config.alignment_num_blocks
+    if config.alignment_kind == "cross_attention":
+        return VoxLMCrossAttentionHead(text_size, num_blocks, config.alignment_num_heads, config.projector_stride)
+    return VoxLMAlignmentHead(text_size, config.audio_hidden_size, config.alignment_hidden_size, num_blocks)
+
+
+@dataclass
+class AlignmentScores:
     """
-    Cross-entropy of "which word, or a pause, does this frame belong to".
+    What the alignment head says of a batch.
 
     Args:
-        token_scores (`torch.Tensor` of shape `(batch, tokens, frames)`), pause_scores (`(batch, frames)`): from the head.
-        token_words (`torch.LongTensor` of shape `(batch, tokens)`): the word of each token, -100 for tokens of no word.
-        frame_words (`torch.LongTensor` of shape `(batch, frames)`): the word of each frame, -1 for a pause, -100 for frames
-            without a target.
+        tokens (`torch.Tensor` of shape `(batch, tokens, frames)`): of each token at each frame.
+        pause (`torch.Tensor` of shape `(batch, frames)`): of a pause, on the same scale.
+        onset (`torch.Tensor` of shape `(batch, frames)`): log-odds that a word starts in the frame.
+    """
+
+    tokens: torch.Tensor
+    pause: torch.Tensor
+    onset: torch.Tensor
+
+
+def close_gaps(times: np.ndarray, longest_s: float = CLOSED_GAP_S) -> np.ndarray:
+    """
+    Join neighbouring words that are less than `longest_s` apart, in the middle between them.
+
+    Args:
+        times: `(words, 2)` starts and ends in seconds, in order.
+    """
+    times = times.copy()
+    gaps = times[1:, 0] - times[:-1, 1]
+    close = (gaps > 0) & (gaps < longest_s)
+    middles = (times[1:, 0] + times[:-1, 1]) / 2
+    times[1:, 0] = np.where(close, middles, times[1:, 0])
+    times[:-1, 1] = np.where(close, middles, times[:-1, 1])
+    return times
+
+
+def alignment_targets(word_times, frame_times):
+    """
+    How much of each frame belongs to each word, with edges that are ramps of `RAMP_S`.
+
+    Args:
+        word_times (`torch.Tensor` of shape `(batch, words, 2)`): starts and ends in seconds, in order; NaN for padding.
+        frame_times (`torch.Tensor` of shape `(batch, frames)`): middles of the frames in seconds.
+
+    Returns:
+        shares `(batch, words, frames)` in 0..1, and `(batch, frames)`, 1 for a frame in which a word starts (less for those
+        beside it).
+    """
+    middles = frame_times.unsqueeze(1)
+    starts, ends = word_times[..., :1], word_times[..., 1:]
+    shares = ((middles - starts) / RAMP_S + 0.5).clamp(0, 1) - ((middles - ends) / RAMP_S + 0.5).clamp(0, 1)
+    onsets = (1 - (middles - starts).abs() / RAMP_S).clamp(min=0)
+    return shares.nan_to_num(), onsets.nan_to_num().amax(1)
+
+
+def alignment_loss(scores: AlignmentScores, token_words, word_times, frame_times):
+    """
+    Cross-entropy of "which word, or a pause, does this frame belong to", plus that of "does a word start here".
+
+    Args:
+        scores ([`AlignmentScores`])
+        token_words (`torch.LongTensor` of shape `(batch, tokens)`): the word of each token, -100 for tokens of no word. The
+            tokens of a word share its span.
+        word_times (`torch.Tensor` of shape `(batch, words, 2)`): start and end in seconds of each word, in order; NaN for
+            words whose times are not known, and for padding.
+        frame_times (`torch.Tensor` of shape `(batch, frames)`): middles of the frames in seconds, NaN for frames of which it
+            is not known what is said in them, and for padding.
 
     Returns:
         `(batch,)` means over the frames of each row that have a target, 0 for rows without.
     """
-    scores = token_scores.masked_fill((token_words == -100).unsqueeze(-1), -torch.inf)
-    total = torch.logsumexp(torch.cat([scores, pause_scores.unsqueeze(1)], dim=1), dim=1)
-    same_word = token_words.unsqueeze(-1) == frame_words.unsqueeze(1)
-    # A floor instead of -inf: a frame whose word has no token must not turn the whole loss into NaN.
-    word_score = torch.logsumexp(scores.masked_fill(~same_word, -1e4), dim=1)
-    target_score = torch.where(frame_words == -1, pause_scores, word_score)
-    has_target = frame_words != -100
-    losses = torch.where(has_target, total - target_score, 0.0)
-    return losses.sum(-1) / has_target.sum(-1).clamp(min=1)
+    shares, onsets = alignment_targets(word_times, frame_times)
+    known = ~frame_times.isnan()
+    no_word = (token_words == -100).unsqueeze(-1)
+    tokens = scores.tokens.masked_fill(no_word, -torch.inf)
+    total = torch.logsumexp(torch.cat([tokens, scores.pause.unsqueeze(1)], dim=1), dim=1)
+    # The logsumexp of each word over its tokens; far below everything for a word without any.
+    index = token_words.clamp(min=0).unsqueeze(-1).expand_as(tokens)
+    highest = torch.full_like(shares, -1e4).scatter_reduce(1, index, tokens.detach(), "amax")
+    sums = torch.zeros_like(shares).scatter_add(1, index, (tokens - highest.gather(1, index)).exp())
+    words = sums.clamp(min=1e-9).log() + highest
+    pause_shares = (1 - shares.sum(1)).clamp(0, 1)
+    losses = (shares * (total.unsqueeze(1) - words)).sum(1) + pause_shares * (total - scores.pause)
+    losses = losses + nn.functional.binary_cross_entropy_with_logits(scores.onset, onsets, reduction="none")
+    return torch.where(known, losses, 0.0).sum(-1) / known.sum(-1).clamp(min=1)
 
 
 def word_log_posteriors(token_scores: np.ndarray, pause_scores: np.ndarray, token_words: np.ndarray) -> np.ndarray:
@@ -77,7 +241,7 @@ def word_log_posteriors(token_scores: np.ndarray, pause_scores: np.ndarray, toke
 
     Args:
         token_scores: `(tokens, frames)` scores; pause_scores: `(frames,)`; token_words: `(tokens,)` index of each token's
-            word, -1 for tokens of no word (special tokens, eos).
+            word, negative for tokens of no word (special tokens, eos).
 
     Returns:
         `(words + 1, frames)` log-probabilities; the last row is the pause.
@@ -97,7 +261,9 @@ class WordSpan:
     end: int
 
 
-def decode_spans(log_posteriors: np.ndarray, pause_penalty: float = 2.0) -> list[WordSpan]:
+def decode_spans(
+    log_posteriors: np.ndarray, onset_scores: np.ndarray | None = None, pause_penalty: float = 2.0
+) -> list[WordSpan]:
     """
     Best monotonic path through pause, word 0, pause, word 1, ..., pause; every pause may be skipped, no word may.
 
@@ -106,6 +272,7 @@ def decode_spans(log_posteriors: np.ndarray, pause_penalty: float = 2.0) -> list
 
     Args:
         log_posteriors: `(words + 1, frames)`, the last row being the pause, as `word_log_posteriors` returns.
+        onset_scores: `(frames,)` log-odds that a word starts in the frame: tells a word from the same word said again.
         pause_penalty: cost of entering a pause between two words, in nats, so that a single doubtful frame makes none.
 
     Returns:
@@ -120,37 +287,109 @@ def decode_spans(log_posteriors: np.ndarray, pause_penalty: float = 2.0) -> list
         return [WordSpan(int(start), int(end)) for start, end in zip(edges[:-1], edges[1:])]
 
     num_states = 2 * num_words + 1
-    emissions = np.repeat(log_posteriors[-1][None], num_states, axis=0)
-    emissions[1::2] = log_posteriors[:-1]
-    enter_cost = np.zeros(num_states)
-    enter_cost[2:-1:2] = pause_penalty
+    emissions = np.repeat(log_posteriors[-1][:, None], num_states, axis=1)
+    emissions[:, 1::2] = log_posteriors[:-1].T
+    enter_score = np.zeros((num_frames, num_states))
+    enter_score[:, 2:-1:2] = -pause_penalty
+    if onset_scores is not None:
+        enter_score[:, 1::2] = onset_scores[:, None]
     score = np.full(num_states, -np.inf)
-    score[:2] = emissions[:2, 0]
-    # how many states the best path moved forward into each state: 0 stay, 1 next, 2 word to word over a skipped pause
-    moves = np.zeros((num_frames, num_states), dtype=np.int8)
-    options = np.full((3, num_states), -np.inf)
+    score[:2] = emissions[0, :2]
+    # Whether the best path moved into a state, and whether it did so from a word over a skipped pause.
+    moved = np.zeros((num_frames, num_states), dtype=bool)
+    skipped = np.zeros((num_frames, num_states), dtype=bool)
+    before = np.full(num_states, -np.inf)
     for frame in range(1, num_frames):
-        options[0] = score
-        options[1, 1:] = score[:-1] - enter_cost[1:]
-        options[2, 3::2] = score[1:-2:2]
-        moves[frame] = options.argmax(axis=0)
-        score = options.max(axis=0) + emissions[:, frame]
+        before[1:] = score[:-1]
+        skip, over = skipped[frame, 3::2], score[1:-2:2]
+        np.greater(over, before[3::2], out=skip)
+        np.maximum(over, before[3::2], out=before[3::2])
+        before += enter_score[frame]
+        np.greater(before, score, out=moved[frame])
+        np.maximum(before, score, out=score)
+        score += emissions[frame]
 
     state = num_states - 1 if score[-1] > score[-2] else num_states - 2
     path = np.empty(num_frames, dtype=int)
     for frame in range(num_frames - 1, -1, -1):
         path[frame] = state
-        state -= int(moves[frame, state])
-    spans = []
-    for word in range(num_words):
-        frames = np.flatnonzero(path == 2 * word + 1)
-        spans.append(WordSpan(int(frames[0]), int(frames[-1]) + 1))
-    return spans
+        if moved[frame, state]:
+            state -= 2 if skipped[frame, state] else 1
+    starts = np.searchsorted(path, np.arange(1, num_states, 2))
+    ends = np.searchsorted(path, np.arange(2, num_states + 1, 2))
+    return [WordSpan(int(start), int(end)) for start, end in zip(starts, ends)]
 
 
-def spans_to_seconds(spans: list[WordSpan], frame_s: float, duration_s: float) -> list[tuple[float, float]]:
-    """Spans in frames to `(start, end)` in seconds within `[0, duration_s]`, rounded to milliseconds."""
-    return [
-        (round(min(span.start * frame_s, duration_s), 3), round(min(span.end * frame_s, duration_s), 3))
-        for span in spans
-    ]
+def span_edges(spans: list[WordSpan], log_posteriors: np.ndarray) -> np.ndarray:
+    """
+    Edges of spans within their frames, `(words, 2)` in frames.
+
+    Around the edge between two states the posterior of the right one against the left one rises from 0 to 1; where its sum says
+    that it does, is the edge (what a frame half covered by a word gives half to). It moves by less than half a frame, so that
+    words stay in order and none becomes empty.
+
+    Args:
+        spans: of `decode_spans`, none empty; log_posteriors: `(words + 1, frames)` that they were made from.
+    """
+    pause, num_frames = len(spans), log_posteriors.shape[1]
+    edges = np.array([[span.start, span.end] for span in spans], dtype=np.float64)
+    for word, span in enumerate(spans):
+        for side, place in enumerate((span.start, span.end)):
+            if not 0 < place < num_frames:
+                continue
+            other = word - 1 if side == 0 else word + 1
+            touches = 0 <= other < len(spans) and place == (spans[other].end if side == 0 else spans[other].start)
+            left, right = (other if touches else pause, word) if side == 0 else (word, other if touches else pause)
+            first, last = max(0, place - EDGE_CONTEXT), min(num_frames, place + EDGE_CONTEXT)
+            odds = log_posteriors[right, first:last] - log_posteriors[left, first:last]
+            edge = last - (1 / (1 + np.exp(-np.clip(odds, -50, 50)))).sum()
+            edges[word, side] = min(max(edge, place - 0.45), place + 0.45)
+    return edges
+
+
+def word_times(
+    scores: AlignmentScores,
+    row: int,
+    token_words: np.ndarray,
+    num_frames: int,
+    frame_s: float,
+    duration_s: float = math.inf,
+) -> list[tuple[float, float]]:
+    """
+    `(start, end)` in seconds of each word of one row of a batch.
+
+    Args:
+        scores ([`AlignmentScores`]); row (`int`); token_words: `(tokens,)` the word of each token, negative for tokens of none;
+        num_frames (`int`): real frames of the row; frame_s (`float`): seconds per frame.
+        duration_s (`float`): of the recording, where it ends within the last frame.
+    """
+    posteriors = _row_posteriors(scores, row, token_words)[:, :num_frames]
+    onsets = scores.onset[row, :num_frames].cpu().numpy()
+    return word_seconds(posteriors, onsets, frame_s, min(duration_s, num_frames * frame_s))
+
+
+def _row_posteriors(scores: AlignmentScores, row: int, token_words: np.ndarray) -> np.ndarray:
+    """`word_log_posteriors` of one row of a batch."""
+    tokens, pause = scores.tokens[row, : len(token_words)], scores.pause[row]
+    return word_log_posteriors(tokens.cpu().numpy(), pause.cpu().numpy(), token_words)
+
+
+def word_seconds(
+    log_posteriors: np.ndarray, onset_scores: np.ndarray | None, frame_s: float, duration_s: float
+) -> list[tuple[float, float]]:
+    """
+    `(start, end)` of each word in seconds, rounded to milliseconds: in order, within `[0, duration_s]`, neighbours joined by the
+    rule of `close_gaps`. No word is empty unless there are fewer frames than words.
+
+    Args:
+        log_posteriors, onset_scores: see `decode_spans`; frame_s, duration_s: seconds of a frame and of the recording.
+    """
+    spans = decode_spans(log_posteriors, onset_scores)
+    if not spans:
+        return []
+    if log_posteriors.shape[1] < len(spans):
+        times = np.linspace(0, duration_s, len(spans) + 1)
+        times = np.stack([times[:-1], times[1:]], axis=1)
+    else:
+        times = close_gaps(np.clip(span_edges(spans, log_posteriors) * frame_s, 0, duration_s))
+    return [(round(float(start), 3), round(float(end), 3)) for start, end in times]

@@ -41,9 +41,11 @@ class VoxLMConfig(PreTrainedConfig):
         pad_audio_to_window (`bool`, defaults to `False`):
             Feed the encoder and the LLM the full window, padded with silence, instead of the real audio alone. Only for
             checkpoints that were trained that way.
-        projector_kind (`"mlp"` or `"convnext"`, defaults to `"mlp"`):
+        projector_kind (`"mlp"`, `"convnext"` or `"conv"`, defaults to `"mlp"`):
             `"mlp"`: `projector_stride` neighbouring frames are stacked, then Linear, GELU, Linear, RMSNorm.
             `"convnext"`: the same with residual ConvNeXt blocks over time instead of the GELU, for context.
+            `"conv"`: the original VoxLM's, for converted checkpoints: Linear, GELU, Linear, a strided convolution, and a learned
+            vector before and behind the audio.
         projector_stride (`int`, defaults to 4): Encoder frames per projected frame (4 x 20 ms for Whisper).
         projector_hidden_size (`int`, *optional*): Width inside the projector, by default the LLM's.
         projector_num_blocks (`int`, defaults to 3): Number of ConvNeXt blocks.
@@ -58,13 +60,22 @@ class VoxLMConfig(PreTrainedConfig):
         frame_gate_threshold (`float`, *optional*):
             When set, the projector also scores each frame for carrying a token of speech, and frames whose probability is
             not above the threshold are hidden from the LLM (compression by CTC blanks, Gaido et al. 2021).
-        alignment_hidden_size (`int`, defaults to 128): Width of the alignment head.
+        alignment_kind (`"frames"` or `"cross_attention"`, defaults to `"frames"`):
+            `"frames"`: scores on the encoder's own frames. `"cross_attention"`: the original VoxLM's, for converted checkpoints:
+            the attention weights of post-norm cross-attention layers from text states to projected frames.
+        alignment_hidden_size (`int`, defaults to 192): Width of the alignment head of kind `"frames"`.
+        alignment_num_blocks (`int`, defaults to 2): Convolution blocks over the frames, or cross-attention layers.
+        alignment_num_heads (`int`, defaults to 8): Attention heads of kind `"cross_attention"`.
         lora_config (`dict`, *optional*):
             Arguments of `peft.LoraConfig` for the LLM (`{}` means the defaults: r 16, alpha 32, all linear layers);
             `None` means no LoRA.
+        base_models (`dict`, *optional*):
+            For checkpoints that hold only what was trained: `{"audio", "text"}`, each with "name" (Hub id or folder), "revision"
+            (commit) and "sha256" of its weights, from which the rest is loaded.
         prompt (`str`): The instruction used in training and, unless the caller gives one, in inference.
         prompt_template (`str`): Text around the audio, with the fields `{audio}` and, optionally, `{prompt}`.
-        confidence_calibration (`dict`): Platt scaling of word confidences, `sigmoid(scale * logit(p) + bias)`.
+        confidence_calibration (`dict`): word confidences from the probability of a word and the highest entropy among its
+            tokens, `sigmoid(scale * logit(p) - entropy * h + bias)`; by default the probability itself.
     """
 
     model_type = "voxlm"
@@ -79,15 +90,19 @@ class VoxLMConfig(PreTrainedConfig):
     freeze_audio_encoder: bool = True
     audio_window_s: int | float = 30.0
     pad_audio_to_window: bool = False
-    projector_kind: Literal["mlp", "convnext"] = "mlp"
+    projector_kind: Literal["mlp", "convnext", "conv"] = "mlp"
     projector_stride: int = 4
     projector_hidden_size: int | None = None
     projector_num_blocks: int = 3
     projector_readout: Literal["linear", "token_mixture"] = "linear"
     projector_vocab_size: int | None = None
     frame_gate_threshold: int | float | None = None
-    alignment_hidden_size: int = 128
+    alignment_kind: Literal["frames", "cross_attention"] = "frames"
+    alignment_hidden_size: int = 192
+    alignment_num_blocks: int = 2
+    alignment_num_heads: int = 8
     lora_config: dict | None = None
+    base_models: dict | None = None
     prompt: str = "Transcribe the audio."
     prompt_template: str = "{audio}\n{prompt}\n"
     confidence_calibration: dict | None = None
@@ -97,7 +112,7 @@ class VoxLMConfig(PreTrainedConfig):
         if self.lora_config is not None:
             self.lora_config = {**DEFAULT_LORA, **self.lora_config}
         if self.confidence_calibration is None:
-            self.confidence_calibration = {"scale": 1.0, "bias": 0.0}
+            self.confidence_calibration = {"scale": 1.0, "entropy": 0.0, "bias": 0.0}
         super().__post_init__(**kwargs)
         if self.projector_hidden_size is None:
             self.projector_hidden_size = self.text_config.hidden_size
@@ -109,15 +124,28 @@ class VoxLMConfig(PreTrainedConfig):
 
     def validate_sizes(self):
         """Raise a `ValueError` that names the field for a number outside its range."""
-        for name in ("projector_stride", "projector_hidden_size", "projector_vocab_size", "alignment_hidden_size"):
+        for name in (
+            "projector_stride",
+            "projector_hidden_size",
+            "projector_vocab_size",
+            "alignment_hidden_size",
+            "alignment_num_heads",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}")
-        if self.projector_num_blocks < 0:
-            raise ValueError(f"`projector_num_blocks` must not be negative, got {self.projector_num_blocks}")
+        for name in ("projector_num_blocks", "alignment_num_blocks"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}")
         if self.projector_readout == "token_mixture" and self.frame_gate_threshold is None:
             raise ValueError(
                 "`projector_readout='token_mixture'` needs a `frame_gate_threshold`: not every frame is a token"
+            )
+        if self.projector_kind == "conv" and (self.frame_gate_threshold is not None or self.projector_vocab_size):
+            raise ValueError("`projector_kind='conv'` has no frame gate and reads no tokens: leave those fields unset")
+        if self.alignment_kind == "cross_attention" and self.text_config.hidden_size % self.alignment_num_heads:
+            raise ValueError(
+                f"`alignment_num_heads` must divide the LLM's width of {self.text_config.hidden_size}, got {self.alignment_num_heads}"
             )
         if not 0 < self.audio_window_s <= 3600:
             raise ValueError(f"`audio_window_s` must be above 0 and at most 3600, got {self.audio_window_s}")
@@ -144,14 +172,16 @@ class VoxLMConfig(PreTrainedConfig):
                 raise ValueError(f"`lora_config['r']` must be a positive integer, got {rank!r}")
         calibration = self.confidence_calibration
         if calibration is not None:
-            if set(calibration) != {"scale", "bias"}:
+            if set(calibration) != {"scale", "entropy", "bias"}:
                 raise ValueError(
-                    f"`confidence_calibration` needs exactly 'scale' and 'bias', got {sorted(calibration)}"
+                    f"`confidence_calibration` needs exactly 'scale', 'entropy' and 'bias', got {sorted(calibration)}"
                 )
-            if calibration["scale"] <= 0:
-                raise ValueError(
-                    f"`confidence_calibration['scale']` must be positive to keep the order, got {calibration['scale']}"
-                )
+            for name in ("scale", "entropy"):
+                if calibration[name] < 0:
+                    raise ValueError(
+                        f"`confidence_calibration['{name}']` must not be negative, which would turn the order of "
+                        f"confidences around, got {calibration[name]}"
+                    )
 
     @property
     def audio_hidden_size(self) -> int:

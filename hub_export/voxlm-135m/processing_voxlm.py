@@ -162,9 +162,10 @@ def affine_lengths(length_of, limit: int) -> tuple[int, int]:
     """
     inputs = torch.arange(1, limit + 1)
     outputs = length_of(inputs).clamp(min=0)
-    first = [int(torch.searchsorted(outputs, value)) + 1 for value in (1, 2)]
+    least = int(outputs[0])
+    first = [int(torch.searchsorted(outputs, least + more)) + 1 for more in (1, 2)]
     stride = first[1] - first[0]
-    offset = stride - first[0]
+    offset = stride * (least + 1) - first[0]
     if stride < 1 or not torch.equal(outputs, ((inputs + offset) // max(stride, 1)).clamp(min=0)):
         raise ValueError("The encoder's number of frames is no affine function of its input length")
     return stride, offset
@@ -274,6 +275,11 @@ class VoxLMProcessor(ProcessorMixin):
     def frames_per_token(self) -> int:
         """Encoder frames per placeholder, the projector's stride."""
         return self.audio_token_stride * self.samples_per_feature // self.samples_per_frame
+
+    @property
+    def special_ids(self) -> set[int]:
+        """Ids of tokens that are control and no text."""
+        return {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
 
     @property
     def feature_name(self) -> str:
@@ -473,7 +479,7 @@ class VoxLMProcessor(ProcessorMixin):
         Punctuation belongs to the word before it. Characters split over several tokens are kept whole, special tokens
         belong to no word.
         """
-        special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
+        special = self.special_ids
         kept = [(position, int(token)) for position, token in enumerate(token_ids) if int(token) not in special]
         ids = [token for _, token in kept]
         full = self.decode_text(ids)

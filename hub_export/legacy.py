@@ -1,0 +1,295 @@
+"""
+Convert a checkpoint of the original VoxLM (github.com/suryaumapathy2812/voxlm) to this package's.
+
+    voxlm-convert-legacy model.pt OUT [--audio-base FOLDER_OR_ID] [--text-base FOLDER_OR_ID]
+
+Reads the pickle with torch's weights-only unpickler and one class allowed, the original's config, in whose place a class without
+behaviour stands: nothing of the file is run. Also reads the `model.safetensors` of its build_hf.py (with config.json beside).
+"""
+
+import argparse
+import json
+import sys
+import zipfile
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer, GenerationConfig
+
+from voxlm_hf import VoxLMConfig, VoxLMForSpeechSeq2Seq, VoxLMProcessor
+
+from .export import export
+
+
+DEFAULT_INSTRUCTION = "Transcribe the following audio."
+# Names of the original's special tokens, in the order in which it adds them.
+ADDED_TOKENS = ("audio_start_token", "audio_end_token", "transcribe_token")
+DEFAULTS = {
+    "architecture_version": "v2",
+    "use_lora": True,
+    "lora_r": 16,
+    "lora_alpha": 32,
+    "downsample_factor": 4,
+    "alignment_num_layers": 2,
+    "alignment_num_heads": 8,
+    "max_audio_length": 30,
+    "audio_start_token": "<|audio|>",
+    "audio_end_token": "<|/audio|>",
+    "transcribe_token": "<|transcribe|>",
+}
+# build_hf.py's names of fields that the training code calls otherwise.
+OTHER_NAMES = {"whisper_model": "audio_encoder", "whisper_dim": "audio_encoder_dim", "qwen_model": "llm_model"}
+# As the original decodes; corrections are the default.
+ORIGINAL_DECODING = {"do_sample": False, "repetition_penalty": 1.2, "no_repeat_ngram_size": 4}
+ORIGINAL_DECODING_FILE = "generation_config_original.json"
+
+
+class OriginalConfig:
+    """Stands for `src.config.VoxLMConfig`: takes the pickled fields and does nothing."""
+
+
+def read_checkpoint(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """
+    Config fields and tensors of an original checkpoint, the tensors mapped from the file and not read yet.
+
+    Raises:
+        ValueError: for a file that is no checkpoint of the original, is truncated, is packed so that it grows when read, or
+            whose pickle needs anything but tensors, plain values and the original's config class.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        config_file = path.with_name("config.json")
+        if not config_file.is_file():
+            raise ValueError(f"{path} needs the config.json of its model beside it")
+        try:
+            return json.loads(config_file.read_text()), load_file(path)
+        except (SafetensorError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is no whole file of torch.save (truncated, or of another kind): {error}") from error
+    if packed or unpacked > path.stat().st_size:
+        raise ValueError(
+            f"{path} holds {unpacked:,} bytes in a file of {path.stat().st_size:,}; torch.save does not compress, so this is "
+            "none of its files"
+        )
+    try:
+        with torch.serialization.safe_globals([(OriginalConfig, "src.config.VoxLMConfig")]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # the unpickler raises whatever a broken file leads it to
+        first_line = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"{path} was refused, and nothing of it was run: {type(error).__name__}: {first_line}"
+        ) from error
+    if not isinstance(content, dict) or not {"config", "model_state_dict"} <= set(content):
+        found = sorted(content) if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"{path} has no 'config' and 'model_state_dict': it holds {found}")
+    fields = content["config"]
+    fields = fields if isinstance(fields, dict) else vars(fields)
+    state = content["model_state_dict"]
+    wrong = [name for name, tensor in state.items() if not isinstance(tensor, torch.Tensor)]
+    if wrong:
+        raise ValueError(f"{path}: {wrong[0]} is no tensor but {type(state[wrong[0]]).__name__}")
+    return dict(fields), state
+
+
+def rename(name: str) -> str | None:
+    """The name in this package of one of the original's tensors; `None` for those it has no use for."""
+    unused = ("audio_encoder.whisper.decoder.", "audio_encoder.encoder.")  # never run; a second name of the encoder
+    if name == "_dtype_marker" or name.startswith(unused):
+        return None
+    layers = {
+        "audio_projection.projection.0.": "projector.linear_in.",
+        "audio_projection.projection.3.": "projector.linear_out.",
+        "audio_projection.downsample.": "projector.conv.",
+        "audio_encoder.whisper.encoder.": "encoder.",
+        "audio_start_embed": "projector.start",
+        "audio_end_embed": "projector.end",
+        "alignment_module.": "alignment.",
+        "llm.base_model.model.": "language_model.",
+        "llm.": "language_model.",
+    }
+    for old, new in layers.items():
+        if name.startswith(old):
+            name = new + name.removeprefix(old)
+            break
+    if name.startswith("alignment."):
+        name = name.replace(".ffn.0.", ".up.").replace(".ffn.3.", ".down.")
+    return name
+
+
+def convert(path: Path, audio_base: str | None = None, text_base: str | None = None) -> VoxLMForSpeechSeq2Seq:
+    """
+    The model of an original checkpoint, with its processor, in the dtypes of the file.
+
+    Args:
+        path: `model.pt`, or `model.safetensors` with config.json beside it.
+        audio_base, text_base: Hub id or folder of the base models, whose configs and tokenizer are needed (the weights are in
+            the checkpoint); by default the names in its config.
+
+    Raises:
+        ValueError: for what `read_checkpoint` refuses, version 1 checkpoints, added tokens that do not fit the base's tokenizer,
+            and tensors that are missing, left over, or of another shape than the bases give.
+    """
+    fields, state = read_checkpoint(path)
+    fields = {**DEFAULTS, **{OTHER_NAMES.get(name, name): value for name, value in fields.items()}}
+    if any(name.startswith(("timestamp_head.", "confidence_head.")) for name in state):
+        raise ValueError(
+            f"{path} is a version 1 checkpoint: its timestamp head never worked at inference, and it has no alignment module"
+        )
+    for name, given in (("audio_encoder", audio_base), ("llm_model", text_base)):
+        fields[name] = given or fields.get(name)
+        if not fields[name]:
+            raise ValueError(f"{path} does not name its {name}; give --audio-base and --text-base")
+    audio_config = AutoConfig.from_pretrained(fields["audio_encoder"])
+    text_config = AutoConfig.from_pretrained(fields["llm_model"])
+    renamed = rename_all(state)
+    embeddings = renamed.get("language_model.model.embed_tokens.weight")
+    if embeddings is None:
+        raise ValueError(f"{path} holds no embeddings of its LLM")
+    tokenizer = make_tokenizer(fields, len(embeddings))
+    head = renamed.get("language_model.lm_head.weight")
+    text_config.vocab_size = len(embeddings)
+    text_config.tie_word_embeddings = head is None or torch.equal(head, embeddings)
+    text_config.pad_token_id, text_config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    lora_targets = sorted({name.split(".")[-4] for name in renamed if ".lora_A." in name})
+    alignment_layers = {name.split(".")[2] for name in renamed if name.startswith("alignment.layers.")}
+    config = VoxLMConfig(
+        audio_config=audio_config,
+        text_config=text_config,
+        audio_token_id=tokenizer.convert_tokens_to_ids(fields["audio_start_token"]),
+        audio_window_s=float(fields["max_audio_length"]),
+        pad_audio_to_window=True,
+        projector_kind="conv",
+        projector_stride=fields["downsample_factor"],
+        alignment_kind="cross_attention",
+        alignment_num_blocks=len(alignment_layers) or fields["alignment_num_layers"],
+        alignment_num_heads=fields["alignment_num_heads"],
+        lora_config={"r": fields["lora_r"], "lora_alpha": fields["lora_alpha"], "target_modules": lora_targets}
+        if lora_targets
+        else None,
+        prompt=DEFAULT_INSTRUCTION,
+        prompt_template="{prompt}{audio}" + fields["transcribe_token"],
+        dtype=embeddings.dtype,
+    )
+    # Without memory for weights, which stay in the file until they are used.
+    with init_empty_weights(include_buffers=False):
+        model = VoxLMForSpeechSeq2Seq(config)
+    if text_config.tie_word_embeddings:
+        renamed.pop("language_model.lm_head.weight", None)
+    check_tensors(path, renamed, model)
+    model.load_state_dict(renamed, strict=False, assign=True)
+    model.tie_weights()
+    processor = VoxLMProcessor(AutoFeatureExtractor.from_pretrained(fields["audio_encoder"]), tokenizer)
+    model.processor = processor.configure(model)
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        suppress_tokens=[config.audio_token_id],
+    )
+    return model.eval()
+
+
+def rename_all(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """
+    All tensors under their names in this package.
+
+    Raises:
+        ValueError: when the encoder's two names hold different weights, or two tensors would have one name.
+    """
+    renamed: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        new = rename(name)
+        if name.startswith("audio_encoder.encoder."):
+            twin = name.replace("audio_encoder.", "audio_encoder.whisper.", 1)
+            if twin not in state:
+                new = "encoder." + name.removeprefix("audio_encoder.encoder.")
+            elif not torch.equal(tensor, state[twin]):
+                raise ValueError(f"{name} and {twin} should be one tensor, but differ")
+        if new is None:
+            continue
+        if new in renamed:
+            raise ValueError(f"Two tensors of the checkpoint would be {new}")
+        renamed[new] = tensor
+    return renamed
+
+
+def make_tokenizer(fields: dict, num_rows: int):
+    """
+    The base's tokenizer with the tokens that the original added; `num_rows` of the embeddings tell whether a pad was among
+    them.
+
+    Raises:
+        ValueError: when the numbers do not fit.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(fields["llm_model"])
+    added = num_rows - len(tokenizer)
+    if added not in (3, 4):
+        raise ValueError(
+            f"The checkpoint has {num_rows} token embeddings, the tokenizer of {fields['llm_model']} {len(tokenizer)} tokens; the "
+            "original adds 3 or 4 to them, so this is another base: give the right one with --text-base"
+        )
+    if added == 4:
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    elif "<|fim_pad|>" in tokenizer.get_vocab() and tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        tokenizer.pad_token = "<|fim_pad|>"
+    names = [fields[name] for name in ADDED_TOKENS]
+    tokenizer.add_special_tokens({"additional_special_tokens": names}, replace_extra_special_tokens=False)
+    if len(tokenizer) != num_rows:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} tokens after adding {names}, the checkpoint {num_rows} rows"
+        )
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def check_tensors(path, tensors: dict[str, torch.Tensor], model):
+    """
+    Raises:
+        ValueError: naming tensors that are missing, left over, or of the wrong shape.
+    """
+    tied = set(model.all_tied_weights_keys)
+    wanted = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    missing, extra = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
+    if missing or extra:
+        raise ValueError(
+            f"{path} does not fit its bases: {len(missing)} tensors are missing ({', '.join(missing[:3])}), {len(extra)} are left "
+            f"over ({', '.join(extra[:3])})"
+        )
+    for name, tensor in wanted.items():
+        if tensor.shape != tensors[name].shape:
+            raise ValueError(
+                f"{path}: {name} has shape {tuple(tensors[name].shape)}, the bases give {tuple(tensor.shape)}; are they the ones it "
+                "was trained on?"
+            )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--audio-base", help="folder or Hub id of the Whisper model (default: as the checkpoint says)")
+    parser.add_argument("--text-base", help="folder or Hub id of the LLM (default: as the checkpoint says)")
+    parser.add_argument("--force", action="store_true", help="replace OUTPUT if it exists")
+    arguments = parser.parse_args(argv)
+    try:
+        model = convert(arguments.checkpoint, arguments.audio_base, arguments.text_base)
+        original = GenerationConfig(**{**model.generation_config.to_dict(), **ORIGINAL_DECODING})
+        export(model, arguments.output, "lora", force=arguments.force)
+        original.save_pretrained(arguments.output, ORIGINAL_DECODING_FILE)
+    except (OSError, ValueError) as error:
+        print(f"voxlm-convert-legacy: {error}", file=sys.stderr)
+        return 1
+    print(f"converted to {arguments.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,62 @@
+"""Measures of confidence and their calibration, on hand-made cases and against scikit-learn."""
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+
+from training.confidence import calibration_bins, fit_calibration, plot_reliability, right_words, score_confidences
+from voxlm_hf.transcription_voxlm import probability_logit, word_confidence
+
+
+def test_right_words_by_alignment():
+    assert right_words("THE QUICK FOX", ["the", "thick", "fox"]).tolist() == [True, False, True]
+    assert right_words("the fox", ["um", "the", "fox", "fox"]).tolist() == [False, True, False, True]
+    assert right_words("mister well known", ["Mr.", "well-known"]).tolist() == [True, True]
+    assert right_words("mister well known", ["Mr.", "well-unknown"]).tolist() == [True, False]
+    assert right_words("", ["ghost"]).tolist() == [False] and right_words("word", []).tolist() == []
+
+
+def test_measures_counted_by_hand():
+    confidences, right = np.array([0.9, 0.9, 0.8, 0.3]), np.array([True, True, False, False])
+    scores = score_confidences(confidences, right)
+    entropy = -(2 * np.log(0.9) + np.log(0.2) + np.log(0.7)) / 4
+    assert scores.nce == pytest.approx(1 - entropy / np.log(2))
+    assert scores.ece == pytest.approx((2 * 0.1 + 0.8 + 0.3) / 4)
+    assert scores.auroc == 1.0 and scores.error_auprc == pytest.approx(1.0)
+    assert calibration_bins(confidences, right) == [(0.3, 0.0, 1), (0.8, 0.0, 1), (0.9, 1.0, 2)]
+    always = score_confidences(np.full(4, 0.5), right)
+    assert always.nce == pytest.approx(0) and always.ece == pytest.approx(0) and always.auroc == 0.5
+    with pytest.raises(ValueError, match="4 of 4 words are right"):
+        score_confidences(confidences, np.ones(4, dtype=bool))
+
+
+def sample(count=4000, seed=0):
+    rng = np.random.default_rng(seed)
+    logprobs, entropies = np.log(rng.uniform(0.02, 0.99, count)), rng.uniform(0, 4, count)
+    logits = np.array([probability_logit(value) for value in logprobs])
+    right = rng.random(count) < 1 / (1 + np.exp(-(0.5 * logits - 0.4 * entropies + 0.7)))
+    return [{"logprob": a, "entropy": b} for a, b in zip(logprobs, entropies)], logits, entropies, right
+
+
+def test_the_fit_is_that_of_logistic_regression():
+    scores, logits, entropies, right = sample()
+    fitted = fit_calibration(scores, right)
+    library = LogisticRegression(C=1e9).fit(np.stack([logits, -entropies], 1), right)
+    expected = [*library.coef_[0], *library.intercept_]
+    assert [fitted["scale"], fitted["entropy"], fitted["bias"]] == pytest.approx(expected, abs=0.01)
+    calibrated = np.array([word_confidence(score["logprob"], score["entropy"], **fitted) for score in scores])
+    raw = np.exp([score["logprob"] for score in scores])
+    assert score_confidences(calibrated, right).ece < 0.03 < score_confidences(raw, right).ece
+    assert score_confidences(calibrated, right).nce > score_confidences(raw, right).nce
+
+
+def test_weights_never_turn_the_order_around():
+    scores, *_, right = sample()
+    fitted = fit_calibration(scores, ~right)  # as if the unlikely words were right
+    assert fitted["scale"] == 0 and fitted["entropy"] == 0
+
+
+def test_the_plot_is_a_png(tmp_path):
+    *_, right = sample()
+    plot_reliability({"raw": (np.linspace(0, 1, len(right)), right)}, tmp_path / "reliability.png")
+    assert (tmp_path / "reliability.png").read_bytes().startswith(b"\x89PNG")

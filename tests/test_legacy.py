@@ -1,0 +1,238 @@
+"""Checkpoints of the original VoxLM: converted they give what the original gave; anything else in a pickle is refused."""
+
+import json
+import pickle
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hub_export.legacy import ORIGINAL_DECODING, ORIGINAL_DECODING_FILE, convert, main, read_checkpoint
+from voxlm_hf import VoxLMForSpeechSeq2Seq
+
+
+LEGACY = Path(__file__).parent / "data" / "legacy"
+BASES = {
+    "a_qwen2": {"audio_base": str(LEGACY / "bases/whisper_a"), "text_base": str(LEGACY / "bases/qwen2_a")},
+    "b_qwen25_bf16": {"audio_base": str(LEGACY / "bases/whisper_b"), "text_base": str(LEGACY / "bases/qwen25_b")},
+}
+CLIP = str(LEGACY / "utt0.wav")
+
+
+def expected(variant):
+    return load_file(LEGACY / variant / "expected.safetensors"), json.loads(
+        (LEGACY / variant / "expected.json").read_text()
+    )
+
+
+def close(found, wanted):
+    torch.testing.assert_close(found.float(), wanted.float(), atol=1e-4, rtol=0)
+
+
+def outputs(model):
+    """Logits of the transcription request."""
+    with torch.no_grad():
+        return model(**model.get_processor().apply_transcription_request(CLIP)).logits
+
+
+@pytest.mark.parametrize("variant", list(BASES))
+def test_every_stage_is_the_originals(variant, tmp_path):
+    tensors, facts = expected(variant)
+    converted = convert(LEGACY / variant / "model.pt", **BASES[variant])
+    from hub_export.export import export
+
+    export(converted, tmp_path / "model", "lora")
+    model = VoxLMForSpeechSeq2Seq.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    processor = model.get_processor()
+    inputs = processor.apply_transcription_request(CLIP)
+    with torch.no_grad():
+        audio = model.get_audio_features(inputs["input_features"], inputs["input_features_mask"])
+        embeds = model.merge_audio(inputs["input_ids"], None, audio.pooler_output, audio.audio_embeds_mask)
+        close(audio.last_hidden_state[:, ::15], tensors["encoder_output_stride15"])
+        close(audio.pooler_output[:, 1:-1], tensors["audio_embeds"])
+        close(embeds[:, : tensors["prompt_prefix_embeds"].shape[1]], tensors["prompt_prefix_embeds"])
+        close(embeds[:, -2:], tensors["prompt_suffix_embeds"])
+        close(model(**inputs).logits[:, -1], tensors["prompt_last_logits"])
+        forced = processor.apply_transcription_request(CLIP, text=facts["text_ref"])
+        count = len(facts["labels"])
+        assert forced["labels"][0, -count:].tolist() == facts["labels"]
+        output = model(**forced, output_hidden_states=True)
+        close(output.logits[:, -count:], tensors["text_logits"])
+        states = output.hidden_states[-1]
+        scores = model.align_scores(
+            model.text_states(states, states.shape[1] - count), forced["input_ids"][:, -count:], output.audio
+        )
+        close(scores.tokens.exp(), tensors["alignment"])
+
+
+@pytest.mark.parametrize("variant", list(BASES))
+def test_the_originals_decoding_is_a_config_to_choose(variant, tmp_path):
+    _, facts = expected(variant)
+    arguments = [str(LEGACY / variant / "model.pt"), str(tmp_path / "model")]
+    bases = BASES[variant]
+    assert main([*arguments, "--audio-base", bases["audio_base"], "--text-base", bases["text_base"]]) == 0
+    model = VoxLMForSpeechSeq2Seq.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    options = json.loads((tmp_path / "model" / ORIGINAL_DECODING_FILE).read_text())
+    assert {name: options[name] for name in ORIGINAL_DECODING if name != "do_sample"} == {
+        "repetition_penalty": 1.2,
+        "no_repeat_ngram_size": 4,
+    }
+    result = model.transcribe(CLIP, max_new_tokens=facts["max_new_tokens"], **ORIGINAL_DECODING)
+    ids = [token for token in facts["generated_ids"] if token != model.config.eos_token_id]
+    assert result.text == model.get_processor().decode_text(ids).strip()
+    edges = [edge for word in result.words for edge in (word["start"], word["end"])]
+    assert edges == sorted(edges) and 0 <= edges[0] and edges[-1] <= 2.0
+
+
+def saved(tmp_path, change, config=None):
+    """Fixture a with its content changed, saved as torch does."""
+    fields, state = read_checkpoint(LEGACY / "a_qwen2" / "model.pt")
+    state = {name: tensor.clone() for name, tensor in state.items()}
+    state = change(state) or state
+    path = tmp_path / "changed.pt"
+    torch.save({"config": {**fields, **(config or {})}, "model_state_dict": state}, path)
+    return path
+
+
+def without(*prefixes):
+    return lambda state: {name: tensor for name, tensor in state.items() if not name.startswith(prefixes)}
+
+
+def test_layouts_without_decoder_or_alias(tmp_path):
+    whole = outputs(convert(LEGACY / "a_qwen2" / "model.pt", **BASES["a_qwen2"]))
+    for prefixes in (("audio_encoder.whisper.decoder.",), ("audio_encoder.encoder.",), ("audio_encoder.whisper.",)):
+        path = saved(tmp_path, without(*prefixes))
+        torch.testing.assert_close(outputs(convert(path, **BASES["a_qwen2"])), whole, atol=0, rtol=0)
+
+
+def test_build_hfs_safetensors(tmp_path):
+    fields, state = read_checkpoint(LEGACY / "a_qwen2" / "model.pt")
+    save_file({name: tensor.clone() for name, tensor in state.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="config.json"):
+        convert(tmp_path / "model.safetensors", **BASES["a_qwen2"])
+    fields["whisper_model"] = fields.pop("audio_encoder")
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    whole = convert(LEGACY / "a_qwen2" / "model.pt", **BASES["a_qwen2"])
+    torch.testing.assert_close(outputs(convert(tmp_path / "model.safetensors", **BASES["a_qwen2"])), outputs(whole))
+
+
+def test_without_lora(tmp_path):
+    """LoRA folded in by hand, as a checkpoint that was trained without it looks."""
+
+    def fold(state):
+        plain = {}
+        for name, tensor in state.items():
+            if ".lora_" in name:
+                continue
+            if ".base_layer.weight" in name:
+                lora = name.replace("base_layer.weight", "lora_{}.default.weight")
+                tensor = tensor + 8 / 4 * state[lora.format("B")] @ state[lora.format("A")]
+            plain[name.replace("llm.base_model.model.", "llm.").replace(".base_layer.", ".")] = tensor
+        return plain
+
+    converted = convert(saved(tmp_path, fold, {"use_lora": False}), **BASES["a_qwen2"])
+    assert converted.config.lora_config is None
+    whole = convert(LEGACY / "a_qwen2" / "model.pt", **BASES["a_qwen2"])
+    close(outputs(converted), outputs(whole))
+
+
+def test_no_downsampling(tmp_path):
+    """A stride of 1 has no convolution; the frames are then the Linear layers' own."""
+    path = saved(tmp_path, without("audio_projection.downsample."), {"downsample_factor": 1})
+    model = convert(path, **BASES["a_qwen2"])
+    inputs = model.processor.apply_transcription_request(CLIP)
+    with torch.no_grad():
+        audio = model.get_audio_features(inputs["input_features"], inputs["input_features_mask"])
+        projector = model.projector
+        frames = projector.linear_out(torch.nn.functional.gelu(projector.linear_in(audio.last_hidden_state)))
+    assert audio.pooler_output.shape[1] == 1502
+    torch.testing.assert_close(audio.pooler_output[:, 1:-1], frames)
+    assert model.transcribe(CLIP, max_new_tokens=4).duration == 2.0
+
+
+def untied(state):
+    state["llm.base_model.model.lm_head.weight"] = state["llm.base_model.model.lm_head.weight"] + 1
+
+
+def test_an_untied_head_stays_untied(tmp_path):
+    model = convert(saved(tmp_path, untied), **BASES["a_qwen2"])
+    assert not model.config.tie_word_embeddings
+    head, embeddings = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    torch.testing.assert_close(head, embeddings + 1)
+
+
+def test_parts_keep_their_own_dtype(tmp_path):
+    """As CUDA training wrote it: the LLM in bfloat16, the rest in float32; all of it is loaded in float32, and exact."""
+
+    def mixed(state):
+        return {k: t.bfloat16() if k.startswith("llm.") and ".lora_" not in k else t for k, t in state.items()}
+
+    from hub_export.export import export
+
+    model = convert(saved(tmp_path, mixed), **BASES["a_qwen2"])
+    assert model.projector.start.dtype == torch.float32 and model.get_input_embeddings().weight.dtype == torch.bfloat16
+    export(model, tmp_path / "model", "lora")
+    again = VoxLMForSpeechSeq2Seq.from_pretrained(tmp_path / "model")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor.float()), name
+
+
+class Evil:
+    def __reduce__(self):
+        return (exec, ("open('/tmp/voxlm-was-here', 'w').close()",))
+
+
+def refused(path, message):
+    with pytest.raises(ValueError, match=message):
+        convert(path, **BASES["a_qwen2"])
+
+
+def test_code_in_a_pickle_is_not_run(tmp_path):
+    marker = Path("/tmp/voxlm-was-here")
+    marker.unlink(missing_ok=True)
+    torch.save({"config": Evil(), "model_state_dict": {}}, tmp_path / "evil.pt")
+    refused(tmp_path / "evil.pt", "refused, and nothing of it was run")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Evil()))
+    refused(tmp_path / "plain.pt", "no whole file of torch.save")
+    assert not marker.exists()
+
+
+def test_broken_and_foreign_files(tmp_path):
+    whole = (LEGACY / "a_qwen2" / "model.pt").read_bytes()
+    for name, content in {"cut.pt": whole[: len(whole) // 2], "empty.pt": b"", "text.pt": b"hello"}.items():
+        (tmp_path / name).write_bytes(content)
+        refused(tmp_path / name, "no whole file of torch.save")
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(50_000_000))
+    refused(tmp_path / "bomb.pt", "does not compress")
+    torch.save([1, 2], tmp_path / "list.pt")
+    refused(tmp_path / "list.pt", "no 'config' and 'model_state_dict'")
+    torch.save({"config": {}, "model_state_dict": {"a": 3}}, tmp_path / "number.pt")
+    refused(tmp_path / "number.pt", "a is no tensor but int")
+
+
+def test_checkpoints_that_do_not_fit(tmp_path):
+    refused(saved(tmp_path, lambda state: {**state, "timestamp_head.weight": torch.zeros(1)}), "version 1")
+    refused(saved(tmp_path, without("audio_start_embed")), "1 tensors are missing .projector.start")
+    refused(
+        saved(tmp_path, lambda state: {**state, "llm.extra": torch.zeros(1)}), "1 are left over .language_model.extra"
+    )
+
+    def other(state):
+        state["audio_encoder.encoder.conv1.bias"] += 1
+
+    refused(saved(tmp_path, other), "should be one tensor, but differ")
+    with pytest.raises(ValueError, match="another base|the bases give|does not fit its bases"):
+        convert(LEGACY / "a_qwen2" / "model.pt", **BASES["b_qwen25_bf16"])
+
+
+def test_a_command_says_what_is_wrong(tmp_path):
+    (tmp_path / "text.pt").write_text("hello")
+    command = [sys.executable, "-m", "hub_export.legacy", str(tmp_path / "text.pt"), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("voxlm-convert-legacy: ")
+    assert not (tmp_path / "out").exists()

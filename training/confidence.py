@@ -1,0 +1,164 @@
+"""
+Word confidences: how good they are, and the map that calibrates them.
+
+    python -m training.confidence MODEL --manifest FILE [--speakers A B ...]    fit and save the map in MODEL/config.json
+
+Fit on speech that the model neither learnt from nor is reported on.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import jiwer
+import numpy as np
+from scipy.optimize import minimize
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from voxlm_hf.transcription_voxlm import probability_logit
+
+from .data import read_rows
+from .text import normalise
+
+
+BINS = 10
+
+
+@dataclass
+class ConfidenceScores:
+    """
+    How well confidences tell right words from wrong ones.
+
+    Args:
+        words (`int`), right (`float`): written words, and the share of them that is right.
+        nce (`float`): normalised cross-entropy (NIST): 1 is perfect, 0 as good as always saying the share of right words.
+        ece (`float`): expected calibration error over ten bins of equal width (Guo et al. 2017).
+        auroc (`float`): chance that a right word has a higher confidence than a wrong one.
+        error_auprc (`float`): area under the precision-recall curve of finding the wrong words.
+    """
+
+    words: int
+    right: float
+    nce: float
+    ece: float
+    auroc: float
+    error_auprc: float
+
+
+def right_words(reference: str, words: list[str]) -> np.ndarray:
+    """Which of the written `words` are right, `(words,)` of bool: those that an edit-distance alignment finds in `reference`."""
+    # A written word may be several, or none, after normalisation: it is right when all of its parts are.
+    parts = [normalise(word).split() for word in words]
+    flat = [part for group in parts for part in group]
+    hits = np.zeros(len(flat), dtype=bool)
+    expected = normalise(reference)
+    if expected and flat:
+        for chunk in jiwer.process_words(expected, " ".join(flat)).alignments[0]:
+            if chunk.type == "equal":
+                hits[chunk.hyp_start_idx : chunk.hyp_end_idx] = True
+    ends = np.cumsum([len(group) for group in parts])
+    return np.array([hits[end - len(group) : end].all() for group, end in zip(parts, ends)], dtype=bool)
+
+
+def calibration_bins(confidences: np.ndarray, right: np.ndarray) -> list[tuple[float, float, int]]:
+    """Mean confidence, share of right words and number of words of each bin of equal width that has any."""
+    number = np.minimum((confidences * BINS).astype(int), BINS - 1)
+    return [
+        (float(confidences[number == bin].mean()), float(right[number == bin].mean()), int((number == bin).sum()))
+        for bin in np.unique(number)
+    ]
+
+
+def score_confidences(confidences: np.ndarray, right: np.ndarray) -> ConfidenceScores:
+    """
+    Args:
+        confidences: `(words,)` in 0..1; right: `(words,)` of bool.
+
+    Raises:
+        ValueError: without both right and wrong words, which the measures need.
+    """
+    if right.all() or not right.any():
+        raise ValueError(f"{right.sum()} of {len(right)} words are right; both right and wrong ones are needed")
+    probabilities, share = confidences.clip(1e-6, 1 - 1e-6), right.mean()
+    entropy = -(right * np.log(probabilities) + ~right * np.log(1 - probabilities)).mean()
+    baseline = -(share * np.log(share) + (1 - share) * np.log(1 - share))
+    ece = sum(count * abs(mean - hit) for mean, hit, count in calibration_bins(confidences, right)) / len(right)
+    return ConfidenceScores(
+        words=len(right),
+        right=float(share),
+        nce=float(1 - entropy / baseline),
+        ece=float(ece),
+        auroc=float(roc_auc_score(right, confidences)),
+        error_auprc=float(average_precision_score(~right, -confidences)),
+    )
+
+
+def fit_calibration(scores: list[dict], right: np.ndarray) -> dict[str, float]:
+    """
+    `config.confidence_calibration` that makes the right words likeliest (logistic regression with both weights kept at 0 or
+    above, so that the map stays monotone).
+
+    Args:
+        scores: `word_scores` of transcriptions; right: `(words,)` of bool.
+    """
+    logits = np.array([probability_logit(score["logprob"]) for score in scores])
+    entropies = np.array([score["entropy"] for score in scores])
+    signs = np.where(right, 1.0, -1.0)
+
+    def loss(parameters):
+        scale, entropy, bias = parameters
+        return np.logaddexp(0, -signs * (scale * logits - entropy * entropies + bias)).mean()
+
+    fitted = minimize(loss, [1.0, 0.1, 0.0], bounds=[(0, None), (0, None), (None, None)], method="L-BFGS-B")
+    return dict(zip(("scale", "entropy", "bias"), (round(float(value), 4) for value in fitted.x)))
+
+
+def plot_reliability(curves: dict[str, tuple[np.ndarray, np.ndarray]], path: Path):
+    """A reliability diagram as PNG: share of right words against confidence, for each named `(confidences, right)`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 7), layout="constrained")
+    top, bottom = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+    top.plot([0, 1], [0, 1], color="0.7", linewidth=1, label="perfect")
+    for name, (confidences, right) in curves.items():
+        means, hits, _ = zip(*calibration_bins(confidences, right))
+        top.plot(means, hits, marker="o", label=f"{name}: ECE {score_confidences(confidences, right).ece:.3f}")
+        bottom.hist(confidences, bins=np.linspace(0, 1, BINS + 1), histtype="step", label=name)
+    top.set(ylabel="share of right words", ylim=(0, 1))
+    bottom.set(xlabel="confidence", ylabel="words", xlim=(0, 1))
+    top.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main():
+    from voxlm_hf import VoxLMForSpeechSeq2Seq
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="folder of a checkpoint")
+    parser.add_argument("--manifest", type=Path, required=True)
+    parser.add_argument("--speakers", nargs="*", help="only these speakers")
+    parser.add_argument("--batch-size", type=int, default=8)
+    arguments = parser.parse_args()
+    source = {"manifest": arguments.manifest}
+    if arguments.speakers:
+        source["only_speakers"] = arguments.speakers
+    rows, report = read_rows([source])
+    print(report)
+    model = VoxLMForSpeechSeq2Seq.from_pretrained(arguments.model)
+    results = model.transcribe([row.audio for row in rows], batch_size=arguments.batch_size)
+    right = np.concatenate(
+        [right_words(row.text, [word["word"] for word in result.words]) for row, result in zip(rows, results)]
+    )
+    scores = [score for result in results for score in result.word_scores]
+    raw = np.array([np.exp(score["logprob"]) for score in scores])
+    print("raw:", score_confidences(raw, right))
+    calibration = fit_calibration(scores, right)
+    config = json.loads((arguments.model / "config.json").read_text())
+    config["confidence_calibration"] = calibration
+    (arguments.model / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    print(f"{len(scores)} words, {right.mean():.3f} right; saved {calibration}")
+
+
+if __name__ == "__main__":
+    main()
