@@ -72,7 +72,7 @@ def test_two_processes_have_the_losses_of_one(recipe, alone):
 
 
 SHARDED = """
-import json, sys
+import json, os, sys
 import torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -100,7 +100,9 @@ for _ in range(4):
     losses.append(float(mean) / world)
 if rank == 0:
     json.dump(losses, open(sys.argv[1], "w"))
+dist.barrier()
 dist.destroy_process_group()
+os._exit(0)  # gloo's threads sometimes abort the interpreter when it takes itself down; all is written by now
 """
 
 
