@@ -246,6 +246,9 @@ def make_tokenizer(fields: dict, num_rows: int):
         raise ValueError(
             f"The tokenizer has {len(tokenizer)} tokens after adding {names}, the checkpoint {num_rows} rows"
         )
+    if tokenizer.pad_token is None:
+        # The original could not pad with such a tokenizer. Masked all the same, and a row that it never used.
+        tokenizer.pad_token = fields["audio_end_token"]
     tokenizer.padding_side = "right"
     return tokenizer
 

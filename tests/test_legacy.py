@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -179,6 +180,29 @@ def test_parts_keep_their_own_dtype(tmp_path):
     again = VoxLMForSpeechSeq2Seq.from_pretrained(tmp_path / "model")
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor.float()), name
+
+
+def test_a_tokenizer_without_pad_gets_one_that_is_no_new_row(tmp_path):
+    """As Llama 3's; the checkpoint then has three added rows."""
+    shutil.copytree(LEGACY / "bases/qwen2_a", tmp_path / "text")
+    file = tmp_path / "text" / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "pad_token": None}))
+
+    def three_rows(state):
+        rows = [row for row in range(407) if row != 403]  # without <|pad|>
+        for name in ("embed_tokens", "lm_head"):
+            key = next(key for key in state if name in key and key.startswith("llm."))
+            state[key] = state[key][rows]
+
+    bases = {**BASES["a_qwen2"], "text_base": str(tmp_path / "text")}
+    model = convert(saved(tmp_path, three_rows), **bases)
+    tokenizer = model.processor.tokenizer
+    assert len(tokenizer) == 406 == model.get_input_embeddings().num_embeddings
+    assert tokenizer.pad_token == "<|/audio|>" and tokenizer.pad_token_id != tokenizer.eos_token_id
+    whole = outputs(convert(LEGACY / "a_qwen2" / "model.pt", **BASES["a_qwen2"]))
+    kept = [row for row in range(407) if row != 403]
+    close(outputs(model), whole[..., kept])
+    assert len(model.transcribe([CLIP, CLIP], max_new_tokens=3)) == 2
 
 
 class Evil:
