@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from .projector_voxlm import VoxLMConvNeXtBlock
+
 
 # Word edges in the target are ramps of this length: nobody hears them sharper, and no label is.
 RAMP_S = 0.03
@@ -15,22 +17,6 @@ RAMP_S = 0.03
 CLOSED_GAP_S = 0.1
 # Frames on either side of an edge whose posteriors say where within a frame it lies.
 EDGE_CONTEXT = 2
-
-
-class VoxLMFrameBlock(nn.Module):
-    """Residual depthwise convolution over frames and feed-forward layer (ConvNeXt, Liu et al. 2022, in one dimension)."""
-
-    def __init__(self, hidden_size: int, kernel_size: int = 9):
-        super().__init__()
-        self.conv = nn.Conv1d(hidden_size, hidden_size, kernel_size, padding=kernel_size // 2, groups=hidden_size)
-        self.norm = nn.LayerNorm(hidden_size)
-        self.up = nn.Linear(hidden_size, 2 * hidden_size)
-        self.down = nn.Linear(2 * hidden_size, hidden_size)
-
-    def forward(self, hidden_states, mask):
-        """`hidden_states` `(batch, frames, hidden_size)`, `mask` `(batch, frames, 1)`; padding never reaches real frames."""
-        mixed = self.conv((hidden_states * mask).transpose(1, 2)).transpose(1, 2)
-        return hidden_states + self.down(nn.functional.gelu(self.up(self.norm(mixed))))
 
 
 class VoxLMAlignmentHead(nn.Module):
@@ -53,7 +39,7 @@ class VoxLMAlignmentHead(nn.Module):
         self.token_proj = nn.Linear(text_size, hidden_size, bias=False)
         self.frame_norm = nn.LayerNorm(audio_size)
         self.frame_proj = nn.Linear(audio_size, hidden_size)
-        self.blocks = nn.ModuleList([VoxLMFrameBlock(hidden_size) for _ in range(num_blocks)])
+        self.blocks = nn.ModuleList([VoxLMConvNeXtBlock(hidden_size, 9, 2) for _ in range(num_blocks)])
         self.key_norm = nn.LayerNorm(hidden_size)
         self.frame_scores = nn.Linear(hidden_size, 2)
 
