@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hub_export.export import export
 from hub_export.legacy import ORIGINAL_DECODING, ORIGINAL_DECODING_FILE, convert, main, read_checkpoint
 from voxlm_hf import VoxLMForSpeechSeq2Seq
 
@@ -44,8 +45,6 @@ def outputs(model):
 def test_every_stage_is_the_originals(variant, tmp_path):
     tensors, facts = expected(variant)
     converted = convert(LEGACY / variant / "model.pt", **BASES[variant])
-    from hub_export.export import export
-
     export(converted, tmp_path / "model", "lora")
     model = VoxLMForSpeechSeq2Seq.from_pretrained(tmp_path / "model", dtype=torch.float32)
     processor = model.get_processor()
@@ -171,8 +170,6 @@ def test_parts_keep_their_own_dtype(tmp_path):
 
     def mixed(state):
         return {k: t.bfloat16() if k.startswith("llm.") and ".lora_" not in k else t for k, t in state.items()}
-
-    from hub_export.export import export
 
     model = convert(saved(tmp_path, mixed), **BASES["a_qwen2"])
     assert model.projector.start.dtype == torch.float32 and model.get_input_embeddings().weight.dtype == torch.bfloat16

@@ -16,6 +16,7 @@ import numpy as np
 from scipy.optimize import minimize
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from voxlm_hf import VoxLMForSpeechSeq2Seq
 from voxlm_hf.transcription_voxlm import probability_logit
 
 from .data import read_rows
@@ -59,6 +60,12 @@ def right_words(reference: str, words: list[str]) -> np.ndarray:
                 hits[chunk.hyp_start_idx : chunk.hyp_end_idx] = True
     ends = np.cumsum([len(group) for group in parts])
     return np.array([hits[end - len(group) : end].all() for group, end in zip(parts, ends)], dtype=bool)
+
+
+def all_right_words(references: list[str], words: list[list[dict]]) -> np.ndarray:
+    """`right_words` of many results one after another, `words` being the `{"word", ...}` of each."""
+    each = [right_words(text, [word["word"] for word in result]) for text, result in zip(references, words)]
+    return np.concatenate([np.zeros(0, dtype=bool), *each])
 
 
 def calibration_bins(confidences: np.ndarray, right: np.ndarray) -> list[tuple[float, float, int]]:
@@ -132,8 +139,6 @@ def plot_reliability(curves: dict[str, tuple[np.ndarray, np.ndarray]], path: Pat
 
 
 def main():
-    from voxlm_hf import VoxLMForSpeechSeq2Seq
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="folder of a checkpoint")
     parser.add_argument("--manifest", type=Path, required=True)
@@ -147,11 +152,9 @@ def main():
     print(report)
     model = VoxLMForSpeechSeq2Seq.from_pretrained(arguments.model)
     results = model.transcribe([row.audio for row in rows], batch_size=arguments.batch_size)
-    right = np.concatenate(
-        [right_words(row.text, [word["word"] for word in result.words]) for row, result in zip(rows, results)]
-    )
+    right = all_right_words([row.text for row in rows], [result.words for result in results])
     scores = [score for result in results for score in result.word_scores]
-    raw = np.array([np.exp(score["logprob"]) for score in scores])
+    raw = np.exp([score["logprob"] for score in scores])
     print("raw:", score_confidences(raw, right))
     calibration = fit_calibration(scores, right)
     config = json.loads((arguments.model / "config.json").read_text())

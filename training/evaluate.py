@@ -26,7 +26,7 @@ from voxlm_hf import VoxLMForSpeechSeq2Seq
 from voxlm_hf.processing_voxlm import read_audio, to_waveform
 
 from . import timing
-from .confidence import plot_reliability, right_words, score_confidences
+from .confidence import all_right_words, plot_reliability, score_confidences
 from .data import Row, read_rows
 from .text import normalise
 
@@ -180,8 +180,7 @@ def score_all_times(results: list[tuple], rows: list[Row], data: str) -> list[ti
 def word_confidence_curves(utterances: list[dict]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Confidences "raw" and "calibrated" of all written words, each with which of them are right; empty if all are or none."""
     words = [word for item in utterances for word in item["words"]]
-    right = [right_words(item["reference"], [word["word"] for word in item["words"]]) for item in utterances]
-    right = np.concatenate(right) if words else np.zeros(0, dtype=bool)
+    right = all_right_words([item["reference"] for item in utterances], [item["words"] for item in utterances])
     if right.all() or not right.any():
         return {}
     raw = np.exp([score["logprob"] for item in utterances for score in item["word_scores"]])
