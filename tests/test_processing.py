@@ -11,7 +11,8 @@ import torch
 
 from tests import tiny
 from voxlm_hf import VoxLMProcessor
-from voxlm_hf.processing_voxlm import affine_lengths, to_waveform
+from voxlm_hf.audio_voxlm import to_waveform
+from voxlm_hf.processing_voxlm import affine_lengths
 
 
 @pytest.fixture(scope="module")

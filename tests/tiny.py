@@ -189,6 +189,7 @@ def config(encoder: str = "whisper", llm: str = "qwen2", **fields) -> VoxLMConfi
     parts = {"audio_config": ENCODERS[encoder][0], "text_config": LLMS[llm]}
     parts = {name: AutoConfig.for_model(**values) for name, values in parts.items()}
     defaults = {"audio_token_id": tokenizer().convert_tokens_to_ids(AUDIO_TOKEN), "alignment_hidden_size": 8}
+    defaults["quality_gates"] = {}  # a random model says nothing but nonsense
     return VoxLMConfig(**parts, **{**defaults, **fields})
 
 
@@ -203,5 +204,6 @@ def model(encoder: str = "whisper", llm: str = "qwen2", **fields) -> VoxLMForSpe
 
 
 def noise(seconds: float, seed: int = 0) -> np.ndarray:
-    """A waveform of noise at 16 kHz."""
-    return (0.1 * np.random.default_rng(seed).standard_normal(round(seconds * RATE))).astype(np.float32)
+    """A waveform of noise at 16 kHz that swells and fades like syllables do."""
+    samples = np.random.default_rng(seed).standard_normal(round(seconds * RATE))
+    return (0.1 * samples * (0.55 + 0.45 * np.sin(np.arange(len(samples)) * 2 * np.pi * 4 / RATE))).astype(np.float32)

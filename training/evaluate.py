@@ -23,7 +23,7 @@ from transformers import pipeline
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
 from voxlm_hf import VoxLMForSpeechSeq2Seq
-from voxlm_hf.processing_voxlm import read_audio, to_waveform
+from voxlm_hf.audio_voxlm import read_audio, to_waveform
 
 from . import timing
 from .confidence import all_right_words, plot_reliability, score_confidences

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from voxlm_hf.processing_voxlm import read_audio
+from voxlm_hf.audio_voxlm import read_audio
 
 from .augment import Augmentation
 from .data import Report, Row, length_batches

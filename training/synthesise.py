@@ -22,7 +22,7 @@ import soundfile
 import soxr
 from tqdm import tqdm
 
-from voxlm_hf.processing_voxlm import to_waveform
+from voxlm_hf.audio_voxlm import to_waveform
 
 
 RATE = 16000

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from .alignment_voxlm import word_times
+from .audio_voxlm import is_batch, one_for_each
 from .decoding_voxlm import DecodedText
-from .processing_voxlm import is_batch, one_for_each
 from .transcription_voxlm import VoxLMTranscription, confidences, prompt_with_audio, read_states, word_scores
 
 
@@ -24,7 +24,7 @@ def align(model, processor, audio, text, prompt=None, sampling_rate: int | None 
 
     Args:
         model ([`VoxLMForSpeechSeq2Seq`]), processor ([`VoxLMProcessor`])
-        audio: one recording or a list of them, of any kind `processing_voxlm.read_audio` takes, each within the model's window.
+        audio: one recording or a list of them, of any kind `audio_voxlm.read_audio` takes, each within the model's window.
         text (`str` or `list[str]`): what is said in it, one for each recording; any script and symbol the tokenizer can write.
         prompt (`str` or `list[str]`, *optional*): see `transcribe`.
         sampling_rate (`int`, *optional*): of bare arrays, by default the model's.

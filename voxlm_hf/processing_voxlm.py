@@ -1,151 +1,18 @@
 """VoxLMProcessor: audio and prompt to model inputs, token ids to text and words."""
 
-import io
-import os
 import unicodedata
 from dataclasses import dataclass
 
 import numpy as np
-import soundfile
-import soxr
 import torch
 from transformers import AutoFeatureExtractor, AutoTokenizer, BatchFeature
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 
+from .audio_voxlm import is_batch, one_for_each, read_audio, to_waveform
+
 
 AUDIO_TOKEN, PAD_TOKEN = "<|audio|>", "<|pad|>"
-# Floats beyond this were surely meant as integers: full scale is 1.
-MAX_AMPLITUDE = 10.0
 NO_SPACE_SCRIPTS = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
-
-
-def read_audio(audio, sampling_rate: int | None = None) -> tuple[np.ndarray, int | None]:
-    """
-    Decode any supported kind of audio.
-
-    Args:
-        audio: a path; the bytes of an audio file; samples as numpy array, torch tensor or list of numbers, mono or
-            `(channels, samples)`; a dict with "array" or "raw" and "sampling_rate", or with "path" or "bytes"; the decoder
-            object of a `datasets` Audio column (`get_all_samples`).
-        sampling_rate: rate of bare samples in Hz; ignored for inputs that carry their own.
-
-    Returns:
-        samples as `(samples,)` or `(channels, samples)` in their own dtype, and their rate, `None` when nobody said.
-
-    Raises:
-        FileNotFoundError, ValueError: for what cannot be read as audio.
-    """
-    if hasattr(audio, "get_all_samples"):
-        samples = audio.get_all_samples()
-        return np.asarray(samples.data), int(samples.sample_rate)
-    if isinstance(audio, dict):
-        for key in ("array", "raw"):
-            if audio.get(key) is not None:
-                if audio.get("sampling_rate") is None:
-                    raise ValueError(f"An audio dict with {key!r} also needs 'sampling_rate'; got keys {sorted(audio)}")
-                return read_audio(audio[key], audio["sampling_rate"])
-        for key in ("bytes", "path"):
-            if audio.get(key) is not None:
-                return read_audio(audio[key], sampling_rate)
-        raise ValueError(f"An audio dict needs 'array', 'raw', 'bytes' or 'path'; got keys {sorted(map(str, audio))}")
-    if isinstance(audio, (str, os.PathLike)):
-        path = os.fspath(audio)
-        if path.startswith(("http://", "https://")):
-            raise ValueError(f"{path} is a URL; download it and pass the file or its bytes")
-        if os.path.isdir(path):
-            raise ValueError(f"{path} is a folder, not an audio file")
-        if not os.path.exists(path):
-            raise FileNotFoundError(f"No such audio file: {path}")
-        return _decode_file(path, path)
-    if isinstance(audio, (bytes, bytearray, memoryview)):
-        return _decode_file(io.BytesIO(audio), f"{len(audio)} bytes")
-    if isinstance(audio, torch.Tensor):
-        audio = audio.detach().cpu()
-        audio = (audio.float() if audio.dtype == torch.bfloat16 else audio).numpy()
-    if isinstance(audio, (list, tuple)):
-        try:
-            audio = np.asarray(audio)
-        except ValueError as error:
-            raise ValueError(f"A list of samples must be rectangular numbers: {error}") from None
-    if isinstance(audio, np.ndarray):
-        return audio, sampling_rate
-    raise ValueError(
-        f"Cannot read audio from {type(audio).__name__}; pass a path, bytes, an array, or a dict with 'array' and "
-        "'sampling_rate'"
-    )
-
-
-def _decode_file(file, name: str) -> tuple[np.ndarray, int]:
-    try:
-        samples, rate = soundfile.read(file, dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, RuntimeError) as error:
-        reason = getattr(error, "error_string", error)
-        raise ValueError(f"Cannot read {name} as audio: {reason}") from None
-    return samples.T, rate
-
-
-def to_waveform(samples: np.ndarray, source_rate: int, target_rate: int) -> np.ndarray:
-    """
-    Samples of any numeric dtype, `(samples,)` or `(channels, samples)`, to mono float32 at `target_rate`.
-
-    Integers are scaled by their full scale, channels averaged, and the rate changed by soxr (a band-limited filter).
-
-    Raises:
-        ValueError: for empty audio, NaN or infinite samples, wrong shapes, dtypes or rates.
-    """
-    if isinstance(source_rate, bool) or not isinstance(source_rate, (int, float, np.integer, np.floating)):
-        raise ValueError(f"`sampling_rate` must be a number of Hz, got {source_rate!r}")
-    if not 0 < source_rate < 10_000_000:
-        raise ValueError(f"`sampling_rate` must be above 0 and below 10 MHz, got {source_rate}")
-    if samples.ndim not in (1, 2):
-        raise ValueError(f"Audio must be (samples,) or (channels, samples), got shape {samples.shape}")
-    if samples.size == 0:
-        raise ValueError(f"The audio is empty (shape {samples.shape})")
-    if samples.ndim == 2 and samples.shape[0] > 32 and samples.shape[1] < samples.shape[0]:
-        raise ValueError(
-            f"Audio of shape {samples.shape} looks like (samples, channels); transpose it: channels come first"
-        )
-    if samples.dtype == np.uint8:
-        samples = (samples.astype(np.float32) - 128) / 128
-    elif np.issubdtype(samples.dtype, np.signedinteger):
-        full_scale = float(2 ** (8 * min(samples.dtype.itemsize, 4) - 1))
-        if samples.dtype.itemsize == 8 and np.abs(samples).max() < 2**15:
-            full_scale = float(2**15)  # int64 is how Python lists and torch carry 16-bit samples
-        samples = (samples / full_scale).astype(np.float32)
-    elif np.issubdtype(samples.dtype, np.floating):
-        samples = samples.astype(np.float32)
-    else:
-        raise ValueError(f"Audio samples must be integers or floats, got dtype {samples.dtype}")
-    if samples.ndim == 2:
-        samples = samples.mean(axis=0, dtype=np.float32)
-    if not np.isfinite(samples).all():
-        raise ValueError(f"{int((~np.isfinite(samples)).sum())} of {samples.size} audio samples are NaN or infinite")
-    peak = float(np.abs(samples).max())
-    if peak > MAX_AMPLITUDE:
-        raise ValueError(
-            f"Audio samples reach {peak:.0f}; floats must lie in about -1..1. Divide by the full scale (32768 for 16 bits) or "
-            "pass integers"
-        )
-    if source_rate != target_rate:
-        samples = soxr.resample(samples, source_rate, target_rate).astype(np.float32)
-    return np.ascontiguousarray(samples)
-
-
-def is_batch(audio) -> bool:
-    """Whether `audio` is several recordings: a list or tuple that does not hold bare numbers."""
-    return isinstance(audio, (list, tuple)) and not (len(audio) > 0 and isinstance(audio[0], (int, float, np.number)))
-
-
-def one_for_each(prompt: str | list | None, count: int) -> list:
-    """A prompt for each of `count` recordings, from one for all or a list of them.
-
-    Raises:
-        ValueError: for a list of another length.
-    """
-    prompts = [prompt] * count if prompt is None or isinstance(prompt, str) else list(prompt)
-    if len(prompts) != count:
-        raise ValueError(f"Got {len(prompts)} prompts for {count} recordings")
-    return prompts
 
 
 def affine_lengths(length_of, limit: int) -> tuple[int, int]:
@@ -365,6 +232,11 @@ class VoxLMProcessor(ProcessorMixin):
         inputs = {self.feature_name: torch.from_numpy(np.stack(padded)), f"{self.feature_name}_mask": mask}
         return inputs, [self.audio_token * self.num_audio_tokens(length) for length in lengths]
 
+    def check_length(self, num_samples: int):
+        """Raise a `ValueError` for audio of so few samples that the encoder makes no frame of it."""
+        if num_samples < self.sampling_rate:
+            self._process_audio([np.zeros(num_samples, dtype=np.float32)])
+
     def num_audio_tokens(self, num_features: int) -> int:
         """Placeholders for an audio of `num_features` input features (or samples)."""
         return max(0, (num_features + self.audio_token_offset) // self.audio_token_stride)
@@ -506,6 +378,16 @@ class VoxLMProcessor(ProcessorMixin):
                     words.append(Word(piece, list(positions)))
                     open_word = True
         return words
+
+
+def joined_text(texts: list[str]) -> str:
+    """Texts one after the other, with spaces between them except in scripts that write none."""
+    whole = ""
+    for text in texts:
+        if whole and text and not (_writes_no_spaces(whole[-1]) and _writes_no_spaces(text[0])):
+            whole += " "
+        whole += text
+    return whole
 
 
 def _split_keeping_spaces(text: str) -> list[str]:

@@ -1,16 +1,23 @@
 """Transcription: recordings of any length and number to text, words with times and confidences."""
 
 import math
-from dataclasses import dataclass, field
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
+import soundfile
 import torch
 from transformers import DynamicCache
 from transformers.utils import ModelOutput, logging
 
+from .activity_voxlm import DETECTORS
 from .alignment_voxlm import word_times
+from .audio_voxlm import is_batch, one_for_each, stream_audio
 from .decoding_voxlm import DecodedText, greedy_decode, is_plain_greedy, stop_tokens, token_entropies
-from .processing_voxlm import is_batch, one_for_each
+from .pieces_voxlm import Piece, cut, in_order, stitch
+from .processing_voxlm import joined_text
+from .quality_voxlm import fired_gates
 
 
 logger = logging.get_logger(__name__)
@@ -20,6 +27,10 @@ logger = logging.get_logger(__name__)
 TOKENS_PER_SECOND, TOKENS_AT_LEAST = 15, 16
 # Where the projector's gate says how many frames carry a token, the text may be this much longer: beyond it is a loop.
 TOKENS_PER_FRAME_HEARD = 1.25
+# Pieces are sorted by length within so many batches, so that little is padding and little is in memory.
+BATCHES_AHEAD = 8
+# Of the samples drawn when a gate fires: the same text every time.
+FALLBACK_SEED = 0
 
 
 @dataclass
@@ -35,6 +46,11 @@ class VoxLMTranscription(ModelOutput):
         truncated (`bool`): whether the token budget ended the text somewhere before the model did.
         word_scores (`list[dict]`): for each word what its confidence was made from: `{"logprob", "entropy"}`, the raw
             log-probability of its tokens together and the highest entropy among them, in nats.
+        segments (`list[dict]`): the stretches the recording was cut into: `{"start", "end", "text", "mean_logprob", "gates",
+            "fallback"}`. "fallback" says where the text is from if the first one fired a gate (see `_with_fallback`), "gates" which
+            signs of nonsense (see `quality_voxlm.fired_gates`) the text that was chosen still shows. A text that was taken for
+            music or noise is "rejected" and no part of the result.
+        error (`str`, *optional*): why one recording of several could not be transcribed.
     """
 
     text: str | None = None
@@ -42,39 +58,31 @@ class VoxLMTranscription(ModelOutput):
     duration: float | None = None
     truncated: bool | None = None
     word_scores: list[dict] | None = None
+    segments: list[dict] | None = None
+    error: str | None = None
 
 
 @dataclass
-class Piece:
-    """A stretch of one recording that fits the model's window."""
+class Options:
+    """What the caller of `transcribe` asked for."""
+
+    sampling_rate: int | None
+    with_words: bool
+    batch_size: int
+    longest_s: float
+    vad: str
+    generate_kwargs: dict
+
+
+@dataclass
+class Part:
+    """A piece of a recording on its way to text; without a piece, the end of the recording or the error that ended it."""
 
     recording: int
-    start_s: float
-    waveform: np.ndarray = field(repr=False)
-
-
-def cut_at_quiet_points(waveform: np.ndarray, sampling_rate: int, window_s: float) -> list[tuple[int, int]]:
-    """
-    Cut a waveform into stretches of at most `window_s`, each cut at the quietest tenth of a second of the last half window.
-
-    Args:
-        waveform: `(samples,)`.
-
-    Returns:
-        `(start, end)` in samples, covering the waveform without gaps.
-    """
-    window, hop = int(window_s * sampling_rate), max(1, sampling_rate // 100)
-    cuts, start = [], 0
-    while len(waveform) - start > window:
-        # Never so late that a scrap too short to be heard is left over.
-        latest = min(start + window, len(waveform) - window // 4)
-        tail = waveform[start + window // 2 : latest].astype(np.float64)
-        energy = np.add.reduceat(tail**2, np.arange(0, len(tail), hop))
-        smooth = np.convolve(energy, np.ones(10), mode="same")
-        end = start + window // 2 + int(smooth[:-1].argmin()) * hop + hop // 2
-        cuts.append((start, end))
-        start = end
-    return [*cuts, (start, len(waveform))]
+    piece: Piece | None = None
+    duration_s: float = 0.0
+    error: Exception | None = None
+    result: VoxLMTranscription | None = None
 
 
 def word_confidence(logprob: float, max_entropy: float, scale: float, entropy: float, bias: float) -> float:
@@ -98,7 +106,6 @@ def probability_logit(logprob: float) -> float:
     return math.log(probability / (1 - probability))
 
 
-@torch.no_grad()
 def transcribe(
     model,
     processor,
@@ -108,111 +115,370 @@ def transcribe(
     return_timestamps: bool | str = "word",
     batch_size: int = 8,
     chunk_length_s: float | None = None,
+    vad: str = "energy",
+    stream: bool = False,
     **generate_kwargs,
 ):
     """
-    Transcribe one or many recordings; longer ones than the model's window are cut at quiet points and joined again.
+    Transcribe one or many recordings of any length.
+
+    Files are read as a stream. What is longer than `chunk_length_s` is cut in its pauses; stretches without voice activity are
+    left out. A text that shows signs of nonsense (`config.quality_gates`) is replaced by what the projector alone read, or drawn
+    anew at `config.fallback_temperatures`.
 
     Args:
         model ([`VoxLMForSpeechSeq2Seq`]), processor ([`VoxLMProcessor`])
-        audio: one recording or a list of them, of any kind `processing_voxlm.read_audio` takes.
+        audio: one recording or a list of them, of any kind `audio_voxlm.read_audio` takes.
         prompt (`str` or `list[str]`, *optional*): instruction or context; by default the one the model was trained with.
         sampling_rate (`int`, *optional*): of bare arrays, by default the model's.
         return_timestamps (`bool` or `"word"`): whether to compute word times and confidences. The text is the same.
         batch_size (`int`): pieces of audio in one pass.
         chunk_length_s (`float`, *optional*): longest piece, by default (and at most) the model's window.
-        **generate_kwargs: for `model.generate`. The default is greedy.
+        vad (`"energy"` or `"silero"`): voice activity detector; the second needs the extra `vad`.
+        stream (`bool`): return an iterator that yields results as they come: of one recording its segments, of a list its
+            recordings, in order.
+        **generate_kwargs: for `model.generate`. The default is greedy; any other search has no fallback.
 
     Returns:
-        [`VoxLMTranscription`], or a list of them for a list.
+        [`VoxLMTranscription`], or a list of them for a list, in which a recording that cannot be read has an `error` and spoils
+        no other; with `stream=True` an iterator of them.
 
     Raises:
-        ValueError: for audio that cannot be read; FileNotFoundError for a missing file.
+        ValueError: for an argument out of range, and for one recording that cannot be read; FileNotFoundError for a missing
+            file.
     """
-    waveforms = processor.load_batch(audio, sampling_rate)
-    prompts = one_for_each(prompt, len(waveforms))
+    items = list(audio) if is_batch(audio) else [audio]
+    if not items:
+        raise ValueError("No audio was given: the list is empty")
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}")
-    rate, window_s = processor.sampling_rate, model.config.audio_window_s
-    if chunk_length_s:
-        if chunk_length_s < 1:
-            raise ValueError(f"`chunk_length_s` must be at least 1 second, got {chunk_length_s}")
-        window_s = min(window_s, chunk_length_s)
-    pieces = [
-        Piece(index, start / rate, waveform[start:end])
-        for index, waveform in enumerate(waveforms)
-        for start, end in cut_at_quiet_points(waveform, rate, window_s)
-    ]
-    # Pieces of like length share a batch, so that little is padding.
-    order = sorted(range(len(pieces)), key=lambda index: len(pieces[index].waveform))
-    outputs: list = [None] * len(pieces)
-    batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
-    for batch in logging.tqdm(batches, desc="Transcribing", disable=len(batches) < 3):
-        inputs = processor.apply_transcription_request(
-            [pieces[index].waveform for index in batch], prompt=[prompts[pieces[index].recording] for index in batch]
-        )
-        durations_s = [len(pieces[index].waveform) / rate for index in batch]
-        results = _transcribe_batch(model, processor, inputs, durations_s, bool(return_timestamps), generate_kwargs)
-        for index, result in zip(batch, results):
-            outputs[index] = result
-
-    results = []
-    for recording, waveform in enumerate(waveforms):
-        parts = [(piece.start_s, output) for piece, output in zip(pieces, outputs) if piece.recording == recording]
-        results.append(_join(parts, len(waveform) / rate))
-    return results if is_batch(audio) else results[0]
-
-
-def _join(parts: list[tuple[float, VoxLMTranscription]], duration_s: float) -> VoxLMTranscription:
-    """Results of the pieces of one recording, with their starts in seconds, as one result."""
-    words = []
-    for start_s, part in parts:
-        for word in part.words:
-            shifted = {key: round(min(start_s + word[key], duration_s), 3) for key in ("start", "end")}
-            words.append({**word, **shifted})
-    return VoxLMTranscription(
-        text=" ".join(part.text for _, part in parts if part.text),
-        words=words,
-        duration=round(duration_s, 3),
-        truncated=any(part.truncated for _, part in parts),
-        word_scores=[score for _, part in parts for score in part.word_scores],
+    if chunk_length_s and chunk_length_s < 1:
+        raise ValueError(f"`chunk_length_s` must be at least 1 second, got {chunk_length_s}")
+    if vad not in DETECTORS:
+        raise ValueError(f"`vad` must be one of {', '.join(map(repr, DETECTORS))}, got {vad!r}")
+    prompts = one_for_each(prompt, len(items))
+    for text in prompts:
+        processor.render_prompt(text)
+    DETECTORS[vad](processor.sampling_rate)
+    options = Options(
+        sampling_rate=sampling_rate,
+        with_words=bool(return_timestamps),
+        batch_size=batch_size,
+        longest_s=min(model.config.audio_window_s, chunk_length_s or math.inf),
+        vad=vad,
+        generate_kwargs=generate_kwargs,
     )
+    by_segment = stream and not is_batch(audio)
+    parts = read_parts(processor, items, options)
+    parts = transcribe_parts(
+        model,
+        processor,
+        parts,
+        prompts,
+        options,
+        known_seconds(items, sampling_rate or processor.sampling_rate),
+        by_segment,
+    )
+    if by_segment:
+        return (part.result for part in raised(joined(parts, options)) if part.piece is not None)
+    results = whole_recordings(joined(parts, options) if is_batch(audio) else raised(joined(parts, options)))
+    if stream:
+        return results
+    return list(results) if is_batch(audio) else next(results)
+
+
+def read_parts(processor, items: list, options: Options) -> Iterator[Part]:
+    """The recordings, read block by block, as pieces in order, each recording followed by its end."""
+    rate = processor.sampling_rate
+    for number, item in enumerate(items):
+        samples = 0
+
+        def blocks(item=item):
+            nonlocal samples
+            for block in stream_audio(item, rate, options.sampling_rate):
+                samples += len(block)
+                yield block
+
+        try:
+            for piece in cut(blocks(), DETECTORS[options.vad](rate), rate, options.longest_s):
+                if piece.start == 0:
+                    processor.check_length(len(piece.waveform))
+                yield Part(number, piece)
+            processor.check_length(samples)
+            yield Part(number, duration_s=samples / rate)
+        except (OSError, ValueError) as error:
+            yield Part(number, duration_s=samples / rate, error=error)
+
+
+@torch.no_grad()
+def transcribe_parts(
+    model, processor, parts: Iterable[Part], prompts: list, options: Options, seconds: float | None, at_once: bool
+) -> Iterator[Part]:
+    """
+    The parts in the same order, their pieces transcribed in batches of like length.
+
+    Args:
+        seconds (`float`, *optional*): length of all recordings, for the progress bar.
+        at_once (`bool`): rather the first result soon than the best batches.
+    """
+    rate = processor.sampling_rate
+    shown = seconds is None or seconds > 2 * options.longest_s
+    with logging.tqdm(
+        total=seconds and round(seconds), unit=" s of audio", desc="Transcribing", disable=not shown
+    ) as bar:
+        for window in windows(parts, options.batch_size, at_once):
+            pieces = sorted(
+                (part for part in window if part.piece is not None), key=lambda part: len(part.piece.waveform)
+            )
+            for first in range(0, len(pieces), options.batch_size):
+                batch = pieces[first : first + options.batch_size]
+                results = _transcribe_batch(
+                    model,
+                    processor,
+                    [part.piece for part in batch],
+                    [prompts[part.recording] for part in batch],
+                    options,
+                )
+                for part, result in zip(batch, results):
+                    part.result = result
+                    bar.update(round(len(part.piece.waveform) / rate))
+            yield from window
+
+
+def windows(parts: Iterable[Part], batch_size: int, at_once: bool) -> Iterator[list[Part]]:
+    """Parts in groups of `BATCHES_AHEAD` batches; with `at_once`, of one batch, the first of a single piece."""
+    window: list[Part] = []
+    size = 1 if at_once else BATCHES_AHEAD * batch_size
+    for part in parts:
+        window.append(part)
+        if sum(part.piece is not None for part in window) >= size:
+            yield window
+            window, size = [], batch_size if at_once else size
+    yield window
+
+
+def joined(parts: Iterable[Part], options: Options) -> Iterator[Part]:
+    """Transcribed parts, without the words that two pieces both have where they overlap."""
+    waiting = None
+    for part in parts:
+        if part.piece is not None and part.piece.overlap:
+            _join(waiting.result, part.result)
+        if waiting is not None:
+            yield _without_times(waiting) if not options.with_words else waiting
+        waiting = part
+    if waiting is not None:
+        yield _without_times(waiting) if not options.with_words else waiting
+
+
+def _without_times(part: Part) -> Part:
+    if part.result is not None:
+        part.result.words, part.result.word_scores = [], []
+    return part
+
+
+def _join(left: VoxLMTranscription, right: VoxLMTranscription):
+    """Leave out, in place, what two neighbouring pieces heard twice."""
+    start_s, end_s = right.segments[0]["start"], left.segments[0]["end"]
+    kept, dropped = stitch(left.words, right.words, start_s, end_s)
+    for result, words in ((left, slice(0, kept)), (right, slice(dropped, None))):
+        ends, position = [], 0
+        for word in result.words:
+            position = result.text.index(word["word"], position) + len(word["word"])
+            ends.append(position)
+        first, last = words.start or 0, len(ends) if words.stop is None else words.stop
+        result.text = result.text[ends[first - 1] if first else 0 : ends[last - 1] if last else 0].strip()
+        result.words, result.word_scores = result.words[words], result.word_scores[words]
+        result.segments[0]["text"] = result.text
+    cut_s = max([start_s, *(word["end"] for word in left.words[-1:])])
+    in_order(right.words, cut_s)
+    left.segments[0]["end"] = right.segments[0]["start"] = round(cut_s, 3)
+
+
+def raised(parts: Iterable[Part]) -> Iterator[Part]:
+    """The parts, up to the first error, which is raised."""
+    for part in parts:
+        if part.error is not None:
+            raise part.error
+        yield part
+
+
+def whole_recordings(parts: Iterable[Part]) -> Iterator[VoxLMTranscription]:
+    """One result for each recording."""
+    pieces: list[VoxLMTranscription] = []
+    for part in parts:
+        if part.piece is not None:
+            pieces.append(part.result)
+            continue
+        error = None
+        if part.error is not None:
+            error, pieces = " ".join(str(part.error).split()), []
+            logger.warning(f"Recording {part.recording} could not be transcribed: {error}")
+        yield VoxLMTranscription(
+            text=joined_text([piece.text for piece in pieces]),
+            words=[word for piece in pieces for word in piece.words],
+            duration=round(part.duration_s, 3),
+            truncated=any(piece.truncated for piece in pieces),
+            word_scores=[score for piece in pieces for score in piece.word_scores],
+            segments=[segment for piece in pieces for segment in piece.segments],
+            error=error,
+        )
+        pieces = []
+
+
+def known_seconds(items: list, rate: int) -> float | None:
+    """Length of all recordings as far as it is known before they are read, `None` where one does not say."""
+    total = 0.0
+    for item in items:
+        item = item.get("path") or item.get("array", item.get("raw")) if isinstance(item, dict) else item
+        if isinstance(item, (np.ndarray, torch.Tensor)) and item.ndim:
+            total += item.shape[-1] / rate
+        elif isinstance(item, (str, os.PathLike)):
+            try:
+                total += soundfile.info(item).duration
+            except (soundfile.LibsndfileError, RuntimeError):
+                continue  # reading it will say what is wrong
+        else:
+            return None
+    return total
 
 
 def _transcribe_batch(
-    model, processor, inputs, durations_s: list[float], with_words: bool, generate_kwargs: dict
+    model, processor, pieces: list[Piece], prompts: list, options: Options
 ) -> list[VoxLMTranscription]:
-    """One padded batch of model inputs to one result each; times are relative to the piece."""
+    """One result for each piece, read in one pass; with greedy search, those that fire a gate once more, each by itself."""
+    # Words are needed to join overlapping pieces too.
+    with_words = options.with_words or any(piece.overlap or piece.continues for piece in pieces)
+    if not is_plain_greedy(model.generation_config, options.generate_kwargs):
+
+        def search(prompt, budgets, audio):
+            return _generate(model, prompt, budgets, options.generate_kwargs)
+
+        return _read(model, processor, pieces, prompts, options, search, with_words)
+
+    def greedy(prompt, budgets, audio):
+        return greedy_decode(model, prompt, budgets, draft_texts(model, processor, audio))
+
+    results = _read(model, processor, pieces, prompts, options, greedy, with_words)
+    return [
+        _with_fallback(model, processor, piece, prompt, options, result) if result.segments[0]["gates"] else result
+        for piece, prompt, result in zip(pieces, prompts, results)
+    ]
+
+
+def _with_fallback(model, processor, piece: Piece, prompt, options: Options, first: VoxLMTranscription):
+    """
+    The first text of one piece that no gate fires for: what the projector alone read ("projector"), then samples, the same every
+    time, at the temperatures of the config. If there is none, that with the fewest gates, and of these the likeliest.
+    """
+
+    def reading(prompt, budgets, audio):
+        return DecodedText(ids=draft_texts(model, processor, audio), ended=[True])
+
+    def sample(temperature):
+        sampling = {**options.generate_kwargs, "do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        return lambda prompt, budgets, audio: _generate(model, prompt, budgets, sampling)
+
+    attempts = [first]
+    fallbacks = [("projector", reading), *((value, sample(value)) for value in model.config.fallback_temperatures)]
+    for name, decode in fallbacks:
+        if not attempts[-1].segments[0]["gates"] or "rejected" in attempts[-1].segments[0]:
+            return attempts[-1]
+        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+            torch.manual_seed(FALLBACK_SEED)
+            (attempt,) = _read(model, processor, [piece], [prompt], options, decode, with_words=True)
+        if attempt.text:
+            attempt.segments[0]["fallback"] = name
+            attempts.append(attempt)
+    segments = [attempt.segments[0] for attempt in attempts]
+    unlikely = [math.inf if segment["mean_logprob"] is None else -segment["mean_logprob"] for segment in segments]
+    return min(zip(attempts, segments, unlikely), key=lambda one: (len(one[1]["gates"]), one[2]))[0]
+
+
+def _read(model, processor, pieces: list[Piece], prompts: list, options: Options, decode, with_words: bool):
+    """
+    One padded batch of pieces to one result each.
+
+    Args:
+        decode: function of the prompt, the token budgets and the [`VoxLMAudioOutput`] of the batch to [`DecodedText`].
+    """
+    rate = processor.sampling_rate
+    inputs = processor.apply_transcription_request([piece.waveform for piece in pieces], prompt=prompts)
     inputs = inputs.to(model.device)
     features = {name: value for name, value in inputs.items() if name.startswith(processor.feature_name)}
     # Encoded once, for the generation and for the word times.
     audio = model.get_audio_features(**features)
-    budgets = token_budgets(model, audio, durations_s, generate_kwargs.get("max_new_tokens"))
+    durations_s = [len(piece.waveform) / rate for piece in pieces]
+    heard = frames_heard(model, audio)
+    given_budget = options.generate_kwargs.get("max_new_tokens")
     prompt = prompt_with_audio(model, inputs, audio)
-    if is_plain_greedy(model.generation_config, generate_kwargs):
-        text = greedy_decode(model, prompt, budgets, draft_texts(model, processor, audio))
-    else:
-        text = _generate(model, prompt, budgets, generate_kwargs)
+    text = decode(prompt, token_budgets(heard, durations_s, given_budget), audio)
     if with_words and any(text.ids) and (text.states is None or model.alignment.states_at_tokens):
         read_states(model, prompt, text)
-    results = [
-        VoxLMTranscription(
-            text=processor.decode_text(ids).strip(), words=[], duration=duration_s, truncated=not ended, word_scores=[]
+    results = []
+    for row, (piece, ids, ended) in enumerate(zip(pieces, text.ids, text.ended)):
+        written = processor.decode_text(ids).strip()
+        logprob = float(text.logprobs[row, : len(ids)].mean()) if ids and text.logprobs is not None else None
+        start_s = piece.start / rate
+        segment = {
+            "start": round(start_s, 3),
+            "end": round(start_s + durations_s[row], 3),
+            "text": written,
+            "mean_logprob": None if logprob is None else round(logprob, 4),
+            "gates": fired_gates(
+                written,
+                logprob,
+                piece.active,
+                None if heard is None else heard[row],
+                not ended and given_budget is None,
+                model.config.quality_gates,
+            ),
+            "fallback": None,
+        }
+        results.append(
+            VoxLMTranscription(
+                text=written,
+                words=[],
+                duration=durations_s[row],
+                truncated=not ended,
+                word_scores=[],
+                segments=[segment],
+            )
         )
-        for ids, ended, duration_s in zip(text.ids, text.ended, durations_s)
-    ]
     if with_words and any(text.ids):
         _add_words(model, processor, text, audio, results)
+    for result, piece in zip(results, pieces):
+        segment = result.segments[0]
+        for word in result.words:
+            for edge in ("start", "end"):
+                word[edge] = round(word[edge] + piece.start / rate, 3)
+        if "no_speech" in segment["gates"]:
+            segment["rejected"], segment["text"] = segment["text"], ""
+            result.text, result.words, result.word_scores, result.truncated = "", [], [], False
     return results
 
 
 def prompt_with_audio(model, inputs, audio) -> dict[str, torch.Tensor]:
-    """What the model's `forward` takes for a prompt whose audio ([`VoxLMAudioOutput`]) is projected already."""
+    """
+    What the model's `forward` takes for a prompt whose audio ([`VoxLMAudioOutput`]) is projected already.
+
+    Frames that the gate hides are left out, so that the LLM spends nothing on them (not where the config asks for the full
+    window: that is what it gets).
+    """
+    ids = inputs["input_ids"]
+    mask = model.hide_gated_frames(ids, inputs["attention_mask"], audio)
+    audio_mask = audio.audio_embeds_mask
+    if audio.speech_logits is not None and not model.config.pad_audio_to_window:
+        audio_mask = audio_mask * model.projector.keep(audio.speech_logits).to(audio_mask)
+        # Hidden places to the left, where the padding is; the order of the others stays.
+        order = mask.argsort(dim=1, stable=True)[:, -int(mask.sum(1).max()) :]
+        ids, mask = ids.gather(1, order), mask.gather(1, order)
+        # What is padding now must not look like audio.
+        ids = ids.masked_fill((mask == 0) & (ids == model.config.audio_token_id), 0)
     return {
-        "input_ids": inputs["input_ids"],
-        "attention_mask": model.hide_gated_frames(inputs["input_ids"], inputs["attention_mask"], audio),
+        "input_ids": ids,
+        "attention_mask": mask,
         "audio_embeds": audio.pooler_output,
-        "audio_embeds_mask": audio.audio_embeds_mask,
+        "audio_embeds_mask": audio_mask,
     }
 
 
@@ -279,17 +545,23 @@ def _pad_ids(rows: list[list[int]], device) -> torch.Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
 
 
-def token_budgets(model, audio, durations_s: list[float], max_new_tokens: int | None) -> list[int]:
+def frames_heard(model, audio) -> list[int] | None:
+    """Projected frames of each recording that carry a token; `None` for models without a frame gate."""
+    if audio.speech_logits is None:
+        return None
+    return (model.projector.keep(audio.speech_logits) & audio.audio_embeds_mask.bool()).sum(-1).tolist()
+
+
+def token_budgets(heard: list[int] | None, durations_s: list[float], max_new_tokens: int | None) -> list[int]:
     """
     Most tokens that each recording's text may have: what the caller says, else a generous bound from the audio.
 
     Args:
-        audio ([`VoxLMAudioOutput`]): of the batch; durations_s: of each recording, in seconds.
+        heard: see `frames_heard`; durations_s: of each recording, in seconds.
     """
     if max_new_tokens is not None:
         return [max_new_tokens] * len(durations_s)
-    if audio.speech_logits is not None:
-        heard = (model.projector.keep(audio.speech_logits) & audio.audio_embeds_mask.bool()).sum(-1).tolist()
+    if heard is not None:
         return [int(TOKENS_PER_FRAME_HEARD * count) + TOKENS_AT_LEAST for count in heard]
     return [int(TOKENS_PER_SECOND * duration_s) + TOKENS_AT_LEAST for duration_s in durations_s]
 
