@@ -27,7 +27,7 @@ def test_each_sign_of_nonsense_has_its_gate():
 
 
 def test_a_gate_without_a_threshold_never_fires():
-    assert fired("five " * 200, mean_logprob=-9.0, active_s=0.0, heard=0, gates={}) == []
+    assert fired("five " * 200, mean_logprob=-9.0, active_s=0.0, heard=0, out_of_tokens=True, gates={}) == []
 
 
 @pytest.mark.parametrize(

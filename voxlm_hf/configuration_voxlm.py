@@ -69,6 +69,9 @@ class VoxLMConfig(PreTrainedConfig):
         frame_gate_threshold (`float`, *optional*):
             When set, the projector also scores each frame for carrying a token of speech, and frames whose probability is
             not above the threshold are hidden from the LLM (compression by CTC blanks, Gaido et al. 2021).
+        ctc_weight (`float`, defaults to 0.0): how much the tokens that the projector reads count beside the LLM when `transcribe` writes
+            the text (hybrid decoding, see `ctc_voxlm`). Above 0 only for `projector_readout="token_mixture"` with the whole
+            vocabulary.
         alignment_kind (`"frames"` or `"cross_attention"`, defaults to `"frames"`):
             `"frames"`: scores on the encoder's own frames. `"cross_attention"`: the original VoxLM's, for converted checkpoints:
             the attention weights of post-norm cross-attention layers from text states to projected frames.
@@ -109,6 +112,7 @@ class VoxLMConfig(PreTrainedConfig):
     projector_readout: Literal["linear", "token_mixture"] = "linear"
     projector_vocab_size: int | None = None
     frame_gate_threshold: int | float | None = None
+    ctc_weight: int | float = 0.0
     alignment_kind: Literal["frames", "cross_attention"] = "frames"
     alignment_hidden_size: int = 192
     alignment_num_blocks: int = 2
@@ -158,6 +162,13 @@ class VoxLMConfig(PreTrainedConfig):
         if self.projector_readout == "token_mixture" and self.frame_gate_threshold is None:
             raise ValueError(
                 "`projector_readout='token_mixture'` needs a `frame_gate_threshold`: not every frame is a token"
+            )
+        if self.ctc_weight < 0:
+            raise ValueError(f"`ctc_weight` must not be negative, got {self.ctc_weight}")
+        if self.ctc_weight and (self.projector_readout != "token_mixture" or self.projector_vocab_size is not None):
+            raise ValueError(
+                "`ctc_weight` above 0 needs `projector_readout='token_mixture'` without a `projector_vocab_size`: only then are the "
+                "frames' tokens those of the LLM's texts"
             )
         if self.projector_kind == "conv" and (self.frame_gate_threshold is not None or self.projector_vocab_size):
             raise ValueError("`projector_kind='conv'` has no frame gate and reads no tokens: leave those fields unset")

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .ctc_voxlm import CTCPrefix, choose
+
 
 # Tokens of the draft that one pass may check; more would often be thrown away.
 DRAFT_TOKENS_PER_PASS = 24
@@ -74,7 +76,9 @@ def token_entropies(logprobs: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def greedy_decode(model, prompt: dict, budgets: list[int], drafts: list[list[int]]) -> DecodedText:
+def greedy_decode(
+    model, prompt: dict, budgets: list[int], drafts: list[list[int]], prefixes: list[CTCPrefix] | None = None
+) -> DecodedText:
     """
     The ids of a greedy search, with the LLM's states, in as many passes as the drafts have mistakes (and some more).
 
@@ -88,6 +92,8 @@ def greedy_decode(model, prompt: dict, budgets: list[int], drafts: list[list[int
         prompt (`dict`): `input_ids` `(batch, length)` padded on the left, `attention_mask`, `audio_embeds` and
             `audio_embeds_mask`, as `forward` takes them.
         budgets (`list[int]`): most tokens of each row; drafts (`list[list[int]]`): guessed text of each row.
+        prefixes (`list[CTCPrefix]`, *optional*): of each row, new; then each token is the one that LLM and frames together, these
+            with `config.ctc_weight`, find likeliest.
     """
     stops = stop_tokens(model.generation_config.eos_token_id)
     suppressed = model.generation_config.suppress_tokens or []
@@ -121,23 +127,28 @@ def greedy_decode(model, prompt: dict, budgets: list[int], drafts: list[list[int
         )
         cache, hidden, logits = output.past_key_values, output.hidden_states[-1][:, -width - 1 :], output.logits.float()
         raw = logits.log_softmax(-1)
-        entropy = token_entropies(raw)
-        logits[..., suppressed] = -torch.inf
-        predicted = logits.argmax(-1)
-        raw = raw.gather(-1, predicted.unsqueeze(-1)).squeeze(-1)
-        for row, tokens in enumerate(predicted.tolist()):
+        entropy = torch.stack([token_entropies(row) for row in raw])  # row by row, for the memory's sake
+        raw[..., suppressed] = -torch.inf
+        likeliest = raw.argmax(-1).tolist()
+        for row in range(count):
             if finished[row]:
                 continue
-            agreed = 0
-            while agreed < len(chunks[row]) and tokens[agreed] == chunks[row][agreed]:
-                agreed += 1
+            taken: list[int] = []
+            for position in range(len(chunks[row]) + 1):
+                if prefixes is None:
+                    taken.append(likeliest[row][position])
+                else:
+                    taken.append(choose(raw[row, position], prefixes[row], model.config.ctc_weight, stops))
+                if position == len(chunks[row]) or taken[-1] != chunks[row][position]:
+                    break
+            agreed = len(taken) - 1
             # The draft never holds a stop token, so only the LLM's own last token can be one.
-            taken = tokens[: agreed + 1]
             ended[row] = taken[-1] in stops
             kept = len(taken) - ended[row]
             ids[row] += taken[:kept]
             states[row].append(hidden[row, :kept])
-            logprobs[row].append(raw[row, :kept])
+            chosen = torch.tensor(taken[:kept], dtype=torch.long, device=device).unsqueeze(-1)
+            logprobs[row].append(raw[row, :kept].gather(-1, chosen).squeeze(-1))
             entropies[row].append(entropy[row, :kept])
             finished[row] = ended[row] or len(ids[row]) >= budgets[row]
             places[row] = next_draft(drafts[row], places[row] + agreed, taken[-1])

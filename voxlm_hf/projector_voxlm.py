@@ -62,6 +62,18 @@ class VoxLMProjector(nn.Module):
             embeddings `(batch, ceil(frames / stride), text_size)`, their mask, the gate's log-odds or `None`, and the tokens
             that were read or `None`.
         """
+        embeds, speech_logits, mask = self.read(frames, frame_mask)
+        tokens = None
+        if token_embeddings is not None:
+            embeds, speech_logits, tokens = self.mix_tokens(embeds, speech_logits, token_embeddings)
+            tokens = tokens.masked_fill(mask == 0, -1)
+        return embeds, mask, speech_logits, tokens
+
+    def read(self, frames, frame_mask):
+        """
+        The projected frames before they are mixed: `(batch, ceil(frames / stride), text_size)`, the gate's log-odds or `None`,
+        and the mask. Arguments as in `forward`.
+        """
         frames = frames.to(self.linear_in.weight.dtype) * frame_mask.unsqueeze(-1).to(self.linear_in.weight.dtype)
         missing = -frames.shape[1] % self.stride
         frames = nn.functional.pad(frames, (0, 0, 0, missing))
@@ -72,11 +84,7 @@ class VoxLMProjector(nn.Module):
         for block in self.blocks:
             hidden_states = block(hidden_states, mask.unsqueeze(-1).to(hidden_states.dtype))
         speech_logits = self.gate(hidden_states).squeeze(-1) if self.gate is not None else None
-        embeds, tokens = self.norm(self.linear_out(hidden_states)), None
-        if token_embeddings is not None:
-            embeds, speech_logits, tokens = self.mix_tokens(embeds, speech_logits, token_embeddings)
-            tokens = tokens.masked_fill(mask == 0, -1)
-        return embeds, mask, speech_logits, tokens
+        return self.norm(self.linear_out(hidden_states)), speech_logits, mask
 
     def keep(self, speech_logits):
         """Mask of the frames whose probability of carrying a token is above the gate's threshold."""

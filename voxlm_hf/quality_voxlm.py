@@ -35,9 +35,10 @@ def fired_gates(
         active_s (`float`): seconds in which voice activity was found.
         heard (`float`, *optional*): number of frames that carry a token, for models with a frame gate.
         out_of_tokens (`bool`): whether the budget ended the text.
-        gates (`dict`): thresholds, `config.quality_gates`; a gate that is not named there never fires.
+        gates (`dict`): thresholds, `config.quality_gates`; a gate that is not named there never fires, and without
+            any none does.
     """
-    fired = ["token_budget"] if out_of_tokens else []
+    fired = ["token_budget"] if out_of_tokens and gates else []
     words, size = text.split(), len(text.encode())
     if not words:
         return fired

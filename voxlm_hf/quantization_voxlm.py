@@ -39,6 +39,7 @@ def quantize_dynamic(model):
         with warnings.catch_warnings():
             # torch calls this API deprecated in favour of torchao, whose kernels are slower than float32 without a compiler.
             warnings.simplefilter("ignore")
-            torch.ao.quantization.quantize_dynamic(model.language_model, {nn.Linear}, torch.qint8, inplace=True)
+            kinds = {nn.Linear: torch.ao.quantization.per_channel_dynamic_qconfig}
+            torch.ao.quantization.quantize_dynamic(model.language_model, kinds, inplace=True)
     model.is_quantized_dynamically = True
     return model.eval()

@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput, logging
 from .activity_voxlm import DETECTORS
 from .alignment_voxlm import word_times
 from .audio_voxlm import is_batch, one_for_each, stream_audio
+from .ctc_voxlm import CTCPrefix, read_frames
 from .decoding_voxlm import DecodedText, greedy_decode, is_plain_greedy, stop_tokens, token_entropies
 from .pieces_voxlm import Piece, cut, in_order, stitch
 from .processing_voxlm import joined_text
@@ -356,7 +357,11 @@ def _transcribe_batch(
         return _read(model, processor, pieces, prompts, options, search, with_words)
 
     def greedy(prompt, budgets, audio):
-        return greedy_decode(model, prompt, budgets, draft_texts(model, processor, audio))
+        prefixes = None
+        if model.config.ctc_weight:
+            embeddings = model.get_input_embeddings().weight
+            prefixes = [CTCPrefix(frames, embeddings) for frames in read_frames(model, audio)]
+        return greedy_decode(model, prompt, budgets, draft_texts(model, processor, audio), prefixes)
 
     results = _read(model, processor, pieces, prompts, options, greedy, with_words)
     return [

@@ -219,7 +219,14 @@ class VoxLMPreTrainedModel(PreTrainedModel):
         }
 
     def save_pretrained(self, save_directory, *args, state_dict=None, **kwargs):
-        """[`PreTrainedModel.save_pretrained`]; base weights keep the names they have without LoRA."""
+        """
+        [`PreTrainedModel.save_pretrained`]; base weights keep the names they have without LoRA.
+
+        Raises:
+            ValueError: after `quantize_dynamic`, whose weights are in no format that could be loaded.
+        """
+        if self.is_quantized_dynamically:
+            raise ValueError("A model in 8-bit arithmetic cannot be saved; save it before `quantize_dynamic`")
         if self.config.lora_config is not None:
             state_dict = self.state_dict() if state_dict is None else state_dict
             state_dict = {key.replace(".base_layer.", "."): value for key, value in state_dict.items()}
@@ -260,6 +267,7 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
         self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
         self.alignment = make_alignment_head(config)
         self.processor = None
+        self.is_quantized_dynamically = False
         # The class name would not tell the library that labels are those of a causal LM.
         self.loss_type = "ForCausalLM"
         if config.lora_config is not None:
@@ -705,6 +713,12 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
         from .forced_alignment_voxlm import align
 
         return align(self, self.get_processor(), audio, text, **kwargs)
+
+    def quantize_dynamic(self):
+        """Compute the LLM in 8 bits on the CPU, in place; see `quantization_voxlm.quantize_dynamic`."""
+        from .quantization_voxlm import quantize_dynamic
+
+        return quantize_dynamic(self)
 
     def transcription_pipeline(self, **kwargs):
         """An `automatic-speech-recognition` pipeline over this very model and its processor."""

@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput, logging
 from .activity_voxlm import DETECTORS
 from .alignment_voxlm import word_times
 from .audio_voxlm import is_batch, one_for_each, stream_audio
+from .ctc_voxlm import CTCPrefix, read_frames
 from .decoding_voxlm import DecodedText, greedy_decode, is_plain_greedy, stop_tokens, token_entropies
 from .pieces_voxlm import Piece, cut, in_order, stitch
 from .processing_voxlm import joined_text
@@ -46,9 +47,10 @@ class VoxLMTranscription(ModelOutput):
         truncated (`bool`): whether the token budget ended the text somewhere before the model did.
         word_scores (`list[dict]`): for each word what its confidence was made from: `{"logprob", "entropy"}`, the raw
             log-probability of its tokens together and the highest entropy among them, in nats.
-        segments (`list[dict]`): the stretches the recording was cut into: `{"start", "end", "text", "mean_logprob",
-            "temperature", "gates"}`, "gates" the signs of nonsense it still shows (see `quality_voxlm.fired_gates`) after the
-            fallback to that "temperature". A text that was taken for music or noise is "rejected" and no part of the result.
+        segments (`list[dict]`): the stretches the recording was cut into: `{"start", "end", "text", "mean_logprob", "gates",
+            "fallback"}`. "fallback" says where the text is from if the first one fired a gate (see `_with_fallback`), "gates" which
+            signs of nonsense (see `quality_voxlm.fired_gates`) the text that was chosen still shows. A text that was taken for
+            music or noise is "rejected" and no part of the result.
         error (`str`, *optional*): why one recording of several could not be transcribed.
     """
 
@@ -122,7 +124,8 @@ def transcribe(
     Transcribe one or many recordings of any length.
 
     Files are read as a stream. What is longer than `chunk_length_s` is cut in its pauses; stretches without voice activity are
-    left out. A text that shows signs of nonsense (`config.quality_gates`) is drawn anew at `config.fallback_temperatures`.
+    left out. A text that shows signs of nonsense (`config.quality_gates`) is replaced by what the projector alone read, or drawn
+    anew at `config.fallback_temperatures`.
 
     Args:
         model ([`VoxLMForSpeechSeq2Seq`]), processor ([`VoxLMProcessor`])
@@ -343,38 +346,66 @@ def known_seconds(items: list, rate: int) -> float | None:
 def _transcribe_batch(
     model, processor, pieces: list[Piece], prompts: list, options: Options
 ) -> list[VoxLMTranscription]:
-    """One result for each piece, in one pass; those that fire a gate are read again, each by itself."""
-    results = _read(model, processor, pieces, prompts, options, options.generate_kwargs)
+    """One result for each piece, read in one pass; with greedy search, those that fire a gate once more, each by itself."""
+    # Words are needed to join overlapping pieces too.
+    with_words = options.with_words or any(piece.overlap or piece.continues for piece in pieces)
     if not is_plain_greedy(model.generation_config, options.generate_kwargs):
-        return results
-    for number, (piece, prompt) in enumerate(zip(pieces, prompts)):
-        attempts = [results[number]]
-        for temperature in model.config.fallback_temperatures:
-            if not attempts[-1].segments[0]["gates"] or "rejected" in attempts[-1].segments[0]:
-                break
-            sampling = {
-                **options.generate_kwargs,
-                "do_sample": True,
-                "temperature": temperature,
-                "top_k": 0,
-                "top_p": 1.0,
-            }
-            devices = [model.device] if model.device.type == "cuda" else []
-            with torch.random.fork_rng(devices=devices):
-                torch.manual_seed(FALLBACK_SEED)
-                attempts += _read(model, processor, [piece], [prompt], options, sampling)
-            attempts[-1].segments[0]["temperature"] = temperature
-        segments = [attempt.segments[0] for attempt in attempts]
-        # The fewest gates; of as many, the likeliest.
-        best = min(
-            range(len(attempts)), key=lambda one: (len(segments[one]["gates"]), -(segments[one]["mean_logprob"] or 0.0))
-        )
-        results[number] = attempts[best]
-    return results
+
+        def search(prompt, budgets, audio):
+            return _generate(model, prompt, budgets, options.generate_kwargs)
+
+        return _read(model, processor, pieces, prompts, options, search, with_words)
+
+    def greedy(prompt, budgets, audio):
+        prefixes = None
+        if model.config.ctc_weight:
+            embeddings = model.get_input_embeddings().weight
+            prefixes = [CTCPrefix(frames, embeddings) for frames in read_frames(model, audio)]
+        return greedy_decode(model, prompt, budgets, draft_texts(model, processor, audio), prefixes)
+
+    results = _read(model, processor, pieces, prompts, options, greedy, with_words)
+    return [
+        _with_fallback(model, processor, piece, prompt, options, result) if result.segments[0]["gates"] else result
+        for piece, prompt, result in zip(pieces, prompts, results)
+    ]
 
 
-def _read(model, processor, pieces: list[Piece], prompts: list, options: Options, generate_kwargs: dict):
-    """One padded batch of pieces to one result each."""
+def _with_fallback(model, processor, piece: Piece, prompt, options: Options, first: VoxLMTranscription):
+    """
+    The first text of one piece that no gate fires for: what the projector alone read ("projector"), then samples, the same every
+    time, at the temperatures of the config. If there is none, that with the fewest gates, and of these the likeliest.
+    """
+
+    def reading(prompt, budgets, audio):
+        return DecodedText(ids=draft_texts(model, processor, audio), ended=[True])
+
+    def sample(temperature):
+        sampling = {**options.generate_kwargs, "do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        return lambda prompt, budgets, audio: _generate(model, prompt, budgets, sampling)
+
+    attempts = [first]
+    fallbacks = [("projector", reading), *((value, sample(value)) for value in model.config.fallback_temperatures)]
+    for name, decode in fallbacks:
+        if not attempts[-1].segments[0]["gates"] or "rejected" in attempts[-1].segments[0]:
+            return attempts[-1]
+        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+            torch.manual_seed(FALLBACK_SEED)
+            (attempt,) = _read(model, processor, [piece], [prompt], options, decode, with_words=True)
+        if attempt.text:
+            attempt.segments[0]["fallback"] = name
+            attempts.append(attempt)
+    segments = [attempt.segments[0] for attempt in attempts]
+    unlikely = [math.inf if segment["mean_logprob"] is None else -segment["mean_logprob"] for segment in segments]
+    return min(zip(attempts, segments, unlikely), key=lambda one: (len(one[1]["gates"]), one[2]))[0]
+
+
+def _read(model, processor, pieces: list[Piece], prompts: list, options: Options, decode, with_words: bool):
+    """
+    One padded batch of pieces to one result each.
+
+    Args:
+        decode: function of the prompt, the token budgets and the [`VoxLMAudioOutput`] of the batch to [`DecodedText`].
+    """
     rate = processor.sampling_rate
     inputs = processor.apply_transcription_request([piece.waveform for piece in pieces], prompt=prompts)
     inputs = inputs.to(model.device)
@@ -383,14 +414,9 @@ def _read(model, processor, pieces: list[Piece], prompts: list, options: Options
     audio = model.get_audio_features(**features)
     durations_s = [len(piece.waveform) / rate for piece in pieces]
     heard = frames_heard(model, audio)
-    budgets = token_budgets(heard, durations_s, generate_kwargs.get("max_new_tokens"))
+    given_budget = options.generate_kwargs.get("max_new_tokens")
     prompt = prompt_with_audio(model, inputs, audio)
-    if is_plain_greedy(model.generation_config, generate_kwargs):
-        text = greedy_decode(model, prompt, budgets, draft_texts(model, processor, audio))
-    else:
-        text = _generate(model, prompt, budgets, generate_kwargs)
-    # Words are needed to join overlapping pieces too.
-    with_words = options.with_words or any(piece.overlap or piece.continues for piece in pieces)
+    text = decode(prompt, token_budgets(heard, durations_s, given_budget), audio)
     if with_words and any(text.ids) and (text.states is None or model.alignment.states_at_tokens):
         read_states(model, prompt, text)
     results = []
@@ -398,21 +424,20 @@ def _read(model, processor, pieces: list[Piece], prompts: list, options: Options
         written = processor.decode_text(ids).strip()
         logprob = float(text.logprobs[row, : len(ids)].mean()) if ids and text.logprobs is not None else None
         start_s = piece.start / rate
-        gates = fired_gates(
-            written,
-            logprob,
-            piece.active,
-            None if heard is None else heard[row],
-            not ended and generate_kwargs.get("max_new_tokens") is None,
-            model.config.quality_gates,
-        )
         segment = {
             "start": round(start_s, 3),
             "end": round(start_s + durations_s[row], 3),
             "text": written,
             "mean_logprob": None if logprob is None else round(logprob, 4),
-            "temperature": 0.0,
-            "gates": gates,
+            "gates": fired_gates(
+                written,
+                logprob,
+                piece.active,
+                None if heard is None else heard[row],
+                not ended and given_budget is None,
+                model.config.quality_gates,
+            ),
+            "fallback": None,
         }
         results.append(
             VoxLMTranscription(

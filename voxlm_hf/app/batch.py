@@ -266,11 +266,15 @@ def run(
     files, folder = fsspec.core.url_to_fs(output)
     files.makedirs(folder, exist_ok=True)
     done = {row["id"] for shard in shards(output) for row in read_shard(shard, ["id"])}
-    pending = [item for item in items if item["id"] not in done]
-    totals = {"files": 0, "failed": 0, "seconds": 0.0, "skipped": len(items) - len(pending), "wall": 0.0}
+    # Cut before what is done is left out: should a worker of a run that was killed still write its shard, it writes the very one that
+    # this run writes.
+    groups = [items[first : first + files_per_shard] for first in range(0, len(items), files_per_shard)]
+    groups = [[item for item in group if item["id"] not in done] for group in groups]
+    groups = [group for group in groups if group]
+    pending = sum(map(len, groups))
+    totals = {"files": 0, "failed": 0, "seconds": 0.0, "skipped": len(items) - pending, "wall": 0.0}
     if not pending:
         return totals
-    groups = [pending[first : first + files_per_shard] for first in range(0, len(pending), files_per_shard)]
     started = time.perf_counter()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(address=address, logging_level="error", log_to_driver=False, ignore_reinit_error=True)

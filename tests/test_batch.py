@@ -1,0 +1,176 @@
+"""`voxlm batch`: sources, shards, and runs that are interrupted."""
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import soundfile
+
+from tests import tiny
+from voxlm_hf.app import batch
+from voxlm_hf.app.cli import main
+from voxlm_hf.transcription_voxlm import VoxLMTranscription
+
+
+class Counting:
+    """Stands for a model: writes the name of each file, notes it, and dies as often as the folder says."""
+
+    def __init__(self, folder: str, deaths: int, seconds: float = 0.0):
+        self.folder, self.deaths, self.seconds = Path(folder), deaths, seconds
+
+    def transcribe(self, audio, **options):
+        died = len(list(self.folder.glob("died-*")))
+        if died < self.deaths:
+            (self.folder / f"died-{died}").touch()
+            os._exit(9)
+        time.sleep(self.seconds)
+        return [
+            VoxLMTranscription(
+                text=Path(item).stem, words=[], duration=1.0, truncated=False, word_scores=[], segments=[], error=None
+            )
+            for item in audio
+        ]
+
+
+def names(folder: Path, count: int) -> list[str]:
+    """Manifest of that many files, which need not exist for `Counting`."""
+    rows = [{"id": f"clip {number}", "audio": f"{number}.wav"} for number in range(count)]
+    (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [row["id"] for row in rows]
+
+
+def results(folder: Path) -> list[dict]:
+    return [row for shard in batch.shards(str(folder)) for row in batch.read_shard(shard)]
+
+
+def test_sources(tmp_path):
+    for name in ("b.wav", "a.flac", "deep/c.wav", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = [Path(item["audio"]).name for item in batch.find_items([str(tmp_path)])]
+    assert found == ["a.flac", "b.wav", "c.wav"]
+    assert len(batch.find_items([f"{tmp_path}/*.wav", f"{tmp_path}/a.flac"])) == 2
+    assert batch.find_items([f"file://{tmp_path}/*.wav"])[0]["audio"].startswith("file://")
+    manifest = tmp_path / "list.jsonl"
+    manifest.write_text(
+        '{"audio": "b.wav"}\n\n{"audio": "/elsewhere/x.wav", "id": 7}\n{"audio": "s3://bucket/y.flac"}\n'
+    )
+    items = batch.find_items([str(manifest)])
+    assert [item["audio"] for item in items] == [f"{tmp_path}/b.wav", "/elsewhere/x.wav", "s3://bucket/y.flac"]
+    assert items[1]["id"] == "7"
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ('{"audio": "a.wav"}\n{"audio": "a.wav"}\n', "comes twice"),
+        ("not json\n", "line 1, is not JSON"),
+        ('{"path": "a.wav"}\n', "no path under 'audio'"),
+        ("", "no recordings"),
+    ],
+)
+def test_bad_manifests_are_refused(tmp_path, content, message):
+    (tmp_path / "bad.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        batch.find_items([str(tmp_path / "bad.jsonl")])
+
+
+def test_audio_inside_parquet_is_read_where_it_lies(tmp_path):
+    clips = [{"bytes": bytes([number]) * 4, "path": None} for number in range(5)]
+    table = pyarrow.table({"audio": clips, "id": [f"n{number}" for number in range(5)]})
+    pyarrow.parquet.write_table(table, tmp_path / "clips.parquet", row_group_size=2)
+    items = batch.find_items([str(tmp_path / "clips.parquet")])
+    assert [item["id"] for item in items] == ["n0", "n1", "n2", "n3", "n4"]
+    assert batch.read_item(items[3])["bytes"] == b"\x03" * 4
+    pyarrow.parquet.write_table(pyarrow.table({"audio": ["a.wav"]}), tmp_path / "paths.parquet")
+    assert batch.find_items([str(tmp_path / "paths.parquet")]) == [
+        {"id": f"{tmp_path}/a.wav", "audio": f"{tmp_path}/a.wav"}
+    ]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_shards_hold_what_was_written(tmp_path, suffix):
+    row = {
+        "id": "ä",
+        "text": "wörds",
+        "words": [{"word": "wörds", "start": 0.1, "end": 0.5, "confidence": 0.9}],
+        "segments": [
+            {"start": 0.0, "end": 1.0, "text": "wörds", "mean_logprob": -0.1, "gates": ["loop"], "fallback": 0.2}
+        ],
+        "duration": 1.0,
+        "truncated": False,
+        "error": None,
+    }
+    failed = {**row, "id": "b", "text": "", "words": [], "segments": [], "error": "No such audio file: b"}
+    batch.write_shard(f"{tmp_path}/part-1.{suffix}", [row, failed])
+    assert results(tmp_path) == [row, failed]
+    assert [path.name for path in tmp_path.iterdir()] == [f"part-1.{suffix}"]
+
+
+def test_files_are_transcribed_once(tmp_path, capsys):
+    """The whole way: a model, real files, one of them broken, and a second run with one more file."""
+    model = tiny.model(llm="qwen3")
+    model.save_pretrained(tmp_path / "model")
+    model.processor.save_pretrained(tmp_path / "model")
+    (tmp_path / "audio").mkdir()
+    for number in range(4):
+        soundfile.write(tmp_path / "audio" / f"{number}.wav", tiny.noise(0.6, number), tiny.RATE)
+    (tmp_path / "audio" / "broken.wav").write_bytes(b"RIFF")
+    command = ["batch", f"{tmp_path}/audio", "--output", f"{tmp_path}/out", "--model", f"{tmp_path}/model"]
+    command += ["--files-per-shard", "2", "--format", "parquet"]
+    assert main(command) == 1
+    rows = {Path(row["id"]).name: row for row in results(tmp_path / "out")}
+    assert sorted(rows) == ["0.wav", "1.wav", "2.wav", "3.wav", "broken.wav"]
+    assert "Cannot read" in rows["broken.wav"]["error"] and rows["broken.wav"]["text"] == ""
+    assert rows["0.wav"]["text"] == model.transcribe(tmp_path / "audio" / "0.wav").text
+    assert rows["0.wav"]["words"] and rows["0.wav"]["segments"][0]["gates"] == []
+    soundfile.write(tmp_path / "audio" / "late.wav", tiny.noise(0.6), tiny.RATE)
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "1 files (0 failed, 5 done before)" in capsys.readouterr().err
+    assert len(results(tmp_path / "out")) == 6
+
+
+def test_a_worker_that_is_killed_loses_nothing(tmp_path):
+    ids = names(tmp_path, 40)
+    totals = batch.run(
+        functools.partial(Counting, str(tmp_path), deaths=2),
+        [str(tmp_path / "manifest.jsonl")],
+        str(tmp_path / "out"),
+        files_per_shard=4,
+    )
+    assert totals["files"] == 40 and len(list(tmp_path.glob("died-*"))) == 2
+    assert sorted(row["id"] for row in results(tmp_path / "out")) == sorted(ids)
+
+
+def test_a_run_that_is_killed_goes_on_where_it_stopped(tmp_path):
+    ids = names(tmp_path, 24)
+    code = (
+        "import functools; from tests.test_batch import Counting, batch; "
+        f"batch.run(functools.partial(Counting, {str(tmp_path)!r}, 0, 0.3), [{str(tmp_path / 'manifest.jsonl')!r}], "
+        f"{str(tmp_path / 'out')!r}, files_per_shard=2, workers=1)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 90
+    while len(batch.shards(str(tmp_path / "out"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = len(results(tmp_path / "out"))
+    assert 6 <= before < 24
+    totals = batch.run(
+        functools.partial(Counting, str(tmp_path), deaths=0),
+        [str(tmp_path / "manifest.jsonl")],
+        str(tmp_path / "out"),
+        files_per_shard=2,
+    )
+    assert sorted(row["id"] for row in results(tmp_path / "out")) == sorted(ids)
+    assert totals["files"] + totals["skipped"] == 24 and totals["skipped"] >= before

@@ -1,0 +1,141 @@
+"""
+What the projector's frames say about a text: the CTC score of a prefix, for decoding together with the LLM.
+
+Hybrid decoding after Watanabe et al. 2017 ("Hybrid CTC/attention architecture for end-to-end speech recognition"), with the frames that
+a projector with `projector_readout="token_mixture"` reads as tokens of the LLM: it keeps the LLM from leaving out what was said, and
+from going on when nothing more was said.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+# Frames that carry a token with less than this probability are taken for blanks.
+TOKEN_FROM = 0.02
+# Tokens that one frame proposes, and tokens that frames and LLM propose, each, at one place of the text.
+FRAME_TOKENS, PROPOSALS = 4, 20
+IMPOSSIBLE = -1e9
+
+
+@dataclass
+class CTCFrames:
+    """
+    The frames of one recording that may carry a token.
+
+    Args:
+        queries (`torch.Tensor` of shape `(frames, text_size)`): times a token's embedding, its score.
+        offsets (`torch.Tensor` of shape `(frames,)`): to add to a score for the log-probability.
+        blanks (`np.ndarray` of shape `(frames,)`): log-probabilities of carrying no token.
+        best, best_logprobs (`np.ndarray` of shape `(frames, FRAME_TOKENS)`): the likeliest tokens.
+    """
+
+    queries: torch.Tensor
+    offsets: torch.Tensor
+    blanks: np.ndarray
+    best: np.ndarray
+    best_logprobs: np.ndarray
+
+
+def read_frames(model, audio) -> list[CTCFrames]:
+    """The frames of each recording of a batch ([`VoxLMAudioOutput`])."""
+    embeddings = model.get_input_embeddings().weight
+    embeds, gate, mask = model.projector.read(audio.last_hidden_state, audio.frame_mask)
+    rows = []
+    for queries, log_odds, real in zip(embeds * model.projector.log_scale.exp(), gate.float(), mask.bool()):
+        kept = real & (log_odds.sigmoid() > TOKEN_FROM)
+        queries, log_odds = queries[kept], log_odds[kept]
+        scores = (queries @ embeddings.to(queries.dtype).T).float()
+        offsets = torch.nn.functional.logsigmoid(log_odds) - scores.logsumexp(-1)
+        best = scores.topk(FRAME_TOKENS, dim=-1)
+        rows.append(
+            CTCFrames(
+                queries=queries,
+                offsets=offsets,
+                blanks=torch.nn.functional.logsigmoid(-log_odds).double().cpu().numpy(),
+                best=best.indices.cpu().numpy(),
+                best_logprobs=(best.values + offsets[:, None]).double().cpu().numpy(),
+            )
+        )
+    return rows
+
+
+class CTCPrefix:
+    """
+    A growing text and the probability, by the frames, that the recording begins with it.
+
+    Args:
+        frames ([`CTCFrames`]); embeddings (`torch.Tensor` of shape `(vocabulary, text_size)`): of the LLM.
+    """
+
+    def __init__(self, frames: CTCFrames, embeddings: torch.Tensor):
+        self.frames, self.embeddings = frames, embeddings
+        # Log-probabilities that the frames up to each one spell the text, the last one with a token or with a blank.
+        self.token = np.full(len(frames.blanks), IMPOSSIBLE)
+        self.blank = np.cumsum(frames.blanks)
+        self.last, self.logprob = None, 0.0
+        self.scored: dict[int, tuple] = {}
+
+    def proposals(self) -> list[int]:
+        """Tokens that the frames behind the text may carry."""
+        if not len(self.token):
+            return []
+        before = np.append(0.0 if self.last is None else IMPOSSIBLE, np.logaddexp(self.token, self.blank)[:-1])
+        likely = (before[:, None] + self.frames.best_logprobs).ravel()
+        return self.frames.best.ravel()[np.argsort(-likely)[:PROPOSALS]].tolist()
+
+    def score(self, tokens: list[int]) -> np.ndarray:
+        """Log-probabilities of each of some tokens coming next, `(tokens,)`."""
+        count, frames = len(tokens), len(self.token)
+        if not frames:
+            return np.full(count, IMPOSSIBLE)
+        ids = torch.tensor(tokens, device=self.embeddings.device)
+        scores = self.frames.queries @ self.embeddings[ids].to(self.frames.queries.dtype).T
+        logprobs = (scores.float() + self.frames.offsets[:, None]).double().cpu().numpy()
+        either = np.logaddexp(self.token, self.blank)
+        # The same token again needs a blank between.
+        again = np.array([token == self.last for token in tokens])
+        before = np.where(again, self.blank[:, None], either[:, None])
+        arrivals = np.full((frames, count), IMPOSSIBLE)
+        arrivals[0] = logprobs[0] + (0.0 if self.last is None else IMPOSSIBLE)
+        arrivals[1:] = before[:-1] + logprobs[1:]
+        token, blank = np.full((frames, count), IMPOSSIBLE), np.full((frames, count), IMPOSSIBLE)
+        token[0] = arrivals[0]
+        for frame in range(1, frames):
+            token[frame] = np.logaddexp(token[frame - 1] + logprobs[frame], arrivals[frame])
+            blank[frame] = np.logaddexp(token[frame - 1], blank[frame - 1]) + self.frames.blanks[frame]
+        reached = np.logaddexp.reduce(arrivals, axis=0)
+        self.scored = {one: (token[:, place], blank[:, place], reached[place]) for place, one in enumerate(tokens)}
+        return reached - self.logprob
+
+    def end_score(self) -> float:
+        """Log-probability of the text ending here."""
+        if not len(self.token):
+            return 0.0 if self.last is None else IMPOSSIBLE
+        return float(np.logaddexp(self.token[-1], self.blank[-1])) - self.logprob
+
+    def append(self, token: int):
+        """Go on by a token that was scored last."""
+        self.token, self.blank, self.logprob = self.scored[token]
+        self.last = token
+
+
+def choose(logprobs: torch.Tensor, prefix: CTCPrefix, weight: float, stops: set[int]) -> int:
+    """
+    The token that LLM and frames together find likeliest, appended to the prefix unless it is a stop token.
+
+    Args:
+        logprobs (`torch.Tensor` of shape `(vocabulary,)`): of the LLM; weight (`float`): of the frames' log-probabilities.
+    """
+    proposed = {*logprobs.topk(min(PROPOSALS, len(logprobs))).indices.tolist(), *prefix.proposals()}
+    tokens = sorted(proposed - stops)
+    scores = logprobs[tokens].double().cpu().numpy() + weight * prefix.score(tokens)
+    stop = max(stops, key=lambda token: float(logprobs[token]), default=None)
+    best = int(scores.argmax()) if tokens else None
+    if stop is not None:
+        end = float(logprobs[stop]) + weight * prefix.end_score()
+        if best is None or end >= scores[best]:
+            return stop
+    prefix.append(tokens[best])
+    return tokens[best]
