@@ -47,6 +47,8 @@ class VoxLMConfig(PreTrainedConfig):
             Leave the encoder untrained, and in evaluation mode while the rest trains.
         audio_window_s (`float`, defaults to 30.0):
             Longest audio, in seconds, of one pass; `transcribe` cuts longer audio at quiet points.
+        chunk_length_s (`float`, *optional*): longest piece, in seconds, that `transcribe` cuts recordings into, by default the
+            window; less for models that have seen short recordings only.
         pad_audio_to_window (`bool`, defaults to `False`):
             Feed the encoder and the LLM the full window, padded with silence, instead of the real audio alone. Only for
             checkpoints that were trained that way.
@@ -104,6 +106,7 @@ class VoxLMConfig(PreTrainedConfig):
     audio_token_id: int | None = None
     freeze_audio_encoder: bool = True
     audio_window_s: int | float = 30.0
+    chunk_length_s: int | float | None = None
     pad_audio_to_window: bool = False
     projector_kind: Literal["mlp", "convnext", "conv"] = "mlp"
     projector_stride: int = 4
@@ -178,6 +181,10 @@ class VoxLMConfig(PreTrainedConfig):
             )
         if not 0 < self.audio_window_s <= 3600:
             raise ValueError(f"`audio_window_s` must be above 0 and at most 3600, got {self.audio_window_s}")
+        if self.chunk_length_s is not None and not 1 <= self.chunk_length_s <= self.audio_window_s:
+            raise ValueError(
+                f"`chunk_length_s` must be at least 1 and at most the window of {self.audio_window_s} s, got {self.chunk_length_s}"
+            )
         if self.frame_gate_threshold is not None and not 0 <= self.frame_gate_threshold < 1:
             raise ValueError(f"`frame_gate_threshold` must lie in [0, 1) or be None, got {self.frame_gate_threshold}")
         vocab_size = getattr(self.text_config, "vocab_size", None)

@@ -134,7 +134,7 @@ def transcribe(
         sampling_rate (`int`, *optional*): of bare arrays, by default the model's.
         return_timestamps (`bool` or `"word"`): whether to compute word times and confidences. The text is the same.
         batch_size (`int`): pieces of audio in one pass.
-        chunk_length_s (`float`, *optional*): longest piece, by default (and at most) the model's window.
+        chunk_length_s (`float`, *optional*): longest piece; by default the config's, at most the model's window.
         vad (`"energy"` or `"silero"`): voice activity detector; the second needs the extra `vad`.
         stream (`bool`): return an iterator that yields results as they come: of one recording its segments, of a list its
             recordings, in order.
@@ -165,7 +165,7 @@ def transcribe(
         sampling_rate=sampling_rate,
         with_words=bool(return_timestamps),
         batch_size=batch_size,
-        longest_s=min(model.config.audio_window_s, chunk_length_s or math.inf),
+        longest_s=min(model.config.audio_window_s, chunk_length_s or model.config.chunk_length_s or math.inf),
         vad=vad,
         generate_kwargs=generate_kwargs,
     )
