@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+import soundfile
+import torch
 
 from tests import tiny
-from voxlm_hf.transcription_voxlm import word_confidence
+from voxlm_hf.transcription_voxlm import prompt_with_audio, word_confidence
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +127,114 @@ def test_a_model_without_a_checkpoint_says_where_its_processor_should_come_from(
     model.processor, model.config._name_or_path = None, ""
     with pytest.raises(ValueError, match="model.processor"):
         model.transcribe(tiny.noise(1))
+
+
+def test_a_bad_recording_spoils_no_other(model, tmp_path):
+    (tmp_path / "text.wav").write_text("this is no audio")
+    clip = tiny.noise(1.2, 4)
+    nan = np.where(np.arange(16000) == 500, np.nan, 0.1)
+    results = model.transcribe([clip, tmp_path / "text.wav", nan, tmp_path / "missing.wav", clip], max_new_tokens=6)
+    assert results[0].text == results[4].text == model.transcribe(clip, max_new_tokens=6).text
+    assert [result.error is None for result in results] == [True, False, False, False, True]
+    assert "Cannot read" in results[1].error and "NaN" in results[2].error and "No such audio file" in results[3].error
+    assert results[1].text == "" and results[1].words == []
+    for bad, error in ((tmp_path / "text.wav", ValueError), (nan, ValueError), (tmp_path / "missing.wav", OSError)):
+        with pytest.raises(error):
+            model.transcribe(bad)
+
+
+def test_a_stream_yields_what_the_whole_holds(model, tmp_path):
+    recording = np.concatenate(
+        [tiny.noise(3, 0), np.zeros(8000, np.float32), tiny.noise(3, 1), np.zeros(50000, np.float32)]
+    )
+    recording = np.concatenate([recording, tiny.noise(4, 2)])
+    soundfile.write(tmp_path / "long.wav", recording, 16000, subtype="FLOAT")
+    options = {"chunk_length_s": 4, "max_new_tokens": 5}
+    whole = model.transcribe(tmp_path / "long.wav", **options)
+    segments = list(model.transcribe(tmp_path / "long.wav", stream=True, batch_size=2, **options))
+    assert len(segments) == len(whole.segments) > 2
+    assert [segment.text for segment in segments] == [segment["text"] for segment in whole.segments]
+    assert [word["word"] for part in segments for word in part.words] == [word["word"] for word in whole.words]
+    assert not any(6.8 < word["start"] < 9.3 for word in whole.words)  # the pause
+    both = list(model.transcribe([recording, recording[:32000]], stream=True, **options))
+    assert both[0].text == whole.text and len(both) == 2
+
+
+def test_the_text_does_not_depend_on_the_rate_of_the_file(model, tmp_path):
+    eight_channels = np.stack([tiny.noise(1.5, seed) for seed in range(8)], axis=1)
+    soundfile.write(tmp_path / "many.wav", eight_channels, 16000, subtype="FLOAT")
+    assert model.transcribe(tmp_path / "many.wav", max_new_tokens=5).text == (
+        model.transcribe(eight_channels.T, max_new_tokens=5).text
+    )
+    for rate in (8000, 192000):
+        soundfile.write(tmp_path / "rate.wav", tiny.noise(25, 3), rate, subtype="FLOAT")
+        samples, _ = soundfile.read(tmp_path / "rate.wav", dtype="float32")
+        array = {"array": samples, "sampling_rate": rate}
+        assert model.transcribe(tmp_path / "rate.wav", max_new_tokens=5).text == (
+            model.transcribe(array, max_new_tokens=5).text
+        )
+
+
+def test_a_file_that_ends_early_is_transcribed_with_a_warning(model, tmp_path, caplog):
+    soundfile.write(tmp_path / "whole.wav", tiny.noise(4, 1), 16000)
+    content = (tmp_path / "whole.wav").read_bytes()
+    (tmp_path / "cut.wav").write_bytes(content[: len(content) // 2])
+    result = model.transcribe(tmp_path / "cut.wav", max_new_tokens=5)
+    assert result.duration == pytest.approx(2.0, abs=0.01)
+
+
+def test_silence_gives_nothing(model):
+    for waveform in (np.zeros(16000, np.float32), np.zeros(100 * 16000, np.float32)):
+        result = model.transcribe(waveform)
+        assert (result.text, result.words, result.segments) == ("", [], []) and result.duration == len(waveform) / 16000
+
+
+def test_a_gate_that_fires_leads_to_a_fallback():
+    """A random model never stops by itself, so the budget fires; its samples do not pass either."""
+    fields = {"projector_readout": "token_mixture", "frame_gate_threshold": 0.3}
+    gates = {"compression_ratio": 2.4, "mean_logprob": -100.0}
+    model = tiny.model(llm="qwen3", quality_gates=gates, fallback_temperatures=[0.5], **fields)
+    clips = [tiny.noise(1.5, seed) for seed in range(4)]
+    texts = [model.transcribe(clip) for clip in clips]
+    assert {result.segments[0]["fallback"] for result in texts} == {"projector"}
+    assert not any(result.truncated for result in texts)
+    assert [result.text for result in model.transcribe(clips)] == [result.text for result in texts]
+    assert [result.text for result in model.transcribe(clips, return_timestamps=False)] == [
+        result.text for result in texts
+    ]
+    plain = tiny.model(llm="qwen3", quality_gates={"mean_logprob": -0.5}, fallback_temperatures=[0.5, 1.0])
+    first, again = plain.transcribe(clips[0]), plain.transcribe(clips)[0]
+    assert first.text == again.text and "mean_logprob" in first.segments[0]["gates"]
+
+
+def test_hidden_frames_are_left_out_without_a_difference():
+    model = tiny.model(llm="qwen3", projector_readout="token_mixture", frame_gate_threshold=0.5)
+    clips = [tiny.noise(seconds, 5) for seconds in (2.0, 0.8)]
+    inputs = model.processor.apply_transcription_request(clips)
+    audio = model.get_audio_features(
+        input_features=inputs["input_features"], input_features_mask=inputs["input_features_mask"]
+    )
+    prompt = prompt_with_audio(model, inputs, audio)
+    assert prompt["input_ids"].shape[1] < inputs["input_ids"].shape[1]
+    torch.testing.assert_close(model(**prompt).logits[:, -1], model(**inputs).logits[:, -1], atol=1e-5, rtol=0)
+
+
+def test_eight_bits_are_close_and_cannot_be_saved(tmp_path):
+    model, exact = tiny.model(llm="qwen3", lora_config={}), tiny.model(llm="qwen3", lora_config={})
+    model.quantize_dynamic()
+    inputs = exact.processor.apply_transcription_request(tiny.noise(1.0))
+    one, other = (each(**inputs).logits[:, -1].softmax(-1) for each in (model, exact))
+    assert 0 < float((one - other).abs().max()) < 0.02
+    assert model.transcribe(tiny.noise(1.0), max_new_tokens=4).words
+    with pytest.raises(ValueError, match="cannot be saved"):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="float32 models on the CPU"):
+        tiny.model().to(torch.bfloat16).quantize_dynamic()
+
+
+@pytest.mark.parametrize(
+    "options, message", [({"vad": "loud"}, "`vad` must be one of"), ({"batch_size": 0}, "batch_size")]
+)
+def test_arguments_out_of_range(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        model.transcribe(tiny.noise(1), **options)
