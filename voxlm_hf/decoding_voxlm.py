@@ -125,8 +125,9 @@ def greedy_decode(
             output_hidden_states=True,
             **audio,
         )
-        cache, hidden, logits = output.past_key_values, output.hidden_states[-1][:, -width - 1 :], output.logits.float()
-        raw = logits.log_softmax(-1)
+        cache, hidden = output.past_key_values, output.hidden_states[-1][:, -width - 1 :]
+        raw = output.logits.float().log_softmax(-1)
+        del output  # the logits are as large as the whole model's states
         entropy = torch.stack([token_entropies(row) for row in raw])  # row by row, for the memory's sake
         raw[..., suppressed] = -torch.inf
         likeliest = raw.argmax(-1).tolist()

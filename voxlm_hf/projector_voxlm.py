@@ -6,6 +6,10 @@ from torch import nn
 from .configuration_voxlm import VoxLMConfig
 
 
+# Projected frames that are scored against the whole vocabulary at once.
+FRAMES_AT_ONCE = 64
+
+
 class VoxLMConvNeXtBlock(nn.Module):
     """Residual depthwise convolution over time and feed-forward layer (Liu et al. 2022, in one dimension)."""
 
@@ -106,11 +110,17 @@ class VoxLMProjector(nn.Module):
         if self.token_ids is not None:
             token_embeddings = token_embeddings[self.token_ids]
         kept = self.keep(speech_logits)
-        scores = embeds[kept] @ token_embeddings.to(embeds.dtype).T * self.log_scale.exp()
+        token_embeddings = token_embeddings.to(embeds.dtype)
+        read, best = [embeds[:0, 0]], [kept.new_zeros(0, dtype=torch.long)]
+        # A few frames at a time: a row of scores is as long as the vocabulary.
+        for frames in embeds[kept].split(FRAMES_AT_ONCE):
+            scores = frames @ token_embeddings.T * self.log_scale.exp()
+            read.append(scores.softmax(-1) @ token_embeddings)
+            best.append(scores.argmax(-1))
         mixtures = torch.zeros_like(embeds)
-        mixtures[kept] = scores.softmax(-1) @ token_embeddings.to(embeds.dtype)
+        mixtures[kept] = torch.cat(read)
         tokens = torch.full(kept.shape, -1, device=embeds.device)
-        best = scores.argmax(-1)
+        best = torch.cat(best)
         tokens[kept] = best if self.token_ids is None else self.token_ids[best]
         repeats = nn.functional.pad((tokens[:, 1:] == tokens[:, :-1]) & kept[:, 1:], (1, 0))
         return mixtures, speech_logits.masked_fill(repeats, -torch.inf), tokens.masked_fill(repeats, -1)

@@ -29,7 +29,9 @@ TOKENS_PER_SECOND, TOKENS_AT_LEAST = 15, 16
 # Where the projector's gate says how many frames carry a token, the text may be this much longer: beyond it is a loop.
 TOKENS_PER_FRAME_HEARD = 1.25
 # Pieces are sorted by length within so many batches, so that little is padding and little is in memory.
-BATCHES_AHEAD = 8
+BATCHES_AHEAD = 4
+# Seconds of audio, padding included, in one pass on a CPU: more only takes more memory there.
+CPU_BATCH_S = 60.0
 # Of the samples drawn when a gate fires: the same text every time.
 FALLBACK_SEED = 0
 
@@ -133,7 +135,7 @@ def transcribe(
         prompt (`str` or `list[str]`, *optional*): instruction or context; by default the one the model was trained with.
         sampling_rate (`int`, *optional*): of bare arrays, by default the model's.
         return_timestamps (`bool` or `"word"`): whether to compute word times and confidences. The text is the same.
-        batch_size (`int`): pieces of audio in one pass.
+        batch_size (`int`): pieces of audio in one pass, at most; on a CPU also no more than a minute of audio.
         chunk_length_s (`float`, *optional*): longest piece; by default the config's, at most the model's window.
         vad (`"energy"` or `"silero"`): voice activity detector; the second needs the extra `vad`.
         stream (`bool`): return an iterator that yields results as they come: of one recording its segments, of a list its
@@ -231,8 +233,8 @@ def transcribe_parts(
             pieces = sorted(
                 (part for part in window if part.piece is not None), key=lambda part: len(part.piece.waveform)
             )
-            for first in range(0, len(pieces), options.batch_size):
-                batch = pieces[first : first + options.batch_size]
+            limit_s = CPU_BATCH_S if model.device.type == "cpu" else math.inf
+            for batch in batches(pieces, options.batch_size, limit_s * rate):
                 results = _transcribe_batch(
                     model,
                     processor,
@@ -244,6 +246,18 @@ def transcribe_parts(
                     part.result = result
                     bar.update(round(len(part.piece.waveform) / rate))
             yield from window
+
+
+def batches(pieces: list[Part], size: int, samples: float) -> Iterator[list[Part]]:
+    """Pieces, sorted by length, in batches of at most `size` and, with their padding, of at most `samples`."""
+    batch: list[Part] = []
+    for part in pieces:
+        if len(batch) == size or batch and (len(batch) + 1) * len(part.piece.waveform) > samples:
+            yield batch
+            batch = []
+        batch.append(part)
+    if batch:
+        yield batch
 
 
 def windows(parts: Iterable[Part], batch_size: int, at_once: bool) -> Iterator[list[Part]]:

@@ -63,6 +63,9 @@ class VoxLMASRPipeline(AutomaticSpeechRecognitionPipeline):
             batch_size=len(audio) if batched else 1,
             **options,
         )
+        errors = [result["error"] for result in results if result.get("error")]
+        if errors:
+            raise ValueError(errors[0])
         outputs = [dict(result) for result in results]
         return {"is_last": model_inputs["is_last"], "result": outputs if batched else outputs[0]}
 
