@@ -23,6 +23,8 @@ def test_each_sign_of_nonsense_has_its_gate():
     assert fired("a fluent guess", mean_logprob=-2.5) == ["mean_logprob"]
     assert fired("one two three four five six seven eight nine ten", active_s=0.2) == ["words_per_second"]
     assert fired("let it be", heard=3, active_s=15.0) == ["no_speech"]
+    assert fired("up", mean_logprob=-3.0, heard=1, active_s=2.0) == ["mean_logprob", "no_speech"]
+    assert fired("up", mean_logprob=-0.3, heard=1, active_s=2.0) == []
     assert fired("cut off", out_of_tokens=True) == ["token_budget"]
 
 

@@ -26,8 +26,8 @@ def fired_gates(
     - "compression_ratio", "mean_logprob": as Whisper has them (Radford et al. 2022), bytes by compressed bytes and the mean
       log-probability of the tokens.
     - "words_per_second": more words than anybody says in the time in which the voice activity detector heard something.
-    - "no_speech": five seconds or more are active, but less than `heard_per_second` frames of them carry a token: music or
-      noise.
+    - "no_speech": less than `heard_per_second` frames for each second that is active carry a token, and five seconds or more are
+      active or the text fires "mean_logprob" too: music or noise.
 
     Args:
         text (`str`): without white space at its ends.
@@ -49,7 +49,8 @@ def fired_gates(
     # A second of grace: words are longer than the frames in which they are loud.
     if len(words) > gates.get("words_per_second", 1e9) * (active_s + 1):
         fired.append("words_per_second")
-    if heard is not None and active_s >= NO_SPEECH_FROM_S and heard < gates.get("heard_per_second", 0) * active_s:
+    sparse = heard is not None and heard < gates.get("heard_per_second", 0) * active_s
+    if sparse and (active_s >= NO_SPEECH_FROM_S or "mean_logprob" in fired):
         fired.append("no_speech")
     if fired and loops(words) > LOOP_TIMES:
         fired.append("loop")
