@@ -81,7 +81,9 @@ print(json.dumps({{"type": config.model_type, "missing": sorted(info["missing_ke
         tmp_path,
     )
     assert result["type"] == "voxlm" and result["missing"] == [] and result["unexpected"] == []
-    assert [text.strip() for text in result["generated"]] == [item["text"] for _, item in result["results"]]
+    # `generate` is the LLM alone, `transcribe` the LLM and the projector's frames together.
+    names = [name for name, _ in result["results"]]
+    assert error_rate(list(zip(names, result["generated"]))) < 0.5
     assert error_rate([(name, item["text"]) for name, item in result["results"]]) < 0.4
     for _, item in result["results"]:
         times = [time for word in item["words"] for time in (word["start"], word["end"])]

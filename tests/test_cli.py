@@ -53,7 +53,8 @@ def test_bad_files_do_not_stop_the_others(folder, recording, tmp_path, capsys):
     output = tmp_path / "out" / "deep"
     assert main(["transcribe", *files, "--model", folder, "--output-dir", str(output), "--format", "srt"]) == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("voxlm:")]
-    assert len(lines) == 2 and "bad.wav" in lines[0] and "missing.wav" in lines[1]
+    assert len(lines) == 3 and "bad.wav" in lines[0] and "missing.wav" in lines[1]
+    assert "1 of 3 files, 1 s of audio" in lines[2]
     assert [path.name for path in output.iterdir()] == ["one.srt"]
 
 
