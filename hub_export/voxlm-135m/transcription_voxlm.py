@@ -279,14 +279,15 @@ def joined(parts: Iterable[Part], options: Options) -> Iterator[Part]:
         if part.piece is not None and part.piece.overlap:
             _join(waiting.result, part.result)
         if waiting is not None:
-            yield _without_times(waiting) if not options.with_words else waiting
+            yield _as_asked(waiting, options)
         waiting = part
     if waiting is not None:
-        yield _without_times(waiting) if not options.with_words else waiting
+        yield _as_asked(waiting, options)
 
 
-def _without_times(part: Part) -> Part:
-    if part.result is not None:
+def _as_asked(part: Part, options: Options) -> Part:
+    """The part, its words left out where times were not asked for."""
+    if part.result is not None and not options.with_words:
         part.result.words, part.result.word_scores = [], []
     return part
 
