@@ -1,7 +1,7 @@
 """
 Read sentences aloud with many free voices, one drawn for each sentence, as a folder of FLAC files and a manifest.
 
-    python -m training.synthesise SENTENCES.txt OUT [--first N] [--count N] [--seed N] [--workers N]
+    python -m training.synthesise SENTENCES.txt OUT [--first N] [--count N] [--seed N] [--workers N] [--engines NAME ...]
 
 Needs Debian's packages flite, festival with festvox-us-slt-hts, festvox-kallpc16k and festvox-kdlpc16k, espeak-ng and
 libttspico-utils (non-free section; its own licence is Apache-2.0). The rate varies by the engine's own duration control,
@@ -80,9 +80,9 @@ def festival_words(printed: str, stretch: float) -> list[dict]:
     return words
 
 
-def speak(text: str, rng: np.random.Generator) -> tuple[np.ndarray, str, list[dict] | None]:
+def speak(text: str, rng: np.random.Generator, engines: list[str]) -> tuple[np.ndarray, str, list[dict] | None]:
     """
-    One sentence by a voice, rate and pitch drawn from `rng`.
+    One sentence by a voice of one of the `engines`, rate and pitch drawn from `rng`.
 
     Returns:
         the waveform `(samples,)` at 16 kHz, its peak between 0.2 and 0.9, the voice as "engine/voice", and words with times
@@ -91,7 +91,8 @@ def speak(text: str, rng: np.random.Generator) -> tuple[np.ndarray, str, list[di
     Raises:
         subprocess.CalledProcessError, ValueError: when the engine fails or writes nothing.
     """
-    engine = rng.choice(list(VOICES), p=[share for share, _ in VOICES.values()])
+    shares = np.array([VOICES[engine][0] for engine in engines])
+    engine = rng.choice(engines, p=shares / shares.sum())
     voice = rng.choice(VOICES[engine][1])
     rate, pitch = rng.uniform(0.8, 1.2), rng.uniform(0.86, 1.2)
     with tempfile.TemporaryDirectory() as folder:
@@ -114,6 +115,7 @@ def main():
     parser.add_argument("--count", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--engines", nargs="+", choices=list(VOICES), default=list(VOICES), help="those installed")
     arguments = parser.parse_args()
     (arguments.output / "audio").mkdir(parents=True, exist_ok=True)
     manifest = arguments.output / "manifest.jsonl"
@@ -126,7 +128,7 @@ def main():
         number, text = item
         name = f"{arguments.seed}-{number:06d}"
         try:
-            waveform, voice, words = speak(text, np.random.default_rng([arguments.seed, number]))
+            waveform, voice, words = speak(text, np.random.default_rng([arguments.seed, number]), arguments.engines)
         except (subprocess.SubprocessError, ValueError, soundfile.LibsndfileError) as error:
             tqdm.write(f"left out: {name}: {error}")
             return None
