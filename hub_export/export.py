@@ -5,7 +5,7 @@ Write a model as a checkpoint folder that loads wherever transformers is: `voxlm
     lora                self-contained and still trainable
     delta               only what was trained, with references to the base models (`--audio-base`, `--text-base`)
 
-Frozen weights lie in shards of their own (`encoder-*`, `language-model-*`), what is trained in `trained.safetensors`, so that a
+Frozen weights lie in shards of their own (`encoder-*`, `decoder-*`, `language-model-*`), what is trained in `trained.safetensors`, so that a
 better checkpoint changes one small file (with `--frozen-from FOLDER`). `--code FOLDER` refreshes only the code files in it.
 """
 
@@ -125,8 +125,8 @@ def store(name: str, tensor: torch.Tensor, storage: str) -> dict[str, torch.Tens
     One tensor as it is written.
 
     Args:
-        storage: "as is", a dtype's name, or "int8": the LLM's matrices in 8 bits, the encoder in float16, what is trained in
-            bfloat16. There, norms and other vectors stay in float32: they are small, and not all of them fit float16.
+        storage: "as is", a dtype's name, or "int8": the matrices of LLM and decoder in 8 bits, the encoder in float16, what is
+            trained in bfloat16. There, norms and other vectors stay in float32: they are small, and not all of them fit float16.
     """
     if not tensor.is_floating_point() or storage == "as is":
         return {name: tensor}
@@ -134,15 +134,18 @@ def store(name: str, tensor: torch.Tensor, storage: str) -> dict[str, torch.Tens
         return {name: tensor.to(getattr(torch, storage))}
     if tensor.dim() < 2:
         return {name: tensor.float()}
-    if part_of(name) == "language-model":
+    # Learned positions are no matrix that something is multiplied by, and are not restored.
+    if part_of(name) in ("language-model", "decoder") and "embed_positions" not in name:
         return to_int8(name, tensor)
-    return {name: tensor.half() if part_of(name) == "encoder" else tensor.bfloat16()}
+    return {name: tensor.bfloat16() if part_of(name) == "trained" else tensor.half()}
 
 
 def part_of(name: str) -> str:
     """The file, or beginning of the names of files, that a tensor goes to."""
     if name.startswith("encoder."):
         return "encoder"
+    if name.startswith("reader.decoder."):
+        return "decoder"
     return "language-model" if name.startswith("language_model.") and ".lora_" not in name else "trained"
 
 
@@ -150,7 +153,9 @@ def split_shards(
     state: dict[str, torch.Tensor], tied: set[str], storage: str, shard_bytes: int = SHARD_BYTES
 ) -> dict[str, dict[str, torch.Tensor]]:
     """Tensors by file name, in files of at most `shard_bytes` (more where one tensor is larger)."""
-    parts: dict[str, list[dict[str, torch.Tensor]]] = {"encoder": [{}], "language-model": [{}], "trained": [{}]}
+    parts: dict[str, list[dict[str, torch.Tensor]]] = {
+        part: [{}] for part in ("encoder", "decoder", "language-model", "trained")
+    }
     for name, tensor in state.items():
         if name in tied:
             continue
@@ -196,10 +201,10 @@ def read_frozen_shards(model: VoxLMForSpeechSeq2Seq, folder: Path) -> dict[str, 
 
 
 def write_weights(files: dict[str, dict[str, torch.Tensor]], folder: Path, frozen_from: Path | None = None):
-    """Write shards and their index; with `frozen_from`, all but what is trained as copies of the files there."""
+    """Write shards and their index; with `frozen_from`, those that are there, but for what is trained, as copies."""
     weight_map = {}
     for file, tensors in files.items():
-        if frozen_from is None or file == TRAINED_FILE:
+        if frozen_from is None or file == TRAINED_FILE or not (frozen_from / file).exists():
             tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
             save_file(tensors, folder / file, metadata={"format": "pt"})
         else:
@@ -273,7 +278,7 @@ def export(
         state = delta_state(model, config)
     files = split_shards(state, set(model.all_tied_weights_keys), storage, shard_bytes)
     if frozen_from is not None:
-        files = {TRAINED_FILE: files[TRAINED_FILE], **read_frozen_shards(model, frozen_from)}
+        files.update(read_frozen_shards(model, frozen_from))
     dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
     dtype = str(dtypes.pop()) if storage == "as is" and len(dtypes) == 1 else f"torch.{storage}"
     dtype = "float32" if dtype in ("torch.as is", "torch.int8") else dtype.removeprefix("torch.")

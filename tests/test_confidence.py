@@ -44,7 +44,7 @@ def test_the_fit_is_that_of_logistic_regression():
     library = LogisticRegression(C=1e9).fit(np.stack([logits, -entropies], 1), right)
     expected = [*library.coef_[0], *library.intercept_]
     assert [fitted["scale"], fitted["entropy"], fitted["bias"]] == pytest.approx(expected, abs=0.01)
-    calibrated = np.array([word_confidence(score["logprob"], score["entropy"], **fitted) for score in scores])
+    calibrated = np.array([word_confidence(score, fitted) for score in scores])
     raw = np.exp([score["logprob"] for score in scores])
     assert score_confidences(calibrated, right).ece < 0.03 < score_confidences(raw, right).ece
     assert score_confidences(calibrated, right).nce > score_confidences(raw, right).nce

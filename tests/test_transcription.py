@@ -98,14 +98,22 @@ def test_the_token_budget_is_each_recordings_own():
 
 def test_confidence_is_monotone_and_the_probability_by_default():
     values = [1e-4, 0.01, 0.3, 0.5, 0.99, 1 - 1e-4]
-    plain = [word_confidence(np.log(value), 3.0, 1.0, 0.0, 0.0) for value in values]
+
+    def confidence(logprob, entropy, scale, weight, bias, **reader):
+        calibration = {"scale": scale, "entropy": weight, "bias": bias, "reader": 0.3}
+        return word_confidence({"logprob": logprob, "entropy": entropy, **reader}, calibration)
+
+    plain = [confidence(np.log(value), 3.0, 1.0, 0.0, 0.0) for value in values]
     assert plain == pytest.approx(values, abs=1e-9)
-    mapped = [word_confidence(np.log(value), 1.0, 0.6, 0.2, -0.5) for value in values]
+    mapped = [confidence(np.log(value), 1.0, 0.6, 0.2, -0.5) for value in values]
     assert mapped == sorted(mapped) and mapped[0] >= 0 and mapped[-1] <= 1
-    spread = [word_confidence(np.log(0.8), entropy, 0.6, 0.2, -0.5) for entropy in (0.0, 0.5, 3.0)]
+    spread = [confidence(np.log(0.8), entropy, 0.6, 0.2, -0.5) for entropy in (0.0, 0.5, 3.0)]
     assert spread == sorted(spread, reverse=True)
     assert spread[1] == pytest.approx(1 / (1 + np.exp(-(0.6 * np.log(4) - 0.1 - 0.5))))  # by hand
-    assert word_confidence(-1000.0, 8.0, 1.0, 1.0, 0.0) >= 0
+    assert confidence(-1000.0, 8.0, 1.0, 1.0, 0.0) >= 0
+    read = [confidence(np.log(0.8), 0.5, 0.6, 0.2, -0.5, reader=np.log(value)) for value in values]
+    assert read == sorted(read)
+    assert read[4] == pytest.approx(1 / (1 + np.exp(-(0.6 * np.log(4) + 0.3 * np.log(99) - 0.1 - 0.5))))  # by hand
 
 
 @pytest.mark.parametrize(

@@ -103,22 +103,33 @@ def score_confidences(confidences: np.ndarray, right: np.ndarray) -> ConfidenceS
 
 def fit_calibration(scores: list[dict], right: np.ndarray) -> dict[str, float]:
     """
-    `config.confidence_calibration` that makes the right words likeliest (logistic regression with both weights kept at 0 or
+    `config.confidence_calibration` that makes the right words likeliest (logistic regression with all weights kept at 0 or
     above, so that the map stays monotone).
 
     Args:
         scores: `word_scores` of transcriptions; right: `(words,)` of bool.
     """
     logits = np.array([probability_logit(score["logprob"]) for score in scores])
+    # Where there is no reader, its weight has nothing to learn from and stays at 0.
+    by_reader = np.array([probability_logit(score["reader"]) if "reader" in score else 0.0 for score in scores])
     entropies = np.array([score["entropy"] for score in scores])
     signs = np.where(right, 1.0, -1.0)
 
     def loss(parameters):
-        scale, entropy, bias = parameters
-        return np.logaddexp(0, -signs * (scale * logits - entropy * entropies + bias)).mean()
+        scale, reader, entropy, bias = parameters
+        return np.logaddexp(0, -signs * (scale * logits + reader * by_reader - entropy * entropies + bias)).mean()
 
-    fitted = minimize(loss, [1.0, 0.1, 0.0], bounds=[(0, None), (0, None), (None, None)], method="L-BFGS-B")
-    return dict(zip(("scale", "entropy", "bias"), (round(float(value), 4) for value in fitted.x)))
+    bounds = [(0, None), (0, None if by_reader.any() else 0), (0, None), (None, None)]
+    fitted = minimize(loss, [1.0, 0.0, 0.1, 0.0], bounds=bounds, method="L-BFGS-B")
+    calibration = dict(zip(("scale", "reader", "entropy", "bias"), (round(float(value), 4) for value in fitted.x)))
+    if not by_reader.any():
+        del calibration["reader"]
+    return calibration
+
+
+def raw_confidences(scores: list[dict]) -> np.ndarray:
+    """What the probabilities of `word_scores` are as they come: the reader's, or the LLM's where there is no reader, `(words,)`."""
+    return np.exp([score.get("reader", score["logprob"]) for score in scores])
 
 
 def plot_reliability(curves: dict[str, tuple[np.ndarray, np.ndarray]], path: Path):
@@ -154,8 +165,7 @@ def main():
     results = model.transcribe([row.audio for row in rows], batch_size=arguments.batch_size)
     right = all_right_words([row.text for row in rows], [result.words for result in results])
     scores = [score for result in results for score in result.word_scores]
-    raw = np.exp([score["logprob"] for score in scores])
-    print("raw:", score_confidences(raw, right))
+    print("raw:", score_confidences(raw_confidences(scores), right))
     calibration = fit_calibration(scores, right)
     config = json.loads((arguments.model / "config.json").read_text())
     config["confidence_calibration"] = calibration

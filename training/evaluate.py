@@ -26,7 +26,7 @@ from voxlm_hf import VoxLMForSpeechSeq2Seq
 from voxlm_hf.audio_voxlm import read_audio, to_waveform
 
 from . import timing
-from .confidence import all_right_words, plot_reliability, score_confidences
+from .confidence import all_right_words, plot_reliability, raw_confidences, score_confidences
 from .data import Row, read_rows
 from .text import normalise
 
@@ -183,7 +183,7 @@ def word_confidence_curves(utterances: list[dict]) -> dict[str, tuple[np.ndarray
     right = all_right_words([item["reference"] for item in utterances], [item["words"] for item in utterances])
     if right.all() or not right.any():
         return {}
-    raw = np.exp([score["logprob"] for item in utterances for score in item["word_scores"]])
+    raw = raw_confidences([score for item in utterances for score in item["word_scores"]])
     return {"raw": (raw, right), "calibrated": (np.array([word["confidence"] for word in words]), right)}
 
 

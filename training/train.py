@@ -23,6 +23,7 @@ from .augment import Augmentation
 from .collator import VoxLMCollator
 from .data import SpeechDataset, read_rows
 from .features import FeatureCache, encode_missing
+from .reader import train_reader
 from .trainer import VoxLMTrainer, trained_share
 from .warm_start import warm_start
 
@@ -98,11 +99,13 @@ def make_dataset(
 
 
 def trained_state(model) -> dict[str, torch.Tensor]:
-    """All of the model that training may change: projector, alignment head, LoRA."""
+    """All of the model that training may change: projector, alignment head, LoRA, the reader but for its decoder."""
     return {
         name: tensor.contiguous()
         for name, tensor in model.state_dict().items()
-        if name.startswith(("projector.", "alignment.")) or ".lora_" in name
+        if name.startswith(("projector.", "alignment.", "reader."))
+        and not name.startswith("reader.decoder.")
+        or ".lora_" in name
     }
 
 
@@ -112,6 +115,19 @@ def run_warm_start(model, train: SpeechDataset, dev: SpeechDataset | None, folde
         parameter.requires_grad_(True)
     dev_rows = [dev[index] for index in range(min(100, len(dev)))] if dev else []
     warm_start(model, model.processor, train, dev_rows, **options)
+
+
+def run_reader(
+    model, train: SpeechDataset, dev: SpeechDataset | None, folder: Path, seed: int, recordings=300, **options
+):
+    """The stage of kind "reader", on so many of the recordings; its options are those of `training.reader.train_reader`."""
+    longest_s = model.config.audio_window_s - model.processor.frame_s * len(model.reader.end)
+    rows = [row for row in train.rows if row.duration is None or row.duration <= longest_s]
+    drawn = np.random.default_rng(seed).permutation(len(rows))[:recordings]
+    losses = train_reader(
+        model, [model.processor.load_audio(rows[number].audio) for number in drawn], seed=seed, **options
+    )
+    print(f"reader: loss {np.mean(losses[:20]):.3f} at first, {np.mean(losses[-20:]):.3f} at last")
 
 
 def run_trainer(model, train: SpeechDataset, dev: SpeechDataset | None, folder: Path, seed: int, **options):
@@ -170,7 +186,12 @@ def run_trainer(model, train: SpeechDataset, dev: SpeechDataset | None, folder: 
         (folder / "log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
 
 
-STAGES: dict[str, Callable] = {"warm_start": run_warm_start, "transcription": run_trainer, "alignment": run_trainer}
+STAGES: dict[str, Callable] = {
+    "warm_start": run_warm_start,
+    "transcription": run_trainer,
+    "alignment": run_trainer,
+    "reader": run_reader,
+}
 
 
 def run(recipe: dict) -> Path:
@@ -198,6 +219,10 @@ def run(recipe: dict) -> Path:
     for number, stage in enumerate(recipe["stages"], 1):
         options = dict(stage)
         kind = options.pop("kind")
+        if kind == "reader":
+            base, settings = options.pop("base"), options.pop("settings", {})
+            if model.reader is None:
+                model.add_reader(base, **settings)
         folder = output / f"{number}-{kind}"
         result = folder / "trained.safetensors"
         if result.exists():
