@@ -1,15 +1,20 @@
 """The audio model's decoder as a reader, against transformers' own and against all texts counted out; choosing by three."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, WhisperForConditionalGeneration
 
+from hub_export.export import export
 from tests import tiny
 from training.reader import train_reader
+from training.train import run
 from voxlm_hf import VoxLMForSpeechSeq2Seq, reader_voxlm
 from voxlm_hf.ctc_voxlm import CTCPrefix, read_frames, text_logprobs
 from voxlm_hf.decoding_voxlm import DecodedText
@@ -172,7 +177,8 @@ def test_weights_decide_between_reader_llm_and_frames():
 
 
 def test_the_text_does_not_depend_on_the_batch_nor_on_times():
-    model = with_reader()
+    model = with_reader(word_bonus=20.0)
+    model.reader.decoder.embed_tokens.weight.data[2] = 0  # the random end would be likelier than any word
     clips = [tiny.noise(seconds, 3) for seconds in (0.7, 2.0, 1.1)]
     together = model.transcribe(clips)
     assert all(result.text for result in together)
@@ -185,6 +191,12 @@ def test_the_text_does_not_depend_on_the_batch_nor_on_times():
         times = [time for word in result.words for time in (word["start"], word["end"])]
         assert times == sorted(times) and 0 <= times[0] and times[-1] <= result.duration
         assert all({"logprob", "entropy", "reader"} == set(score) for score in result.word_scores)
+
+
+def test_nothing_is_one_of_the_texts():
+    model = with_reader(word_bonus=-1e6)
+    (result,) = model.transcribe([tiny.noise(1.3, 5)])
+    assert (result.text, result.words, result.truncated) == ("", [], False)
 
 
 def test_saved_and_loaded_it_reads_the_same(tmp_path):
@@ -209,6 +221,8 @@ def whisper_base(folder) -> WhisperForConditionalGeneration:
     config.vocab_size, config.eos_token_id, config.decoder_start_token_id = 300, 2, 0
     torch.manual_seed(3)
     model = WhisperForConditionalGeneration(config)
+    with torch.no_grad():  # as it comes it would go on for ever; this one ends its texts
+        model.model.decoder.embed_tokens.weight[2] *= 40
     model.save_pretrained(folder / "audio")
     tokenizer.save_pretrained(folder / "audio")
     GenerationConfig(
@@ -251,15 +265,73 @@ def test_training_teaches_the_end(tmp_path):
     model = VoxLMForSpeechSeq2Seq.from_base_models(tmp_path / "audio", tmp_path / "text")
     model.add_reader(tmp_path / "audio", end_frames=4)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    # A random decoder goes on for ever; this one ends after any token.
-    with torch.no_grad():
-        model.reader.decoder.embed_tokens.weight[2] *= 40
     clips = [tiny.noise(seconds, number) for number, seconds in enumerate((0.5, 0.8, 1.0))]
     losses = train_reader(model, clips, steps=30, learning_rate=0.05)
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
     after = model.state_dict()
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed <= {"reader.end", "reader.decoder.embed_tokens.weight"}
+    assert [name for name in before if not torch.equal(before[name], after[name])] == ["reader.end"]
+
+
+def test_a_recipe_adds_and_trains_a_reader_and_goes_on_after_it(tmp_path):
+    whisper_base(tmp_path)
+    rows = []
+    for number in range(2):
+        soundfile.write(tmp_path / f"{number}.wav", tiny.noise(0.6, number), tiny.RATE)
+        rows.append(json.dumps({"audio": f"{number}.wav", "text": "the lazy dog"}))
+    (tmp_path / "manifest.jsonl").write_text("\n".join(rows))
+    recipe = {
+        "model": {"audio": str(tmp_path / "audio"), "text": str(tmp_path / "text")},
+        "output": str(tmp_path / "runs"),
+        "data": {"train": [{"manifest": str(tmp_path / "manifest.jsonl")}]},
+        "stages": [
+            {
+                "kind": "reader",
+                "base": str(tmp_path / "audio"),
+                "settings": {"end_frames": 4},
+                "steps": 2,
+                "recordings": 2,
+            }
+        ],
+    }
+    first = VoxLMForSpeechSeq2Seq.from_pretrained(run(recipe))
+    assert first.reader.end.any()
+    again = VoxLMForSpeechSeq2Seq.from_pretrained(run(recipe))  # the finished stage is read
+    for name in ("end", "spelling", "spelling_offsets"):
+        torch.testing.assert_close(getattr(first.reader, name), getattr(again.reader, name))
+
+
+def test_exports_hold_the_decoder_apart_and_a_delta_takes_it_from_its_base(tmp_path):
+    whisper_base(tmp_path)
+    bases = str(tmp_path / "audio"), str(tmp_path / "text")
+    model = VoxLMForSpeechSeq2Seq.from_base_models(*bases).add_reader(bases[0], end_frames=4)
+    clip = tiny.noise(1.0, 3)
+    expected = model.transcribe(clip).text
+    for mode, options in (("lora", {}), ("delta", {"bases": bases})):
+        export(model, tmp_path / mode, mode, **options)
+        assert (tmp_path / mode / "decoder.safetensors").exists() == (mode == "lora")
+        assert VoxLMForSpeechSeq2Seq.from_pretrained(tmp_path / mode).transcribe(clip).text == expected
+    export(model, tmp_path / "int8", "lora", storage="int8")
+    stored = load_file(tmp_path / "int8" / "decoder.safetensors")
+    assert stored["reader.decoder.layers.0.fc1.weight"].dtype == torch.int8
+    loaded = VoxLMForSpeechSeq2Seq.from_pretrained(tmp_path / "int8").reader.decoder.state_dict()
+    for name, tensor in model.reader.decoder.state_dict().items():
+        torch.testing.assert_close(loaded[name], tensor, atol=0.02, rtol=0.02)
+
+
+def test_a_base_that_is_another_model_is_refused(tmp_path):
+    for folder in (tmp_path / "one", tmp_path / "other"):
+        folder.mkdir()
+        whisper_base(folder)
+    model = VoxLMForSpeechSeq2Seq.from_base_models(tmp_path / "one" / "audio", tmp_path / "one" / "text")
+    weights = load_file(tmp_path / "other" / "audio" / "model.safetensors")
+    changed = {name: tensor + 0.1 if "encoder.layer_norm" in name else tensor for name, tensor in weights.items()}
+    save_file(changed, tmp_path / "other" / "audio" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="not the audio model.*layer_norm"):
+        model.add_reader(tmp_path / "other" / "audio")
+    unlike = tiny.model(encoder="wav2vec2")
+    unlike.encoder.save_pretrained(tmp_path / "wav2vec2")
+    with pytest.raises(ValueError, match="needs an audio model of"):
+        unlike.add_reader(tmp_path / "wav2vec2")
 
 
 @pytest.mark.parametrize(

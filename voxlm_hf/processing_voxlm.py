@@ -387,6 +387,8 @@ class VoxLMProcessor(ProcessorMixin):
         Args:
             text (`str`): holds the words in order; what is between them stays only where it is white space.
         """
+        if not words:
+            return [], np.zeros(0, dtype=int)
         answer, ends, position = self.text_prefix, [], 0
         for word, new in zip(words, written):
             place = text.index(word, position)

@@ -196,6 +196,7 @@ class BeamSearch:
         self.width, self.budget = width, budget
         self.open = [Reading([], [])] if budget > 0 else []
         self.finished: list[Reading] = []
+        self.nothing: Reading | None = None
 
     def advance(self, logprobs, eos_token_id: int) -> list[int]:
         """
@@ -207,6 +208,8 @@ class BeamSearch:
         logprobs = logprobs[: len(self.open)]
         totals = logprobs + logprobs.new_tensor([text.logprob for text in self.open]).unsqueeze(1)
         best = totals.flatten().topk(min(2 * self.width, totals.numel())).indices.tolist()
+        if self.nothing is None:
+            self.nothing = Reading([], [], float(logprobs[0, eos_token_id]))
         done = sorted((text.logprob for text in self.finished), reverse=True)
         # What is less likely than enough finished texts can only become less likely still.
         floor = max(
@@ -222,9 +225,9 @@ class BeamSearch:
             before, logprob = self.open[parent], float(logprobs[parent, token])
             if before.logprob + logprob < floor:
                 break
-            if token == eos_token_id:
+            if token == eos_token_id and before.ids:
                 self.finished.append(Reading(before.ids, before.logprobs, logprob))
-            elif len(texts) < self.width:
+            elif token != eos_token_id and len(texts) < self.width:
                 texts.append(Reading([*before.ids, token], [*before.logprobs, logprob]))
                 parents.append(parent)
         self.open = texts
@@ -234,9 +237,13 @@ class BeamSearch:
         return parents if self.open else []
 
     def readings(self) -> list[Reading]:
-        """The finished texts, likeliest first, none of them hopeless."""
+        """
+        The finished texts, likeliest first, none of them hopeless; and behind them, hopeless or not, that nothing was said, which
+        others may know better.
+        """
         ranked = sorted(self.finished, key=lambda text: -text.logprob)[:MOST_READINGS]
-        return [text for text in ranked if text.logprob >= ranked[0].logprob - BEAM_MARGIN]
+        likely = [text for text in ranked if text.logprob >= ranked[0].logprob - BEAM_MARGIN]
+        return likely + ([] if self.nothing is None else [self.nothing])
 
 
 def spelling_table(audio_tokenizer, tokenizer, suppressed: list[int]) -> tuple[torch.Tensor, torch.Tensor]:

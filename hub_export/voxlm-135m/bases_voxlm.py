@@ -73,6 +73,9 @@ def base_state(config, **hub_options) -> dict[str, torch.Tensor]:
             )
         if part == "audio":
             model = AutoModel.from_pretrained(folder, dtype=torch.float32)
+            if config.reader_config is not None:
+                decoder = model.get_decoder().state_dict()
+                state.update({f"reader.decoder.{name}": tensor for name, tensor in decoder.items()})
             model = model.get_encoder() if model.config.is_encoder_decoder else model
             prefix = "encoder."
         else:

@@ -30,6 +30,19 @@ DEFAULT_GATES = {
 
 DEFAULT_LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
 
+# The weights were chosen on synthetic voices; with less than a hundred frames of silence the decoder does not know where to stop.
+DEFAULT_READER = {
+    "prompt_ids": [],
+    "eos_token_id": 0,
+    "end_frames": 100,
+    "spelling_size": 0,
+    "num_beams": 5,
+    "llm_weight": 0.3,
+    "ctc_weight": 0.0,
+    "word_bonus": 1.0,
+    "plain_text": False,
+}
+
 
 @strict
 class VoxLMConfig(PreTrainedConfig):
@@ -74,6 +87,11 @@ class VoxLMConfig(PreTrainedConfig):
         ctc_weight (`float`, defaults to 0.0): how much the tokens that the projector reads count beside the LLM when `transcribe` writes
             the text (hybrid decoding, see `ctc_voxlm`). Above 0 only for `projector_readout="token_mixture"` with the whole
             vocabulary.
+        reader_config (`dict`, *optional*): keep the audio model's own decoder as a second reader (see `reader_voxlm`; made by
+            `model.add_reader`): "prompt_ids" that its texts begin with, "eos_token_id" that ends them, "end_frames" learned ones
+            behind the audio, "spelling_size", "num_beams"; and how `transcribe` chooses among its texts (see `joint_voxlm`): the
+            weights "llm_weight" and "ctc_weight" of log-probabilities beside the reader's, "word_bonus" for each word, "plain_text"
+            whether the LLM was trained on texts without capitals and punctuation.
         alignment_kind (`"frames"` or `"cross_attention"`, defaults to `"frames"`):
             `"frames"`: scores on the encoder's own frames. `"cross_attention"`: the original VoxLM's, for converted checkpoints:
             the attention weights of post-norm cross-attention layers from text states to projected frames.
@@ -91,8 +109,9 @@ class VoxLMConfig(PreTrainedConfig):
         quality_gates (`dict`, *optional*): thresholds beyond which a text is taken for nonsense, see
             `quality_voxlm.fired_gates`; `{}` for none.
         fallback_temperatures (`list[float]`): at which `transcribe` draws a text anew when a gate fires, in this order.
-        confidence_calibration (`dict`): word confidences from the probability of a word and the highest entropy among its
-            tokens, `sigmoid(scale * logit(p) - entropy * h + bias)`; by default the probability itself.
+        confidence_calibration (`dict`): word confidences from the LLM's probability p of a word, the highest entropy h among its
+            tokens and, with a reader, its probability q, `sigmoid(scale * logit(p) + reader * logit(q) - entropy * h + bias)`; by
+            default the LLM's probability itself.
     """
 
     model_type = "voxlm"
@@ -116,6 +135,7 @@ class VoxLMConfig(PreTrainedConfig):
     projector_vocab_size: int | None = None
     frame_gate_threshold: int | float | None = None
     ctc_weight: int | float = 0.0
+    reader_config: dict | None = None
     alignment_kind: Literal["frames", "cross_attention"] = "frames"
     alignment_hidden_size: int = 192
     alignment_num_blocks: int = 2
@@ -138,6 +158,8 @@ class VoxLMConfig(PreTrainedConfig):
             self.fallback_temperatures = [0.2, 0.6, 1.0]
         if self.confidence_calibration is None:
             self.confidence_calibration = {"scale": 1.0, "entropy": 0.0, "bias": 0.0}
+        if self.reader_config is not None:
+            self.reader_config = {**DEFAULT_READER, **self.reader_config}
         super().__post_init__(**kwargs)
         if self.projector_hidden_size is None:
             self.projector_hidden_size = self.text_config.hidden_size
@@ -206,6 +228,19 @@ class VoxLMConfig(PreTrainedConfig):
             rank = self.lora_config.get("r", 1)
             if not isinstance(rank, int) or rank < 1:
                 raise ValueError(f"`lora_config['r']` must be a positive integer, got {rank!r}")
+        if self.reader_config is not None:
+            reader = self.reader_config
+            unknown = set(reader) - set(DEFAULT_READER)
+            if unknown:
+                raise ValueError(f"`reader_config` knows {sorted(DEFAULT_READER)}, got {sorted(unknown)}")
+            if not reader["prompt_ids"] or reader["num_beams"] < 1 or reader["end_frames"] < 0:
+                raise ValueError(
+                    f"`reader_config` needs 'prompt_ids', 'num_beams' of at least 1 and 'end_frames' that are not negative, got {reader}"
+                )
+            if reader["ctc_weight"] and (self.projector_readout != "token_mixture" or self.projector_vocab_size):
+                raise ValueError(
+                    "`reader_config['ctc_weight']` needs a projector that reads frames as any of the LLM's tokens"
+                )
         unknown = set(self.quality_gates or {}) - set(DEFAULT_GATES)
         if unknown:
             raise ValueError(f"`quality_gates` knows {sorted(DEFAULT_GATES)}, got {sorted(unknown)}")
@@ -213,11 +248,11 @@ class VoxLMConfig(PreTrainedConfig):
             raise ValueError(f"`fallback_temperatures` must be above 0, got {self.fallback_temperatures}")
         calibration = self.confidence_calibration
         if calibration is not None:
-            if set(calibration) != {"scale", "entropy", "bias"}:
+            if set(calibration) - {"reader"} != {"scale", "entropy", "bias"}:
                 raise ValueError(
-                    f"`confidence_calibration` needs exactly 'scale', 'entropy' and 'bias', got {sorted(calibration)}"
+                    f"`confidence_calibration` needs exactly 'scale', 'entropy' and 'bias', and may have 'reader', got {sorted(calibration)}"
                 )
-            for name in ("scale", "entropy"):
+            for name in set(calibration) - {"bias"}:
                 if calibration[name] < 0:
                     raise ValueError(
                         f"`confidence_calibration['{name}']` must not be negative, which would turn the order of "

@@ -61,6 +61,30 @@ def read_frames(model, audio) -> list[CTCFrames]:
     return rows
 
 
+def text_logprobs(frames: CTCFrames, embeddings: torch.Tensor, texts: list[list[int]]) -> list[float]:
+    """
+    Log-probabilities, by the frames of one recording, of whole texts.
+
+    Args:
+        embeddings (`torch.Tensor` of shape `(vocabulary, text_size)`): of the LLM; texts: token ids of each.
+    """
+    tokens = sorted({token for text in texts for token in text})
+    place = {token: number for number, token in enumerate(tokens, 1)}
+    if not len(frames.blanks):
+        return [IMPOSSIBLE if text else 0.0 for text in texts]
+    scores = (frames.queries @ embeddings[tokens].to(frames.queries.dtype).T).float() + frames.offsets[:, None]
+    blanks = torch.tensor(frames.blanks, dtype=torch.float32, device=scores.device).unsqueeze(1)
+    logprobs = torch.cat([blanks, scores], dim=1).unsqueeze(1).expand(-1, len(texts), -1)
+    losses = torch.nn.functional.ctc_loss(
+        logprobs,
+        torch.tensor([place[token] for text in texts for token in text], dtype=torch.long, device=scores.device),
+        torch.full((len(texts),), len(frames.blanks)),
+        torch.tensor([len(text) for text in texts]),
+        reduction="none",
+    )
+    return [max(-loss, IMPOSSIBLE) for loss in losses.tolist()]
+
+
 class CTCPrefix:
     """
     A growing text and the probability, by the frames, that the recording begins with it.

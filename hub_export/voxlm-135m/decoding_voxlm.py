@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from .ctc_voxlm import CTCPrefix, choose
@@ -39,6 +40,7 @@ class DecodedText:
         states (`torch.Tensor` of shape `(batch, tokens, text_size)`, *optional*): last hidden state that predicted each token.
         logprobs (`torch.Tensor` of shape `(batch, tokens)`, *optional*): raw log-probability of each token, in float32.
         entropies (`torch.Tensor` of shape `(batch, tokens)`, *optional*): of the raw distribution it was drawn from, in nats.
+        written (`list[Written]`, *optional*): where the tokens are not the very text: the text and its words.
     """
 
     ids: list[list[int]]
@@ -46,6 +48,27 @@ class DecodedText:
     states: torch.Tensor | None = None
     logprobs: torch.Tensor | None = None
     entropies: torch.Tensor | None = None
+    written: list["Written"] | None = None
+
+
+@dataclass
+class Written:
+    """
+    A text that a reader wrote and the LLM has read, in words that both have tokens for.
+
+    Args:
+        text (`str`): without white space at its ends.
+        words (`list[str]`): of the text, in order.
+        token_words (`np.ndarray` of shape `(tokens,)`): number of the word that each of the LLM's tokens belongs to.
+        reader_logprobs (`list[float]`): log-probability of each word by the reader.
+        mean_logprob (`float`): of the reader's tokens.
+    """
+
+    text: str
+    words: list[str]
+    token_words: np.ndarray
+    reader_logprobs: list[float]
+    mean_logprob: float
 
 
 def is_plain_greedy(generation_config, options: dict) -> bool:

@@ -1,13 +1,12 @@
 """Forced alignment: word times for a text that is given, and which of its words are not in the recording."""
 
-import unicodedata
-
 import numpy as np
 import torch
 
 from .alignment_voxlm import word_times
 from .audio_voxlm import is_batch, one_for_each
 from .decoding_voxlm import DecodedText
+from .processing_voxlm import plain_words
 from .transcription_voxlm import VoxLMTranscription, confidences, prompt_with_audio, read_states, word_scores
 
 
@@ -72,7 +71,8 @@ def _align(model, processor, waveform: np.ndarray, text: str, prompt: str | None
     # As given, or as a model that writes no capitals and punctuation would write it: whichever this model finds likelier.
     candidates = [surface] if plain_words(surface) == surface else [surface, plain_words(surface)]
     decoded = [
-        _read(model, processor, inputs, audio, processor.decode_text(ids), surface, words) for words in candidates
+        _read(model, inputs, audio, *processor.encode_words(processor.decode_text(ids), surface, words))
+        for words in candidates
     ]
     best, token_words = max(decoded, key=lambda item: float(item[0].logprobs.mean()))
     scores = model.align_scores(best.states, torch.tensor(best.ids, device=model.device), audio)
@@ -97,28 +97,8 @@ def _align(model, processor, waveform: np.ndarray, text: str, prompt: str | None
     )
 
 
-def plain_words(words: list[str]) -> list[str]:
-    """Words in lower case without punctuation and symbols at their ends; those of nothing else stay as they are."""
-    plain = []
-    for word in words:
-        kept = [index for index, char in enumerate(word) if unicodedata.category(char)[0] not in "PS"]
-        plain.append(word[kept[0] : kept[-1] + 1].lower() if kept else word)
-    return plain
-
-
-def _read(model, processor, inputs, audio, text: str, surface: list[str], words: list[str]):
-    """The LLM's states for the text with its words written as `words`, and `(tokens,)` the word of each token."""
-    written, spans, position = processor.text_prefix, [], 0
-    for old, new in zip(surface, words):
-        place = text.index(old, position)
-        written += "".join(char for char in text[position:place] if char.isspace()) + new
-        spans.append((len(written) - len(new), len(written)))
-        position = place + len(old)
-    encoded = processor.tokenizer(written, add_special_tokens=False, return_offsets_mapping=True)
-    ends = np.array([end for _, end in spans])
-    # A token belongs to the word in which its last character lies; one of white space alone to the word after it.
-    token_words = np.array([np.searchsorted(ends, max(end, 1)) for _, end in encoded["offset_mapping"]])
-    token_words = np.minimum(token_words, len(words) - 1)
-    decoded = DecodedText(ids=[encoded["input_ids"]], ended=[True])
+def _read(model, inputs, audio, ids: list[int], token_words: np.ndarray):
+    """The LLM's states for a text, and `(tokens,)` the word of each token."""
+    decoded = DecodedText(ids=[ids], ended=[True])
     read_states(model, prompt_with_audio(model, inputs, audio), decoded)
     return decoded, token_words

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from packaging import version
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers import __version__ as transformers_version
 from transformers import initialization as init
 from transformers.cache_utils import Cache
@@ -21,8 +21,9 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .alignment_voxlm import alignment_loss, make_alignment_head
 from .bases_voxlm import base_folder, read_tensors, with_bases
-from .configuration_voxlm import DEFAULT_LORA, VoxLMConfig, preset_bases
+from .configuration_voxlm import DEFAULT_LORA, DEFAULT_READER, VoxLMConfig, preset_bases
 from .projector_voxlm import make_projector
+from .reader_voxlm import READER_MODELS, VoxLMReader, prompt_ids, spelling_table
 
 
 if is_peft_available():
@@ -142,7 +143,13 @@ class VoxLMPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _no_split_modules = ["VoxLMProjector", "VoxLMConvProjector", "VoxLMAlignmentHead", "VoxLMCrossAttentionHead"]
+    _no_split_modules = [
+        "VoxLMProjector",
+        "VoxLMConvProjector",
+        "VoxLMAlignmentHead",
+        "VoxLMCrossAttentionHead",
+        "VoxLMReader",
+    ]
     _skip_keys_device_placement = ["past_key_values"]
 
     @torch.no_grad()
@@ -259,10 +266,13 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
             ImportError: when the config asks for LoRA and peft is not installed.
         """
         super().__init__(config)
+        audio_model = None
+        if encoder is None or config.reader_config is not None:
+            audio_model = AutoModel.from_config(config.audio_config)
         if encoder is None:
-            encoder = AutoModel.from_config(config.audio_config)
-            encoder = encoder.get_encoder() if config.audio_config.is_encoder_decoder else encoder
+            encoder = audio_model.get_encoder() if config.audio_config.is_encoder_decoder else audio_model
         self.encoder = encoder
+        self.reader = None if config.reader_config is None else VoxLMReader(config, audio_model.get_decoder())
         self.projector = make_projector(config)
         self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
         self.alignment = make_alignment_head(config)
@@ -279,9 +289,11 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
             self.generation_config.suppress_tokens = [config.audio_token_id]
 
     def _freeze(self):
-        """Leave only what is to be trained trainable: not the encoder (by default), nor the LLM under LoRA."""
+        """Leave only what is to be trained trainable: not the audio model (by default), nor the LLM under LoRA."""
         if self.config.freeze_audio_encoder:
             self.encoder.requires_grad_(False)
+            if self.reader is not None:
+                self.reader.decoder.requires_grad_(False)
         if self.config.lora_config is not None:
             for name, parameter in self.language_model.named_parameters():
                 parameter.requires_grad_(".lora_" in name)
@@ -355,6 +367,47 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
         model.generation_config.eos_token_id = tokenizer.eos_token_id
         model.generation_config.pad_token_id = tokenizer.pad_token_id
         return model.eval()
+
+    @torch.no_grad()
+    def add_reader(self, audio: str, language: str = "en", **settings) -> "VoxLMForSpeechSeq2Seq":
+        """
+        Keep the decoder of the audio model as a second reader (`reader_voxlm`), in place.
+
+        Args:
+            audio (`str`): Hub id or folder of the encoder-decoder model that the encoder is from.
+            language (`str`): code of the language of the texts.
+            **settings: fields of `config.reader_config`.
+
+        Returns:
+            the model. Its reader has yet to learn where audio ends (`training.reader`).
+
+        Raises:
+            ValueError: for an audio model whose decoder cannot be driven or whose encoder is not this model's, and for a language it
+                does not know.
+        """
+        base = AutoModel.from_pretrained(audio, dtype=self.dtype)
+        if base.config.model_type not in READER_MODELS:
+            raise ValueError(f"A reader needs an audio model of {READER_MODELS}, {audio} is {base.config.model_type!r}")
+        own = self.encoder.state_dict()
+        for name, tensor in base.get_encoder().state_dict().items():
+            # Storage in 16 bits may have rounded one of them.
+            if name not in own or not torch.allclose(own[name], tensor.to(own[name]), rtol=1e-2, atol=1e-3):
+                raise ValueError(f"{audio} is not the audio model that this model's encoder is from: {name} differs")
+        generation = GenerationConfig.from_pretrained(audio)
+        tokenizers = AutoTokenizer.from_pretrained(audio), self.get_processor().tokenizer
+        table = spelling_table(*tokenizers, generation.suppress_tokens or [])
+        self.config.reader_config = {
+            **DEFAULT_READER,
+            "prompt_ids": prompt_ids(generation, language),
+            "eos_token_id": self.config.audio_config.eos_token_id,
+            "spelling_size": len(table[0]),
+            **settings,
+        }
+        self.config.validate()
+        self.reader = VoxLMReader(self.config, base.get_decoder()).to(self.device, self.dtype).eval()
+        self.reader.spelling, self.reader.spelling_offsets = (part.to(self.device) for part in table)
+        self._freeze()
+        return self
 
     def get_input_embeddings(self):
         return self.language_model.get_input_embeddings()

@@ -379,6 +379,40 @@ class VoxLMProcessor(ProcessorMixin):
                     open_word = True
         return words
 
+    def encode_words(self, text: str, words: list[str], written: list[str]) -> tuple[list[int], np.ndarray]:
+        """
+        Token ids of `text` with its `words` written as `written`, as the answer to a prompt begins, and `(tokens,)` the number of
+        the word that each token belongs to.
+
+        Args:
+            text (`str`): holds the words in order; what is between them stays only where it is white space.
+        """
+        if not words:
+            return [], np.zeros(0, dtype=int)
+        answer, ends, position = self.text_prefix, [], 0
+        for word, new in zip(words, written):
+            place = text.index(word, position)
+            answer += "".join(char for char in text[position:place] if char.isspace()) + new
+            ends.append(len(answer))
+            position = place + len(word)
+        encoded = self.tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)
+        # A token belongs to the word in which its last character lies; one of white space alone to the word after it.
+        places = np.searchsorted(ends, [max(end, 1) for _, end in encoded["offset_mapping"]])
+        return encoded["input_ids"], np.minimum(places, len(words) - 1)
+
+
+def plain_words(words: list[str]) -> list[str]:
+    """
+    Words as a model writes them that knows no capitals, punctuation and hyphens: in lower case, without punctuation and symbols at
+    their ends. Words of nothing else stay as they are.
+    """
+    plain = []
+    for word in words:
+        kept = [index for index, char in enumerate(word) if unicodedata.category(char)[0] not in "PS"]
+        bare = word[kept[0] : kept[-1] + 1].lower() if kept else word
+        plain.append(bare.replace("-", " ").replace("’", "'") if kept else word)
+    return plain
+
 
 def joined_text(texts: list[str]) -> str:
     """Texts one after the other, with spaces between them except in scripts that write none."""

@@ -16,6 +16,7 @@ from .alignment_voxlm import word_times
 from .audio_voxlm import is_batch, one_for_each, stream_audio
 from .ctc_voxlm import CTCPrefix, read_frames
 from .decoding_voxlm import DecodedText, greedy_decode, is_plain_greedy, stop_tokens, token_entropies
+from .joint_voxlm import joint_decode
 from .pieces_voxlm import Piece, cut, in_order, stitch
 from .processing_voxlm import joined_text
 from .quality_voxlm import fired_gates
@@ -47,8 +48,9 @@ class VoxLMTranscription(ModelOutput):
             in 0..1; empty when times were not asked for.
         duration (`float`): length of the recording in seconds.
         truncated (`bool`): whether the token budget ended the text somewhere before the model did.
-        word_scores (`list[dict]`): for each word what its confidence was made from: `{"logprob", "entropy"}`, the raw
-            log-probability of its tokens together and the highest entropy among them, in nats.
+        word_scores (`list[dict]`): for each word what its confidence was made from: `{"logprob", "entropy"}`, the LLM's raw
+            log-probability of its tokens together and the highest entropy among them, in nats; and "reader", the reader's
+            log-probability, where the text is a reader's.
         segments (`list[dict]`): the stretches the recording was cut into: `{"start", "end", "text", "mean_logprob", "gates",
             "fallback"}`. "fallback" says where the text is from if the first one fired a gate (see `_with_fallback`), "gates" which
             signs of nonsense (see `quality_voxlm.fired_gates`) the text that was chosen still shows. A text that was taken for
@@ -88,19 +90,22 @@ class Part:
     result: VoxLMTranscription | None = None
 
 
-def word_confidence(logprob: float, max_entropy: float, scale: float, entropy: float, bias: float) -> float:
+def word_confidence(score: dict, calibration: dict) -> float:
     """
-    How likely a word is to be right: `sigmoid(scale * logit(p) - entropy * max_entropy + bias)`.
+    How likely a word is to be right: `sigmoid(scale * logit(p) + reader * logit(q) - entropy * h + bias)`.
 
-    Platt scaling of the LLM's probability of the word and, since a distribution that is spread out says more about errors than
-    its maximum does (Laptev and Ginsburg 2023), of the highest entropy among its tokens. Monotone in both.
+    Platt scaling of the LLM's probability p of the word, of the reader's q if there is a reader and, since a distribution that is
+    spread out says more about errors than its maximum does (Laptev and Ginsburg 2023), of the highest entropy h among the word's
+    tokens. Monotone in each.
 
     Args:
-        logprob (`float`): log of the product over the word's tokens; max_entropy (`float`): in nats.
-        scale, entropy, bias (`float`): `config.confidence_calibration`.
+        score (`dict`): one of `word_scores` of [`VoxLMTranscription`]; calibration (`dict`): `config.confidence_calibration`.
     """
-    score = scale * probability_logit(logprob) - entropy * max_entropy + bias
-    return 1 / (1 + math.exp(-score))
+    total = calibration["scale"] * probability_logit(score["logprob"]) + calibration["bias"]
+    total -= calibration["entropy"] * score["entropy"]
+    if "reader" in score:
+        total += calibration.get("reader", 0.0) * probability_logit(score["reader"])
+    return 1 / (1 + math.exp(-total))
 
 
 def probability_logit(logprob: float) -> float:
@@ -372,6 +377,8 @@ def _transcribe_batch(
         return _read(model, processor, pieces, prompts, options, search, with_words)
 
     def greedy(prompt, budgets, audio):
+        if model.reader is not None:
+            return joint_decode(model, processor, prompt, budgets, audio)
         prefixes = None
         if model.config.ctc_weight:
             embeddings = model.get_input_embeddings().weight
@@ -436,8 +443,11 @@ def _read(model, processor, pieces: list[Piece], prompts: list, options: Options
         read_states(model, prompt, text)
     results = []
     for row, (piece, ids, ended) in enumerate(zip(pieces, text.ids, text.ended)):
-        written = processor.decode_text(ids).strip()
-        logprob = float(text.logprobs[row, : len(ids)].mean()) if ids and text.logprobs is not None else None
+        if text.written is not None:
+            written, logprob = text.written[row].text, text.written[row].mean_logprob
+        else:
+            written = processor.decode_text(ids).strip()
+            logprob = float(text.logprobs[row, : len(ids)].mean()) if ids and text.logprobs is not None else None
         start_s = piece.start / rate
         segment = {
             "start": round(start_s, 3),
@@ -599,34 +609,46 @@ def _add_words(model, processor, text: DecodedText, audio, results):
     scores = model.align_scores(text.states, _pad_ids(text.ids, text.states.device), audio)
     frame_counts = model.alignment.keys_of(audio)[1].sum(-1).tolist()
     frame_s = processor.frame_s * model.alignment.frames_per_key
-    for row, (ids, result) in enumerate(zip(text.ids, results)):
-        words = processor.split_words(ids)
-        token_words = np.full(len(ids), -1)
-        for number, word in enumerate(words):
-            token_words[word.tokens] = number
+    for row, result in enumerate(results):
+        words, token_words = words_of(processor, text, row)
         # A model fed the full window has frames of silence after the recording's end.
         frames = min(frame_counts[row], max(1, round(result.duration / frame_s)))
         times = word_times(scores, row, token_words, frames, frame_s, result.duration)
-        result.word_scores = word_scores(text, row, [word.tokens for word in words])
+        places = [np.flatnonzero(token_words == number).tolist() for number in range(len(words))]
+        result.word_scores = word_scores(text, row, places)
         result.words = [
-            {"word": word.text, "start": start, "end": end, "confidence": confidence}
+            {"word": word, "start": start, "end": end, "confidence": confidence}
             for word, (start, end), confidence in zip(words, times, confidences(result.word_scores, model.config))
         ]
+
+
+def words_of(processor, text: DecodedText, row: int) -> tuple[list[str], np.ndarray]:
+    """The words of one row of a text, and `(tokens,)` the number of the word of each token, -1 for those of none."""
+    if text.written is not None:
+        return text.written[row].words, text.written[row].token_words
+    words = processor.split_words(text.ids[row])
+    token_words = np.full(len(text.ids[row]), -1)
+    for number, word in enumerate(words):
+        token_words[word.tokens] = number
+    return [word.text for word in words], token_words
 
 
 def word_scores(text: DecodedText, row: int, word_tokens: list[list[int]]) -> list[dict]:
     """`word_scores` of [`VoxLMTranscription`] for the words of one row, whose tokens are at `word_tokens`."""
     # The probability of a word is the product over its tokens: all of them are needed to write it.
-    return [
+    scores = [
         {
             "logprob": round(float(text.logprobs[row, tokens].sum()), 4),
             "entropy": round(float(text.entropies[row, tokens].max()), 4),
         }
         for tokens in word_tokens
     ]
+    if text.written is not None:
+        for score, logprob in zip(scores, text.written[row].reader_logprobs):
+            score["reader"] = round(logprob, 4)
+    return scores
 
 
 def confidences(scores: list[dict], config) -> list[float]:
     """Calibrated confidences of words with these `word_scores`."""
-    calibration = config.confidence_calibration
-    return [round(word_confidence(score["logprob"], score["entropy"], **calibration), 4) for score in scores]
+    return [round(word_confidence(score, config.confidence_calibration), 4) for score in scores]
