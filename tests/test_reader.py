@@ -13,10 +13,11 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 
 from hub_export.export import export
 from tests import tiny
+from tests.test_ctc import frames_of
 from training.reader import train_reader
 from training.train import run
 from voxlm_hf import VoxLMForSpeechSeq2Seq, reader_voxlm
-from voxlm_hf.ctc_voxlm import CTCPrefix, read_frames, text_logprobs
+from voxlm_hf.ctc_voxlm import ANYTHING, CTCPrefix, read_frames, text_logprobs
 from voxlm_hf.decoding_voxlm import DecodedText
 from voxlm_hf.joint_voxlm import Candidate, candidates_of, joint_decode, score_texts
 from voxlm_hf.reader_voxlm import Reading, spelling_table
@@ -111,7 +112,9 @@ def test_the_llm_scores_texts_as_a_teacher_forced_pass_does():
     audio = model.get_audio_features(**features)
     prompt = prompt_with_audio(model, inputs, audio)
     texts = [[[5, 9, 11], [7], []], [[8, 8, 30, 31]]]
-    candidates = [[Candidate(None, ids, ids, 0.0, True) for ids in row] for row in texts]
+    candidates = [
+        [Candidate(None, ids, ids, 0.0, True, torch.ones(len(ids), dtype=torch.bool)) for ids in row] for row in texts
+    ]
     for row, scores in enumerate(score_texts(model, prompt, candidates)):
         for place, score in enumerate(scores):
             decoded = DecodedText(ids=[others[min(place, len(others) - 1)] for others in texts], ended=[True] * 2)
@@ -154,6 +157,21 @@ def test_candidates_keep_capitals_and_points_and_are_read_plainly():
     ]
 
 
+def test_figures_are_taken_on_the_readers_word():
+    model = with_reader("hi 18.", plain_text=True)
+    (candidate,) = candidates_of(model, model.processor, [Reading([3, 4, 5, 6, 7, 8, 5, 3], [-1.0] * 8)])
+    assert candidate.written.text == "hi 18. h"
+    at_figures = [candidate.written.words[word] == "18." for word in candidate.written.token_words]
+    assert candidate.known.tolist() == [not figures for figures in at_figures] and any(at_figures)
+    assert candidate.plain.count(ANYTHING) == 1
+    # Three frames that surely say 1, 2, 3 and any text with a place for what is not spelt.
+    logits = torch.full((3, 5), -8.0)
+    logits[range(3), [2, 3, 4]] = 8.0
+    frames, _, embeddings = frames_of(logits)
+    scores = text_logprobs(frames, embeddings, [[1, 2, 3], [1, ANYTHING], [ANYTHING], [1, 3], [2, ANYTHING]])
+    assert scores[:3] == pytest.approx([0, 0, 0], abs=1e-3) and max(scores[3:]) < -10
+
+
 def test_weights_decide_between_reader_llm_and_frames():
     model = with_reader()
     clip = tiny.noise(1.5, 4)
@@ -169,7 +187,10 @@ def test_weights_decide_between_reader_llm_and_frames():
     assert len(candidates) > 1
     for weights, best in (
         ({"llm_weight": 0.0, "word_bonus": 0.0}, max(candidates, key=lambda text: text.reader_logprob)),
-        ({"llm_weight": 1e6, "word_bonus": 0.0}, candidates[int(np.argmax([score.logprob for score in scores]))]),
+        (
+            {"llm_weight": 1e6, "word_bonus": 0.0},
+            candidates[int(np.argmax([score.logprob(text.known) for text, score in zip(candidates, scores)]))],
+        ),
     ):
         model.config.reader_config.update(weights)
         chosen = joint_decode(model, model.processor, prompt, [8], audio)
@@ -177,7 +198,7 @@ def test_weights_decide_between_reader_llm_and_frames():
 
 
 def test_the_text_does_not_depend_on_the_batch_nor_on_times():
-    model = with_reader(word_bonus=20.0)
+    model = with_reader(word_bonus=1e3)
     model.reader.decoder.embed_tokens.weight.data[2] = 0  # the random end would be likelier than any word
     clips = [tiny.noise(seconds, 3) for seconds in (0.7, 2.0, 1.1)]
     together = model.transcribe(clips)

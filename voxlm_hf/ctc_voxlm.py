@@ -17,6 +17,8 @@ TOKEN_FROM = 0.02
 # Tokens that one frame proposes, and tokens that frames and LLM propose, each, at one place of the text.
 FRAME_TOKENS, PROPOSALS = 4, 20
 IMPOSSIBLE = -1e9
+# In a whole text, a place for anything that may have been said there.
+ANYTHING = -1
 
 
 @dataclass
@@ -66,15 +68,16 @@ def text_logprobs(frames: CTCFrames, embeddings: torch.Tensor, texts: list[list[
     Log-probabilities, by the frames of one recording, of whole texts.
 
     Args:
-        embeddings (`torch.Tensor` of shape `(vocabulary, text_size)`): of the LLM; texts: token ids of each.
+        embeddings (`torch.Tensor` of shape `(vocabulary, text_size)`): of the LLM.
+        texts: token ids of each. `ANYTHING` among them costs nothing and takes up any frames (the star token of Pratap et al. 2022).
     """
-    tokens = sorted({token for text in texts for token in text})
-    place = {token: number for number, token in enumerate(tokens, 1)}
+    tokens = sorted({token for text in texts for token in text if token != ANYTHING})
+    place = {token: number for number, token in enumerate(tokens, 1)} | {ANYTHING: len(tokens) + 1}
     if not len(frames.blanks):
         return [IMPOSSIBLE if text else 0.0 for text in texts]
     scores = (frames.queries @ embeddings[tokens].to(frames.queries.dtype).T).float() + frames.offsets[:, None]
     blanks = torch.tensor(frames.blanks, dtype=torch.float32, device=scores.device).unsqueeze(1)
-    logprobs = torch.cat([blanks, scores], dim=1).unsqueeze(1).expand(-1, len(texts), -1)
+    logprobs = torch.cat([blanks, scores, torch.zeros_like(blanks)], dim=1).unsqueeze(1).expand(-1, len(texts), -1)
     losses = torch.nn.functional.ctc_loss(
         logprobs,
         torch.tensor([place[token] for text in texts for token in text], dtype=torch.long, device=scores.device),

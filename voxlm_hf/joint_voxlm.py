@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .ctc_voxlm import read_frames, text_logprobs
+from .ctc_voxlm import ANYTHING, read_frames, text_logprobs
 from .decoding_voxlm import DecodedText, Written, stop_tokens, token_entropies
 from .processing_voxlm import plain_words
 
@@ -30,7 +30,9 @@ class Candidate:
         ids (`list[int]`): as the LLM reads it.
         reader_logprob (`float`): of the whole text.
         ended (`bool`): whether the reader ended it.
-        plain (`list[int]`): its tokens without capitals and punctuation, as the projector's frames spell it.
+        plain (`list[int]`): its tokens without capitals and punctuation, as the projector's frames spell it; `ANYTHING` for numbers
+            in figures, which they cannot spell.
+        known (`torch.Tensor` of shape `(tokens,)`): which of `ids` the LLM can judge: all but figures where it has not learnt them.
     """
 
     written: Written
@@ -38,6 +40,7 @@ class Candidate:
     plain: list[int]
     reader_logprob: float
     ended: bool
+    known: torch.Tensor
 
 
 @dataclass
@@ -55,10 +58,9 @@ class Scored:
     states: torch.Tensor
     end_logprob: float
 
-    @property
-    def logprob(self) -> float:
-        """Log-probability of the whole text, its end included."""
-        return float(self.logprobs.sum()) + self.end_logprob
+    def logprob(self, known: torch.Tensor) -> float:
+        """Log-probability of the whole text, its end included, but for tokens that are not `known`."""
+        return float(self.logprobs[known].sum()) + self.end_logprob
 
 
 def candidates_of(model, processor, readings) -> list[Candidate]:
@@ -69,6 +71,7 @@ def candidates_of(model, processor, readings) -> list[Candidate]:
         readings (`list[Reading]`): likeliest first.
     """
     candidates: dict[tuple[int, ...], Candidate] = {}
+    reads_figures = not model.config.reader_config["plain_text"]
     for reading in readings:
         pieces = model.reader.spell(reading.ids)
         flat = [token for piece in pieces for token in piece]
@@ -82,7 +85,7 @@ def candidates_of(model, processor, readings) -> list[Candidate]:
             same.reader_logprob = float(np.logaddexp(same.reader_logprob, reading.logprob))
             continue
         ids, token_words = plain, plain_token_words
-        if not model.config.reader_config["plain_text"]:
+        if reads_figures:
             ids, token_words = processor.encode_words(text, surface, surface)
         # A character that several of the reader's tokens spell together is audible by none of them alone.
         parts = [{owner[token] for token in word.tokens} for word in words]
@@ -94,7 +97,11 @@ def candidates_of(model, processor, readings) -> list[Candidate]:
             reader_logprobs=[sum(reading.logprobs[part] for part in word) for word in heard],
             mean_logprob=float(np.mean(reading.logprobs)) if reading.ids else reading.end_logprob,
         )
-        candidates[tuple(plain)] = Candidate(written, ids, plain, reading.logprob, reading.ended)
+        figures = np.array([any(char.isdigit() for char in word) for word in surface], dtype=bool)
+        spelt = [ANYTHING if figures[word] else token for token, word in zip(plain, plain_token_words)]
+        spelt = [token for token, before in zip(spelt, [None, *spelt]) if token != ANYTHING or before != ANYTHING]
+        known = torch.tensor([reads_figures or not figures[word] for word in token_words], dtype=torch.bool)
+        candidates[tuple(plain)] = Candidate(written, ids, spelt, reading.logprob, reading.ended, known)
     return list(candidates.values())
 
 
@@ -120,7 +127,7 @@ def joint_decode(model, processor, prompt: dict, budgets: list[int], audio) -> D
             by_frames = text_logprobs(heard, embeddings, [text.plain for text in texts])
         totals = [
             text.reader_logprob
-            + settings["llm_weight"] * score.logprob
+            + settings["llm_weight"] * score.logprob(text.known)
             + settings["ctc_weight"] * by_frame
             + settings["word_bonus"] * len(text.written.words)
             for text, score, by_frame in zip(texts, scores, by_frames)

@@ -225,9 +225,9 @@ class BeamSearch:
             before, logprob = self.open[parent], float(logprobs[parent, token])
             if before.logprob + logprob < floor:
                 break
-            if token == eos_token_id:
+            if token == eos_token_id and before.ids:
                 self.finished.append(Reading(before.ids, before.logprobs, logprob))
-            elif len(texts) < self.width:
+            elif token != eos_token_id and len(texts) < self.width:
                 texts.append(Reading([*before.ids, token], [*before.logprobs, logprob]))
                 parents.append(parent)
         self.open = texts
@@ -241,7 +241,7 @@ class BeamSearch:
         The finished texts, likeliest first, none of them hopeless; and behind them, hopeless or not, that nothing was said, which
         others may know better.
         """
-        ranked = sorted((text for text in self.finished if text.ids), key=lambda text: -text.logprob)[:MOST_READINGS]
+        ranked = sorted(self.finished, key=lambda text: -text.logprob)[:MOST_READINGS]
         likely = [text for text in ranked if text.logprob >= ranked[0].logprob - BEAM_MARGIN]
         return likely + ([] if self.nothing is None else [self.nothing])
 
