@@ -16,7 +16,7 @@ from tests import tiny
 from tests.test_ctc import frames_of
 from training.reader import train_reader
 from training.train import run
-from voxlm_hf import VoxLMForSpeechSeq2Seq, reader_voxlm
+from voxlm_hf import VoxLMForSpeechSeq2Seq, joint_voxlm, reader_voxlm
 from voxlm_hf.ctc_voxlm import ANYTHING, CTCPrefix, read_frames, text_logprobs
 from voxlm_hf.decoding_voxlm import DecodedText
 from voxlm_hf.joint_voxlm import Candidate, candidates_of, joint_decode, score_texts
@@ -89,7 +89,7 @@ def test_a_wide_search_finds_the_likeliest_of_all_texts(monkeypatch):
 def test_a_narrow_search_is_greedy_and_the_batch_does_not_matter():
     reader, (states, mask) = with_reader(num_beams=1).reader, states_of(9, 5, 7)
     together = reader(states, mask, [6, 0, 4])
-    assert together[1] == []
+    assert together[1] == [Reading([], [], ended=False)]
     for row, budget in ((0, 6), (2, 4)):
         (alone,) = reader(
             states[row : row + 1, : int(mask[row].sum())], mask[row : row + 1, : int(mask[row].sum())], [budget]
@@ -155,6 +155,23 @@ def test_candidates_keep_capitals_and_points_and_are_read_plainly():
     assert [word for word, letter in zip(candidate.written.token_words, letters) if letter] == [0, 0, 1, 1][
         : sum(map(bool, letters))
     ]
+
+
+@torch.no_grad()
+def test_frames_alone_cannot_forbid_a_text_but_say_whether_there_was_speech(monkeypatch):
+    model = with_reader(ctc_weight=0.1, word_bonus=0.0, llm_weight=0.0)
+    inputs = model.processor.apply_transcription_request([tiny.noise(1.3, 5)])
+    features = {name: value for name, value in inputs.items() if name.startswith("input_features")}
+    audio = model.get_audio_features(**features)
+    prompt = prompt_with_audio(model, inputs, audio)
+    readings = [Reading([4, 5], [-1.0, -1.0], -1.0), Reading([], [], -9.0)]
+    monkeypatch.setattr(model.reader, "forward", lambda *inputs: [readings])
+    for by_frames, expected in (([-1e9, -60.0], 2), ([-1e9, -2.0], 0), ([-30.0, -40.0], 2)):
+        monkeypatch.setattr(joint_voxlm, "text_logprobs", lambda *inputs, scores=by_frames: scores)
+        if expected == 0:  # the reader would have to be as unsure of words as of none
+            readings[0].logprobs[:] = [-9.0, -9.0]
+        assert len(joint_decode(model, model.processor, prompt, [8], audio).ids[0]) == expected
+        readings[0].logprobs[:] = [-1.0, -1.0]
 
 
 def test_figures_are_taken_on_the_readers_word():

@@ -18,6 +18,8 @@ from .processing_voxlm import plain_words
 
 # Text tokens whose scores over the LLM's whole vocabulary are held at once.
 TOKENS_AT_ONCE = 256
+# What frames that heard nothing of a text may count against it, for each token: a projector knows fewer words than a reader.
+LEAST_PER_TOKEN = -10.0
 
 
 @dataclass
@@ -125,6 +127,10 @@ def joint_decode(model, processor, prompt: dict, budgets: list[int], audio) -> D
         by_frames = [0.0] * len(texts)
         if heard is not None:
             by_frames = text_logprobs(heard, embeddings, [text.plain for text in texts])
+            by_frames = [
+                max(score, LEAST_PER_TOKEN * len(text.plain)) if text.ids else score
+                for text, score in zip(texts, by_frames)
+            ]
         totals = [
             text.reader_logprob
             + settings["llm_weight"] * score.logprob(text.known)
@@ -132,6 +138,10 @@ def joint_decode(model, processor, prompt: dict, budgets: list[int], audio) -> D
             + settings["word_bonus"] * len(text.written.words)
             for text, score, by_frame in zip(texts, scores, by_frames)
         ]
+        # Whether anything was said is for the frames to say: who knows none of the words would rather hear nothing.
+        for place, text in enumerate(texts):
+            if not text.ids and by_frames[place] < max(by_frames):
+                totals[place] = -np.inf
         best = int(np.argmax(totals))
         chosen.append((texts[best], scores[best]))
     pad = torch.nn.utils.rnn.pad_sequence

@@ -243,7 +243,7 @@ class BeamSearch:
         """
         ranked = sorted(self.finished, key=lambda text: -text.logprob)[:MOST_READINGS]
         likely = [text for text in ranked if text.logprob >= ranked[0].logprob - BEAM_MARGIN]
-        return likely + ([] if self.nothing is None else [self.nothing])
+        return [*likely, self.nothing or Reading([], [], ended=False)]
 
 
 def spelling_table(audio_tokenizer, tokenizer, suppressed: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
