@@ -69,8 +69,9 @@ class VoxLMReader(nn.Module):
 
     def spell(self, ids: list[int]) -> list[list[int]]:
         """The LLM's tokens for each of the decoder's."""
-        offsets = self.spelling_offsets.tolist()
-        return [self.spelling[offsets[token] : offsets[token + 1]].tolist() for token in ids]
+        tokens = torch.tensor(ids, dtype=torch.long, device=self.spelling.device)
+        bounds = zip(self.spelling_offsets[tokens].tolist(), self.spelling_offsets[tokens + 1].tolist())
+        return [self.spelling[first:end].tolist() for first, end in bounds]
 
     @torch.no_grad()
     def forward(self, states, mask, budgets: list[int]) -> list[list[Reading]]:
