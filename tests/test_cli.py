@@ -46,6 +46,22 @@ def test_align(folder, recording, tmp_path, capsys):
         assert f"voxlm: {recording}: " in capsys.readouterr().err
 
 
+def test_plot(folder, recording, tmp_path, capsys):
+    reference = tmp_path / "reference.json"
+    reference.write_text(json.dumps({"words": [{"word": "$fox", "start": 0.1, "end": 0.3}]}))
+    command = ["plot", str(recording), "--model", folder]
+    for name, options in (("a.png", []), ("b.svg", ["--text", "the fox", "--reference", str(reference)])):
+        picture = tmp_path / name
+        assert main([*command[:2], str(picture), *command[2:], *options]) == 0
+        assert picture.stat().st_size > 5000
+    assert "the" in (tmp_path / "b.svg").read_text()
+    for content in ("{", "[]", '[{"word": "a"}]', '{"text": "a"}', '["a"]'):
+        reference.write_text(content)
+        assert main([*command[:2], str(tmp_path / "c.png"), *command[2:], "--reference", str(reference)]) == 1
+        assert f"voxlm: {recording}: {reference}" in capsys.readouterr().err
+    assert main([*command[:2], str(tmp_path / "c.txt"), *command[2:]]) == 1 and not (tmp_path / "c.txt").exists()
+
+
 def test_bad_files_do_not_stop_the_others(folder, recording, tmp_path, capsys):
     bad = tmp_path / "bad.wav"
     bad.write_text("text")

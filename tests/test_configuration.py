@@ -38,6 +38,7 @@ def test_defaults_are_whisper_and_qwen2():
         ("frame_gate_threshold", 1.5),
         ("alignment_hidden_size", 0),
         ("alignment_num_blocks", -1),
+        ("alignment_median_width", 7),  # of a head that has its own decoder
         ("audio_token_id", 10**6),
         ("prompt_template", "no place for audio"),
         ("prompt_template", "{audio}{audio}"),

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests import tiny
-from voxlm_hf.forced_alignment_voxlm import plain_words
+from voxlm_hf.forced_alignment_voxlm import match_in_order, plain_words, share_words
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +107,58 @@ def test_a_word_that_the_llm_does_not_believe_is_not_spoken(model, monkeypatch):
     monkeypatch.setattr("voxlm_hf.forced_alignment_voxlm.read_states", states)
     result = model.align(tiny.noise(2.0), "the unsaid fox")
     assert [word["spoken"] for word in result.words] == [True, False, True]
+
+
+def test_sequences_are_matched_as_cheaply_as_an_exhaustive_search_does():
+    def cheapest(costs, gap):
+        rows, columns = costs.shape
+        best = {(row, column): gap * (row + column) for row in range(rows + 1) for column in range(columns + 1)}
+        for row in range(1, rows + 1):
+            for column in range(1, columns + 1):
+                ways = best[row - 1, column - 1] + costs[row - 1, column - 1], best[row - 1, column] + gap
+                best[row, column] = min(*ways, best[row, column - 1] + gap)
+        return best[rows, columns]
+
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        costs = generator.integers(0, 4, size=generator.integers(0, 8, size=2)) / 2
+        pairs = match_in_order(costs.__getitem__, *costs.shape, gap=0.7)
+        assert all(one[0] < two[0] and one[1] < two[1] for one, two in zip(pairs, pairs[1:]))
+        skipped = costs.shape[0] + costs.shape[1] - 2 * len(pairs)
+        assert sum(costs[pair] for pair in pairs) + 0.7 * skipped == pytest.approx(cheapest(costs, 0.7))
+
+
+def piece(start, end, *words):
+    return {"start": start, "end": end}, [{"word": word, "start": s, "end": e} for word, s, e in words]
+
+
+@pytest.mark.parametrize(
+    "second, cut",
+    [
+        (piece(10, 20, ("Jumps", 10.2, 11)), 3),  # as it was said
+        # another word at its place
+        (piece(10, 20, ("lazy", 10.2, 11), ("over", 11, 12), ("dog", 12, 13)), 3),
+        # "jumps" was not heard: it goes where there is more room
+        (piece(10, 20, ("over", 10.2, 11), ("dog", 11, 12)), 4),
+        (piece(10, 20, ("over", 19, 19.5), ("dog", 19.5, 20)), 3),
+    ],
+)
+def test_a_text_is_shared_out_by_what_was_heard(second, cut):
+    first = piece(0, 10, ("the", 1, 2), ("quick", 2, 3), ("fox.", 3, 8))
+    silent = piece(5, 6)
+    given = "The quick fox jumps over dog".split()
+    assert share_words(given, [first, second]) == [0, cut, 6]
+    assert share_words(given, [silent, first, silent, second, silent]) == [0, 0, cut, cut, 6, 6]
+    assert share_words(given, [piece(0, 10), piece(10, 30)]) == [0, 2, 6]
+
+
+def test_a_recording_longer_than_the_window(model):
+    """Each piece is aligned as it would be by itself, and nothing is lost between them."""
+    toy = tiny.model(llm="qwen3")
+    waveform = np.concatenate([tiny.noise(20.0, 0), np.zeros(16000 * 4, np.float32), tiny.noise(18.0, 1)])
+    words = [f"w{number}" for number in range(40)]
+    result = toy.align(waveform, " ".join(words))
+    check(result, words, 42.0)
+    assert result.words[-1]["end"] > 24.0 and not any(20.4 < word["start"] < 23.5 for word in result.words)
+    with pytest.raises(ValueError, match="2 words, but no speech is heard in 40.0 s"):
+        toy.align(np.zeros(16000 * 40, np.float32), "the fox")

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from hub_export.export import export
 from hub_export.legacy import ORIGINAL_DECODING, ORIGINAL_DECODING_FILE, convert, main, read_checkpoint
 from voxlm_hf import VoxLMForSpeechSeq2Seq
+from voxlm_hf.alignment_voxlm import dtw_frames
 
 
 LEGACY = Path(__file__).parent / "data" / "legacy"
@@ -86,6 +87,24 @@ def test_the_originals_decoding_is_a_config_to_choose(variant, tmp_path):
     assert result.text == model.get_processor().decode_text(ids).strip()
     edges = [edge for word in result.words for edge in (word["start"], word["end"])]
     assert edges == sorted(edges) and 0 <= edges[0] and edges[-1] <= 2.0
+
+
+@pytest.mark.parametrize("variant, width", [("a_qwen2", 7), ("b_qwen25_bf16", 5)])
+def test_the_originals_time_warping_is_a_config_to_choose(variant, width):
+    tensors, _ = expected(variant)
+    frames = dtw_frames(tensors["attention"].numpy(), width)
+    tokens, places = tensors["dtw_text_indices"], tensors["dtw_time_indices"]
+    wanted = [[int(places[tokens == token].min()), int(places[tokens == token].max())] for token in tokens.unique()]
+    assert frames.tolist() == wanted
+
+    model = convert(LEGACY / variant / "model.pt", **BASES[variant])
+    frame_s = model.processor.frame_s * model.config.projector_stride
+    corrected = model.align(CLIP, "the red boat").words
+    model.config.alignment_median_width = width
+    words = model.align(CLIP, "the red boat").words
+    edges = [edge for word in words for edge in (word["start"], word["end"])]
+    assert edges[0] == 0 and edges == sorted(edges) and words != corrected
+    assert all(abs(edge / frame_s - round(edge / frame_s)) < 1e-6 for edge in edges)
 
 
 def saved(tmp_path, change, config=None):

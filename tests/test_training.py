@@ -14,13 +14,14 @@ import yaml
 from transformers import Trainer, TrainingArguments
 
 from tests import tiny
-from training.augment import Augmentation
+from training.augment import Augmentation, misheard
 from training.collator import VoxLMCollator, word_targets
 from training.data import LengthBatchSampler, SpeechDataset, read_rows
 from training.features import FeatureCache, encode_missing
-from training.label_words import match_words, read_ctm, read_textgrid, teacher_words
+from training.label_words import read_ctm, read_textgrid, teacher_words
 from training.pieces import encode_pieces, piece_vocabulary, short_piece_tokenizer
-from training.train import make_dataset, read_recipe, run
+from training.text import match_words
+from training.train import make_dataset, read_recipe, run, run_trainer
 from training.trainer import VoxLMTrainer, leave_out_hidden_frames, prompts_alone, word_time_errors
 from training.warm_start import ctc_loss, greedy_wer, warm_start
 from voxlm_hf import VoxLMForSpeechSeq2Seq
@@ -169,6 +170,39 @@ def test_augmentation_is_reproducible_and_moves_word_times_with_the_audio():
         seen.add(augmentation.codec)
     assert seen == {None, "mp3", "vorbis", "gsm", "telephone"}
     np.testing.assert_array_equal(Augmentation()(clip), clip)
+
+
+def test_pauses_and_long_silences_come_where_words_are_known():
+    words = [{"word": "a", "start": 0.2, "end": 0.4}, {"word": "b", "start": 0.6, "end": 0.9}]
+    clip = 0.001 * tiny.noise(1.0)
+    clip[8000] = 1.0  # the middle between the words
+    drawn = [Augmentation.draw(np.random.default_rng(seed), words) for seed in range(60)]
+    assert 5 < sum(bool(item.pauses) for item in drawn) < 50 and any(item.lead_s > 1 for item in drawn)
+    for augmentation in drawn:
+        assert {moment for moment, _ in augmentation.pauses} <= {0.5}
+        first, second = augmentation.move_words(words)
+        gap = sum(length for _, length in augmentation.pauses)
+        assert second["start"] - first["end"] == pytest.approx((0.2 + gap) / augmentation.speed)
+        assert abs(np.abs(augmentation(clip)).argmax() / 16000 - augmentation.move(0.5)) < 0.002
+
+
+def test_misheard_words_have_the_place_of_those_that_were_said():
+    words = [{"word": w, "start": n / 2, "end": n / 2 + 0.4} for n, w in enumerate("the quick brown fox".split())]
+    rng = np.random.default_rng(0)
+    text, changed = misheard("the quick brown fox runs", words[:3] + words[3:], ["um"], 1.0, rng)
+    assert text.split()[-1] == "runs" and set(text.split()[:-1]) == {"um"}
+    assert [word["word"] for word in changed] == ["um"] * len(changed) and len(changed) >= 4
+    assert {word["start"] for word in words} <= {word["start"] for word in changed}
+    assert {word["end"] for word in words} <= {word["end"] for word in changed}
+    assert misheard("the quick", words, ["um"], 0.0, rng) == ("the quick", words)
+    assert misheard("", words[:1], ["um"], 1.0, rng) == ("", words[:1])
+
+
+def test_wrong_words_are_for_the_alignment_head_alone(manifest, tmp_path):
+    toy = model()
+    dataset = make_dataset(toy, [{"manifest": manifest}], misheard=0.5)
+    with pytest.raises(ValueError, match="only the alignment head"):
+        run_trainer(toy, dataset, None, tmp_path, 0, parts=["lora"])
 
 
 def test_the_cache_holds_what_the_encoder_gives_and_encodes_nothing_twice(tmp_path, manifest, monkeypatch):

@@ -1,5 +1,5 @@
 """
-Augmentation of waveforms for a frozen encoder: speed, gain, noise, a simple room, codecs, silence at both ends.
+Augmentation of waveforms for a frozen encoder: pauses, speed, gain, noise, a simple room, codecs, silence at both ends; and of texts.
 
 What is done to a recording is drawn first, as an [`Augmentation`], and then done, so that word times can be moved without
 touching the audio.
@@ -13,6 +13,8 @@ import soundfile
 import soxr
 from numpy.random import Generator
 
+from .text import match_words
+
 
 # Lossy formats that libsndfile writes and that keep every sample in its place.
 CODECS = {
@@ -22,6 +24,10 @@ CODECS = {
     "telephone": {"format": "WAV", "subtype": "ULAW"},
 }
 TELEPHONE_RATE = 8000
+# Level of the near silence that is put in: nothing that was recorded is all zeros.
+SILENCE_LEVEL = 1e-4
+# Of words that are changed, so many become one other word; the others become two.
+BECOMES_ONE = 0.7
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,7 @@ class Augmentation:
     What is done to one recording, in this order; the defaults do nothing.
 
     Args:
+        pauses (`tuple[tuple[float, float], ...]`): near silence put in at these moments, each for so many seconds, in order.
         speed (`float`): played so many times as fast, pitch and all (Ko et al. 2015).
         room_s (`float`), room_level (`float`): length of the reverberation in seconds and its energy against the direct sound.
         snr_db (`float`, *optional*), tilt (`float`): noise at this signal-to-noise ratio; 0 is white, 0.5 pink.
@@ -39,6 +46,7 @@ class Augmentation:
         seed (`int`): of the noise itself.
     """
 
+    pauses: tuple[tuple[float, float], ...] = ()
     speed: float = 1.0
     room_s: float = 0.0
     room_level: float = 0.0
@@ -51,16 +59,28 @@ class Augmentation:
     seed: int = 0
 
     @classmethod
-    def draw(cls, rng: Generator) -> "Augmentation":
-        """A louder world around a clean recording, each part by chance."""
-        has = rng.random(6) < (0.4, 0.3, 0.6, 0.5, 0.4, 0.7)
+    def draw(cls, rng: Generator, words: list[dict] | None = None) -> "Augmentation":
+        """
+        A louder world around a clean recording, each part by chance.
+
+        Args:
+            words (`list[dict]`, *optional*): `{"word", "start", "end"}` in seconds; where they are known, pauses may come between
+                them and the silence before them may be long, so that the alignment head learns neither pace nor place by heart.
+        """
+        has = rng.random(8) < (0.4, 0.3, 0.6, 0.5, 0.4, 0.7, 0.4, 0.2)
+        edges = word_boundaries(words or [])
+        pauses: tuple = ()
+        if has[6] and edges:
+            chosen = rng.choice(len(edges), size=min(len(edges), int(rng.integers(1, 4))), replace=False)
+            pauses = tuple((edges[number], float(rng.uniform(0.1, 2.0))) for number in sorted(chosen))
         return cls(
+            pauses=pauses,
             speed=float(rng.uniform(0.9, 1.1)) if has[0] else 1.0,
             room_s=float(rng.uniform(0.1, 0.5)) if has[1] else 0.0,
             room_level=float(rng.uniform(0.1, 0.5)),
             snr_db=float(rng.uniform(8, 35)) if has[2] else None,
             tilt=float(rng.choice([0.0, 0.3, 0.5])),
-            lead_s=float(rng.uniform(0, 0.5)) if has[3] else 0.0,
+            lead_s=float(rng.uniform(0, 6 if words and has[7] else 0.5)) if has[3] or words and has[7] else 0.0,
             tail_s=float(rng.uniform(0, 0.5)) if has[3] else 0.0,
             codec=str(rng.choice(list(CODECS))) if has[4] else None,
             gain_db=float(rng.uniform(-20, 6)) if has[5] else 0.0,
@@ -72,25 +92,56 @@ class Augmentation:
         """The same text for the same augmentation, to name cached features by."""
         return repr(sorted(asdict(self).items()))
 
-    def move(self, seconds: float) -> float:
-        """Where a moment of the original recording lies in the augmented one, both in seconds."""
-        return seconds / self.speed + self.lead_s
+    def move(self, seconds: float, is_end: bool = False) -> float:
+        """Where a moment of the original recording lies in the augmented one, both in seconds; an end stays before a pause."""
+        paused = sum(length for moment, length in self.pauses if moment < seconds or moment == seconds and not is_end)
+        return (seconds + paused) / self.speed + self.lead_s
+
+    def move_words(self, words: list[dict]) -> list[dict]:
+        """`{"word", "start", "end"}` of the original recording where they are in the augmented one."""
+        return [
+            {**word, "start": self.move(word["start"]), "end": self.move(word["end"], is_end=True)} for word in words
+        ]
 
     def __call__(self, waveform: np.ndarray, sampling_rate: int = 16000) -> np.ndarray:
         """`waveform` `(samples,)` float32, augmented; its peak at most 1."""
         rng = np.random.default_rng(self.seed)
+        if self.pauses:
+            waveform = put_in_silence(waveform, self.pauses, rng, sampling_rate)
         if self.speed != 1.0:
             waveform = soxr.resample(waveform, sampling_rate * self.speed, sampling_rate)
         if self.room_s:
             waveform = reverberate(waveform, self.room_s, self.room_level, rng, sampling_rate)
         if self.snr_db is not None:
             waveform = add_noise(waveform, self.snr_db, self.tilt, rng)
-        edges = [1e-4 * rng.standard_normal(int(seconds * sampling_rate)) for seconds in (self.lead_s, self.tail_s)]
+        edges = [silence(seconds, rng, sampling_rate) for seconds in (self.lead_s, self.tail_s)]
         waveform = np.concatenate([edges[0], waveform, edges[1]])
         if self.codec is not None:
             waveform = through_codec(waveform / max(1.0, np.abs(waveform).max()), self.codec, sampling_rate)
         waveform = waveform * 10 ** (self.gain_db / 20)
         return (waveform / max(1.0, np.abs(waveform).max())).astype(np.float32)
+
+
+def word_boundaries(words: list[dict]) -> list[float]:
+    """Moments in seconds between neighbouring words, in the middle of the gap if there is one."""
+    return [
+        (left["end"] + right["start"]) / 2
+        for left, right in zip(words[:-1], words[1:])
+        if left["end"] <= right["start"]
+    ]
+
+
+def silence(seconds: float, rng: Generator, sampling_rate: int) -> np.ndarray:
+    """Faint noise."""
+    return SILENCE_LEVEL * rng.standard_normal(int(seconds * sampling_rate))
+
+
+def put_in_silence(waveform, pauses, rng: Generator, sampling_rate: int) -> np.ndarray:
+    """The waveform with near silence at each moment of `pauses`, `(moment, length)` in seconds and in order."""
+    cuts = [round(moment * sampling_rate) for moment, _ in pauses]
+    parts = np.split(waveform, cuts)
+    gaps = [silence(length, rng, sampling_rate) for _, length in pauses]
+    return np.concatenate([parts[0], *(item for pair in zip(gaps, parts[1:]) for item in pair)])
 
 
 def reverberate(waveform, decay_s: float, level: float, rng: Generator, sampling_rate: int) -> np.ndarray:
@@ -146,3 +197,31 @@ def non_speech(rng: Generator, sampling_rate: int = 16000) -> np.ndarray:
         waveform[rng.integers(size, size=rng.integers(1, 20))] += rng.uniform(-1, 1)
     level = 10 ** rng.uniform(-4, -0.3)
     return (level * waveform / max(1e-9, np.abs(waveform).max())).astype(np.float32)
+
+
+def misheard(text: str, words: list[dict], others: list[str], share: float, rng: Generator) -> tuple[str, list[dict]]:
+    """
+    A text in which some words are wrong, as in a transcription, and its words with times: the alignment head has to find words that
+    the LLM did not expect.
+
+    Args:
+        text: words separated by spaces; words: `{"word", "start", "end"}` in seconds, of all or some of them; others: words to put
+            in; share: of the words with times that are changed.
+    """
+    places = match_words(text.split(), [word["word"] for word in words])
+    timed, tokens = dict(zip(places, words)), []
+    # Words that were spoken but are not in the text stay as they are.
+    result = [word for place, word in zip(places, words) if place is None]
+    for place, token in enumerate(text.split()):
+        word = timed.get(place)
+        if word is None or rng.random() >= share:
+            tokens.append(token)
+            result += [word] if word else []
+            continue
+        edges = [word["start"], word["end"]]
+        if rng.random() >= BECOMES_ONE:
+            edges.insert(1, edges[0] + float(rng.uniform(0.3, 0.7)) * (edges[1] - edges[0]))
+        for start, end in zip(edges[:-1], edges[1:]):
+            tokens.append(str(rng.choice(others)))
+            result.append({"word": tokens[-1], "start": start, "end": end})
+    return " ".join(tokens), sorted(result, key=lambda word: word["start"])

@@ -8,7 +8,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from voxlm_hf.alignment_voxlm import close_gaps
 
-from .label_words import match_words
+from .text import match_words
 
 
 class VoxLMCollator:

@@ -11,7 +11,7 @@ import numpy as np
 import soundfile
 import torch
 
-from .augment import Augmentation, non_speech
+from .augment import Augmentation, misheard, non_speech
 from .text import NORMALISERS
 
 
@@ -260,11 +260,14 @@ class SpeechDataset(torch.utils.data.Dataset):
         augmentations (`list[Augmentation]`, *optional*): one for each row; the same in every epoch, so that a cache can hold
             what the encoder made of it. More variety comes from more copies of the rows.
         cache ([`FeatureCache`], *optional*), keys (`list[str]`): where the encoder states of each row are.
+        misheard (`float`): share of the words with times that are exchanged for others of the dataset's, the same in every epoch
+            (see `augment.misheard`). Only where the LLM itself is not trained.
     """
 
-    def __init__(self, rows: list[Row], processor, augmentations=None, cache=None, keys=None):
+    def __init__(self, rows: list[Row], processor, augmentations=None, cache=None, keys=None, misheard: float = 0.0):
         self.rows, self.processor, self.cache, self.keys = rows, processor, cache, keys
         self.augmentations = augmentations or [Augmentation()] * len(rows)
+        self.misheard = misheard
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -273,6 +276,11 @@ class SpeechDataset(torch.utils.data.Dataset):
     def texts(self) -> list[str]:
         """The transcripts, in order."""
         return [row.text for row in self.rows]
+
+    @functools.cached_property
+    def vocabulary(self) -> list[str]:
+        """The words of the transcripts, each as often as it occurs."""
+        return " ".join(self.texts).split()
 
     @functools.cached_property
     def lengths(self) -> list[int]:
@@ -289,10 +297,10 @@ class SpeechDataset(torch.utils.data.Dataset):
         row, augmentation = self.rows[index], self.augmentations[index]
         item = {"text": row.text}
         if row.words:
-            item["words"] = [
-                {**word, "start": augmentation.move(word["start"]), "end": augmentation.move(word["end"])}
-                for word in row.words
-            ]
+            item["words"] = augmentation.move_words(row.words)
+            if self.misheard:
+                rng = np.random.default_rng([index, len(self.rows)])
+                item["text"], item["words"] = misheard(row.text, item["words"], self.vocabulary, self.misheard, rng)
         if self.cache is not None:
             return {**item, "states": self.cache[self.keys[index]]}
         return {**item, "audio": augmentation(self.processor.load_audio(row.audio), self.processor.sampling_rate)}

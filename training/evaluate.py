@@ -3,8 +3,8 @@ Score models on recordings: `voxlm-eval --model FOLDER [--reference WHISPER] --m
 
 Word and character error rates are pooled over all words, after the normaliser of Whisper's paper (Radford et al. 2022), as
 the Open ASR Leaderboard has it. Rows with "words" or "word_anchors" in the manifest also score word times, of what was
-transcribed and with the text given. Confidences are scored raw and calibrated. Writes results.json, results.md,
-hypotheses.jsonl and reliability.png.
+transcribed and with the text given; `--aligners` adds other people's forced aligners, `--hard-cases` recordings made harder on the
+spot. Confidences are scored raw and calibrated. Writes results.json, results.md, hypotheses.jsonl and reliability.png.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,7 +26,8 @@ from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 from voxlm_hf import VoxLMForSpeechSeq2Seq
 from voxlm_hf.audio_voxlm import read_audio, to_waveform
 
-from . import timing
+from . import hard_cases, timing
+from .aligners import original_words, sphinx_words
 from .confidence import all_right_words, plot_reliability, raw_confidences, score_confidences
 from .data import Row, read_rows
 from .text import normalise
@@ -127,16 +129,7 @@ def transcribe_rows(model: str, rows: list[Row], batch_size: int, is_reference: 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with_times = any(row.words or row.anchors for row in rows)
     if is_reference:
-        stock = pipeline("automatic-speech-recognition", model=model, device=device, dtype=torch.float32)
-        greedy = {"num_beams": 1, "language": "en", "task": "transcribe"}
-
-        def run(files):
-            # Decoded here, as for VoxLM: the stock pipeline needs ffmpeg for files.
-            rate = stock.feature_extractor.sampling_rate
-            clips = [{"raw": to_waveform(*read_audio(file), rate), "sampling_rate": rate} for file in files]
-            asked = {"return_timestamps": "word"} if with_times else {}
-            outputs = stock(clips, batch_size=batch_size, generate_kwargs=greedy, **asked)
-            return [{"text": output["text"], "words": stock_words(output.get("chunks", []))} for output in outputs]
+        run = stock_runner(model, device, with_times, batch_size)
     else:
         voxlm = VoxLMForSpeechSeq2Seq.from_pretrained(model).to(device)
 
@@ -159,6 +152,28 @@ def transcribe_rows(model: str, rows: list[Row], batch_size: int, is_reference: 
     return results, seconds
 
 
+def stock_runner(model: str, device: str, with_times: bool, batch_size: int) -> Callable:
+    """A function from recordings to "text" and "words", by the stock pipeline, greedily and in English."""
+    stock = pipeline("automatic-speech-recognition", model=model, device=device, dtype=torch.float32)
+    greedy = {"num_beams": 1, "language": "en", "task": "transcribe"}
+    asked = {"return_timestamps": "word"} if with_times else {}
+    rate = stock.feature_extractor.sampling_rate
+
+    def run(recordings):
+        # Decoded here, as for VoxLM: the stock pipeline needs ffmpeg for files.
+        clips = [{"raw": waveform_of(recording, rate), "sampling_rate": rate} for recording in recordings]
+        outputs = stock(clips, batch_size=batch_size, generate_kwargs=greedy, **asked)
+        return [{"text": output["text"], "words": stock_words(output.get("chunks", []))} for output in outputs]
+
+    return run
+
+
+def waveform_of(audio, rate: int) -> np.ndarray:
+    """`(samples,)` float32 at `rate` Hz of any kind of audio; bare arrays have that rate already."""
+    samples, source_rate = read_audio(audio)
+    return to_waveform(samples, source_rate or rate, rate)
+
+
 def stock_words(chunks: list[dict]) -> list[dict]:
     """Words as VoxLM writes them, from the chunks of the stock pipeline."""
     return [
@@ -175,6 +190,39 @@ def score_all_times(results: list[tuple], rows: list[Row], data: str) -> list[ti
             words = [item.get(key) or [] for item in utterances]
             scores.append(timing.score_times(rows, words, Path(text_scores.model).name, data, condition))
     return [item for item in scores if item is not None]
+
+
+def score_aligners(model: str, rows: list[Row], data: str) -> list[timing.TimingScores]:
+    """Word-time errors of other people's forced aligners with the text given: PocketSphinx, and the original VoxLM's recipe."""
+    voxlm = VoxLMForSpeechSeq2Seq.from_pretrained(model)
+    rate = voxlm.get_processor().sampling_rate
+    rows = [row for row in rows if timing.known_times(row) and row.duration <= voxlm.config.audio_window_s]
+    found: dict[str, list] = {"PocketSphinx": [], "the original's recipe, on our scores": []}
+    for row in tqdm(rows, desc="other aligners", unit="text"):
+        waveform, text = waveform_of(row.audio, rate), normalise(row.text)
+        for words, result in zip(found.values(), (sphinx_words(waveform, text), original_words(voxlm, waveform, text))):
+            words.append(result or [])
+    scores = [timing.score_times(rows, words, name, data, "text given") for name, words in found.items()]
+    return [item for item in scores if item is not None]
+
+
+def score_hard_cases(
+    models: list[tuple[str, bool]], results: list[tuple], rows: list[Row], data: str, batch_size: int
+) -> list[hard_cases.Robustness]:
+    """What becomes of the words that each model places right, in recordings made harder; `results` as in `score_all_times`."""
+    timed = [number for number, row in enumerate(rows) if timing.known_times(row)]
+    plain_rows = [rows[number] for number in timed]
+    scores = []
+    for case in hard_cases.hard_cases(plain_rows, lambda audio: waveform_of(audio, hard_cases.SAMPLING_RATE)):
+        for (model, stock), (_, plain) in zip(models, results):
+            harder, _ = transcribe_rows(model, case.rows, batch_size, stock)
+            for condition, key in (("transcribed", "words"), ("text given", "given")):
+                if key not in harder[0]:
+                    continue
+                before = [timing.word_errors(rows[number], plain[number].get(key) or []) for number in timed]
+                counts = hard_cases.compare(before, case.rows, [item[key] for item in harder], case)
+                scores.append(hard_cases.Robustness(Path(model).name, data, condition, case.name, *counts))
+    return scores
 
 
 def word_confidence_curves(utterances: list[dict]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -267,6 +315,8 @@ def main():
     parser.add_argument("--data-name", help="what to call the recordings, by default the manifest's folder")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--every", type=int, default=1, help="take every N-th row only")
+    parser.add_argument("--aligners", action="store_true", help="score PocketSphinx and the original's recipe as well")
+    parser.add_argument("--hard-cases", action="store_true", help="score word times in recordings made harder as well")
     parser.add_argument("--worst", type=int, default=10, help="how many of the worst utterances to list")
     parser.add_argument("--output", type=Path, required=True, help="folder for the results")
     arguments = parser.parse_args()
@@ -284,8 +334,13 @@ def main():
     worst = sorted(utterances, key=lambda item: -item["errors"])[: arguments.worst]
     table = markdown([scores for scores, _ in results], worst)
     times, curves = score_all_times(results, rows, data), word_confidence_curves(utterances)
+    if arguments.aligners:
+        times += score_aligners(arguments.model, rows, data)
+    robustness = score_hard_cases(models, results, rows, data, arguments.batch_size) if arguments.hard_cases else []
     if times:
         table += "\nWord times:\n\n" + timing.markdown(times)
+    if robustness:
+        table += "\nWords that were right, in recordings made harder:\n\n" + hard_cases.markdown(robustness)
     if curves:
         table += "\nConfidences of the first model's words:\n\n" + confidence_markdown(curves)
         plot_reliability(curves, arguments.output / "reliability.png")
@@ -293,6 +348,7 @@ def main():
     measured = {
         "texts": [asdict(scores) for scores, _ in results],
         "times": [asdict(scores) for scores in times],
+        "hard_cases": [asdict(scores) for scores in robustness],
         "confidences": {name: asdict(score_confidences(*curve)) for name, curve in curves.items()},
     }
     (arguments.output / "results.json").write_text(json.dumps(measured, indent=2))

@@ -1,6 +1,7 @@
 """
 Word times for training: `python -m training.label_words` adds "words" to a manifest.
 
+    --agree MODEL       from a VoxLM checkpoint and PocketSphinx, where the two aligners agree
     --teacher MODEL     from the cross-attention of a Whisper model, where its text agrees with the transcript
     --textgrid FOLDER   from FOLDER/ID.TextGrid, as the Montreal Forced Aligner writes them
     --ctm FILE          from a CTM file whose recordings are the manifest's ids
@@ -16,47 +17,14 @@ import re
 from pathlib import Path
 
 import jiwer
-import numpy as np
-from rapidfuzz.distance import Levenshtein
 from tqdm import tqdm
 from transformers import pipeline
 
+from voxlm_hf import VoxLMForSpeechSeq2Seq
+
+from .aligners import agreed_words, sphinx_words
 from .data import Report, manifest_rows
 from .text import normalise
-
-
-# Costs of the alignment: a substitution by how differently the words are spelt, at most this; a word on one side only.
-SUBSTITUTION, GAP = 1.2, 0.7
-
-
-def match_words(reference: list[str], timed: list[str]) -> list[int | None]:
-    """
-    For each timed word the place in the reference it stands for, by edit-distance alignment of the two, or `None`.
-
-    A word spelt differently is matched to what stands at its place; words that one side has more than the other are matched
-    to nothing.
-    """
-    costs = np.zeros((len(reference) + 1, len(timed) + 1))
-    costs[:, 0], costs[0, :] = GAP * np.arange(len(reference) + 1), GAP * np.arange(len(timed) + 1)
-    spelling = [[SUBSTITUTION * Levenshtein.normalized_distance(one, other) for other in timed] for one in reference]
-    for row in range(1, len(reference) + 1):
-        for column in range(1, len(timed) + 1):
-            costs[row, column] = min(
-                costs[row - 1, column - 1] + spelling[row - 1][column - 1],
-                costs[row - 1, column] + GAP,
-                costs[row, column - 1] + GAP,
-            )
-    places: list[int | None] = [None] * len(timed)
-    row, column = len(reference), len(timed)
-    while row and column:
-        if np.isclose(costs[row, column], costs[row - 1, column - 1] + spelling[row - 1][column - 1]):
-            row, column = row - 1, column - 1
-            places[column] = row
-        elif np.isclose(costs[row, column], costs[row - 1, column] + GAP):
-            row -= 1
-        else:
-            column -= 1
-    return places
 
 
 def read_ctm(path: Path) -> dict[str, list[dict]]:
@@ -129,6 +97,21 @@ def teacher_words(teacher, audio, text: str, max_wer: float = 0.1) -> list[dict]
     return words
 
 
+def agreeing_words(model, audio: str, text: str) -> list[dict] | None:
+    """
+    Words of a recording on whose start and end the model's alignment head and PocketSphinx agree; those on which they do not have
+    no time, and train nothing.
+
+    Returns:
+        `{"word", "start", "end"}` in seconds, or `None` where they agree on none.
+    """
+    waveform = model.get_processor().load_audio(audio)
+    theirs = sphinx_words(waveform, text)
+    if theirs is None:
+        return None
+    return agreed_words(model.align(waveform, normalise(text)).words, theirs) or None
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("manifest", type=Path)
@@ -136,20 +119,25 @@ def main():
         "output", type=Path, help="the manifest with words; put it beside the other, paths stay as they are"
     )
     source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--agree", help="folder or Hub id of a VoxLM checkpoint")
     source.add_argument("--teacher", help="folder or Hub id of a Whisper model")
     source.add_argument("--textgrid", type=Path)
     source.add_argument("--ctm", type=Path)
     source.add_argument("--original", type=Path)
     parser.add_argument("--max-wer", type=float, default=0.1, help="of the teacher's text against the transcript")
     arguments = parser.parse_args()
-    if arguments.teacher:
+    if arguments.agree:
+        model = VoxLMForSpeechSeq2Seq.from_pretrained(arguments.agree)
+    elif arguments.teacher:
         teacher = pipeline("automatic-speech-recognition", model=arguments.teacher)
     elif not arguments.textgrid:
         known = read_ctm(arguments.ctm) if arguments.ctm else read_original(arguments.original)
     report = Report()
     with arguments.output.open("w") as file:
         for row in tqdm(list(manifest_rows(arguments.manifest, report)), unit="recording"):
-            if arguments.teacher:
+            if arguments.agree:
+                words = agreeing_words(model, row["audio"], row["text"])
+            elif arguments.teacher:
                 words = teacher_words(teacher, row["audio"], row["text"], arguments.max_wer)
             elif arguments.textgrid:
                 grid = arguments.textgrid / f"{row['id']}.TextGrid"

@@ -1,8 +1,16 @@
-"""Text normalisation for training transcripts."""
+"""Transcripts: normalisation, and which words of two of them belong together."""
 
 import re
 
+import numpy as np
+from rapidfuzz.distance import Levenshtein
+from rapidfuzz.process import cdist
 
+from voxlm_hf.forced_alignment_voxlm import match_in_order
+
+
+# Costs of the alignment: a substitution by how differently the words are spelt, at most this; a word on one side only.
+SUBSTITUTION, GAP = 1.2, 0.7
 ABBREVIATIONS = {"mr": "mister", "mrs": "missus", "dr": "doctor", "messrs": "messieurs"}
 
 
@@ -17,3 +25,17 @@ def normalise(text: str) -> str:
 
 # What a recipe may do to transcripts, by name.
 NORMALISERS = {"none": str.strip, "lower": normalise}
+
+
+def match_words(reference: list[str], timed: list[str]) -> list[int | None]:
+    """
+    For each timed word the place in the reference it stands for, by edit-distance alignment of the two, or `None`.
+
+    A word spelt differently is matched to what stands at its place; words that one side has more than the other are matched
+    to nothing.
+    """
+    spelling = SUBSTITUTION * cdist(reference, timed, scorer=Levenshtein.normalized_distance, dtype=np.float64)
+    places: list[int | None] = [None] * len(timed)
+    for row, column in match_in_order(spelling.__getitem__, len(reference), len(timed), GAP):
+        places[column] = row
+    return places

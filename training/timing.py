@@ -1,12 +1,18 @@
-"""Word-time errors, by the definitions that aligners are compared with (fa-bench, Rousso et al. 2024, McAuliffe et al. 2026)."""
+"""Word-time errors, by the definitions that aligners are compared with (fa-bench, CrisperWhisper, Qwen3-ASR, Rousso et al. 2024)."""
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
 
 from .data import Row
-from .label_words import match_words
-from .text import normalise
+from .text import match_words, normalise
+
+
+# Tolerances of word segmentation in seconds: CrisperWhisper's table has the first, WhisperX's the second.
+COLLARS_S = (0.05, 0.2)
+# A word this far off is at another place; one that is nearer is right.
+RIGHT_WITHIN_S = 0.2
 
 
 @dataclass
@@ -18,9 +24,13 @@ class TimingScores:
         model, data, condition (`str`): what was scored on what, and "transcribed" (words matched to the reference; those it has
             not leave the average) or "text given".
         matched, known (`int`): words compared, of those with a known time.
-        mean_ms (`float`): over starts and ends together (word boundary error). start_mean_ms, end_mean_ms, start_bias_ms,
-            end_bias_ms (positive: too late), median_ms, p95_ms (`float`).
-        within_50_ms, within_100_ms (`float`): shares of boundaries.
+        mean_ms (`float`): over starts and ends together: word boundary error (fa-bench), and, as all slots are pooled, the
+            accumulated average shift (AAS) of Qwen3-ASR and Granite. start_mean_ms, end_mean_ms, start_bias_ms, end_bias_ms
+            (positive: too late), median_ms, p95_ms (`float`).
+        within_20_ms, within_50_ms, within_100_ms, within_200_ms (`float`): shares of boundaries.
+        f1_50_ms, iou_50_ms, f1_200_ms, iou_200_ms (`float`, *optional*): word segmentation at these collars (see `segmentation`);
+            not known where only some words have a time.
+        empty, out_of_order (`int`): words without a length, and words that start before the one before them ends.
     """
 
     model: str
@@ -35,8 +45,16 @@ class TimingScores:
     end_bias_ms: float
     median_ms: float
     p95_ms: float
+    within_20_ms: float
     within_50_ms: float
     within_100_ms: float
+    within_200_ms: float
+    f1_50_ms: float | None = None
+    iou_50_ms: float | None = None
+    f1_200_ms: float | None = None
+    iou_200_ms: float | None = None
+    empty: int = 0
+    out_of_order: int = 0
 
 
 def known_times(row: Row) -> dict[int, tuple[float, float]]:
@@ -55,30 +73,73 @@ def known_times(row: Row) -> dict[int, tuple[float, float]]:
     }
 
 
-def word_errors(row: Row, words: list[dict]) -> list[tuple[float, float]]:
+def word_errors(row: Row, words: list[dict]) -> dict[int, tuple[float, float]]:
     """
-    Signed errors (start, end) in seconds of those words that are the same in reference and result.
+    Signed errors (start, end) in seconds of those words that are the same in reference and result, by their place in the
+    reference.
 
     Args:
         words: `{"word", "start", "end"}` of the result, a start or end of `None` where a system knows none.
     """
     reference, heard = normalise(row.text).split(), [normalise(word["word"]) for word in words]
-    known, errors = known_times(row), []
+    known, errors = known_times(row), {}
     for place, word, text in zip(match_words(reference, heard), words, heard):
         if place in known and text == reference[place] and None not in (word["start"], word["end"]):
-            errors.append((word["start"] - known[place][0], word["end"] - known[place][1]))
+            errors[place] = (word["start"] - known[place][0], word["end"] - known[place][1])
     return errors
+
+
+def segmentation(reference: list[dict], words: list[dict], collar_s: float) -> tuple[int, int, int, list[float]]:
+    """
+    Word segmentation as CrisperWhisper's evaluation defines it: a reference word is found when a predicted word that no other has
+    taken is the same, and starts and ends within the collar of it; the first such word is taken, whatever the order.
+
+    Args:
+        reference, words: `{"word", "start", "end"}` in seconds; words are compared in lower case and by their letters alone.
+
+    Returns:
+        words found, words missed, words too many, and the intersection over union of each word found.
+    """
+    found, overlaps, free = 0, [], [word for word in words if None not in (word["start"], word["end"])]
+    for known in reference:
+        for number, word in enumerate(free):
+            near = all(abs(word[edge] - known[edge]) <= collar_s for edge in ("start", "end"))
+            if near and _letters(word["word"]) == _letters(known["word"]):
+                common = min(word["end"], known["end"]) - max(word["start"], known["start"])
+                whole = max(word["end"], known["end"]) - min(word["start"], known["start"])
+                overlaps.append(max(0.0, common) / whole if whole > 0 else 1.0)
+                found += 1
+                del free[number]
+                break
+    return found, len(reference) - found, len(words) - found, overlaps
+
+
+def _letters(word: str) -> str:
+    return re.sub("[^a-z]", "", word.lower())
+
+
+def score_segmentation(rows: list[Row], words: list[list[dict]], collar_s: float) -> tuple[float, float] | None:
+    """F1 and mean intersection over union of all rows together; `None` where not all words of the rows have known times."""
+    if not all(row.words for row in rows if row.text) or not any(row.words for row in rows):
+        return None
+    counts = [segmentation(row.words or [], result, collar_s) for row, result in zip(rows, words)]
+    found, missed, extra = (sum(count[place] for count in counts) for place in range(3))
+    overlaps = [overlap for count in counts for overlap in count[3]]
+    return 2 * found / max(1, 2 * found + missed + extra), float(np.mean(overlaps)) if overlaps else 0.0
 
 
 def score_times(rows: list[Row], words: list[list[dict]], model: str, data: str, condition: str) -> TimingScores | None:
     """
     Score the words of each row's result; `None` when nothing can be compared.
     """
-    errors = [error for row, result in zip(rows, words) for error in word_errors(row, result)]
+    errors = [error for row, result in zip(rows, words) for error in word_errors(row, result).values()]
     if not errors:
         return None
-    signed = 1000 * np.array(errors)
+    # To the microsecond: an error of exactly 20 ms is within 20 ms.
+    signed = (1000 * np.array(errors)).round(3)
     off = np.abs(signed)
+    timed = [[word for word in result if None not in (word["start"], word["end"])] for result in words]
+    f1, iou = zip(*(score_segmentation(rows, words, collar) or (None, None) for collar in COLLARS_S))
     return TimingScores(
         model=model,
         data=data,
@@ -92,21 +153,40 @@ def score_times(rows: list[Row], words: list[list[dict]], model: str, data: str,
         end_bias_ms=float(signed[:, 1].mean()),
         median_ms=float(np.median(off)),
         p95_ms=float(np.percentile(off, 95)),
-        within_50_ms=float((off <= 50).mean()),
-        within_100_ms=float((off <= 100).mean()),
+        **{f"within_{limit}_ms": float((off <= limit).mean()) for limit in (20, 50, 100, 200)},
+        f1_50_ms=f1[0],
+        iou_50_ms=iou[0],
+        f1_200_ms=f1[1],
+        iou_200_ms=iou[1],
+        empty=sum(word["end"] <= word["start"] for result in timed for word in result),
+        out_of_order=sum(
+            right["start"] < left["end"] for result in timed for left, right in zip(result[:-1], result[1:])
+        ),
     )
 
 
 def markdown(scores: list[TimingScores]) -> str:
     """A table of word-time errors."""
     lines = [
-        "| model | data | words | mean start/end error | median | 95th percentile | bias start / end | within 50 / 100 ms | matched |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| model | data | words | mean start/end error (AAS) | median | 95th percentile | bias start / end | "
+        "within 20 / 50 / 100 / 200 ms | F1, IoU at 50 ms | F1, IoU at 200 ms | empty / out of order | matched |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    lines += [
-        f"| {item.model} | {item.data} | {item.condition} | {item.mean_ms:.0f} ms | {item.median_ms:.0f} ms | {item.p95_ms:.0f} ms | "
-        f"{item.start_bias_ms:+.0f} / {item.end_bias_ms:+.0f} ms | {100 * item.within_50_ms:.0f} / {100 * item.within_100_ms:.0f} % | "
-        f"{item.matched:,} of {item.known:,} |"
-        for item in scores
-    ]
+    for item in scores:
+        shares = (item.within_20_ms, item.within_50_ms, item.within_100_ms, item.within_200_ms)
+        collars = ((item.f1_50_ms, item.iou_50_ms), (item.f1_200_ms, item.iou_200_ms))
+        cells = [
+            item.model,
+            item.data,
+            item.condition,
+            f"{item.mean_ms:.0f} ms",
+            f"{item.median_ms:.0f} ms",
+            f"{item.p95_ms:.0f} ms",
+            f"{item.start_bias_ms:+.0f} / {item.end_bias_ms:+.0f} ms",
+            " / ".join(f"{100 * share:.0f}" for share in shares) + " %",
+            *("-" if f1 is None else f"{f1:.2f}, {iou:.2f}" for f1, iou in collars),
+            f"{item.empty} / {item.out_of_order}",
+            f"{item.matched:,} of {item.known:,}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

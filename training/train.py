@@ -69,6 +69,7 @@ def make_dataset(
     augment: bool = False,
     copies: int = 1,
     cache: str | None = None,
+    misheard: float = 0.0,
     seed: int = 0,
     **filters,
 ) -> SpeechDataset:
@@ -78,13 +79,17 @@ def make_dataset(
     Args:
         augment (`bool`): change each recording by chance, `copies` times in as many ways.
         cache (`str`, *optional*): folder in which to keep encoder states.
+        misheard (`float`): see [`SpeechDataset`].
         **filters: of `training.data.read_rows`.
     """
     rows, report = read_rows(sources, **filters)
     # By the row's place, so that leaving some out changes nothing for the others (and nothing is encoded anew).
     seeds = [[seed + row.place[0], row.place[1]] + ([copy] if copy else []) for copy in range(copies) for row in rows]
     rows = rows * copies
-    changes = [Augmentation.draw(np.random.default_rng(numbers)) if augment else Augmentation() for numbers in seeds]
+    changes = [
+        Augmentation.draw(np.random.default_rng(numbers), row.words) if augment else Augmentation()
+        for numbers, row in zip(seeds, rows)
+    ]
     store, keys = None, None
     if cache is not None:
         store = FeatureCache(cache)
@@ -95,7 +100,7 @@ def make_dataset(
     print(report)
     if not rows:
         raise ValueError("No recording is left to use; see the report above")
-    return SpeechDataset(rows, model.processor, changes, store, keys)
+    return SpeechDataset(rows, model.processor, changes, store, keys, misheard)
 
 
 def trained_state(model) -> dict[str, torch.Tensor]:
@@ -146,6 +151,10 @@ def run_trainer(model, train: SpeechDataset, dev: SpeechDataset | None, folder: 
     if "alignment" in parts and not any(row.words for row in train.rows):
         raise ValueError(
             "This stage trains the alignment head, but no recording has word times; add them with training/label_words.py"
+        )
+    if train.misheard and set(parts) != {"alignment"}:
+        raise ValueError(
+            f"`data.misheard` puts wrong words into the texts, which only the alignment head may learn from; got parts {parts}"
         )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(prefixes[part] in name for part in parts))
@@ -215,7 +224,7 @@ def run(recipe: dict) -> Path:
     train = make_dataset(model, train_sources, seed=seed, **data)
     dev = None
     if dev_sources:
-        dev = make_dataset(model, dev_sources, **{**data, "augment": False, "copies": 1})
+        dev = make_dataset(model, dev_sources, **{**data, "augment": False, "copies": 1, "misheard": 0.0})
     for number, stage in enumerate(recipe["stages"], 1):
         options = dict(stage)
         kind = options.pop("kind")

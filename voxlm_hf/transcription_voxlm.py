@@ -613,7 +613,8 @@ def _add_words(model, processor, text: DecodedText, audio, results):
         words, token_words = words_of(processor, text, row)
         # A model fed the full window has frames of silence after the recording's end.
         frames = min(frame_counts[row], max(1, round(result.duration / frame_s)))
-        times = word_times(scores, row, token_words, frames, frame_s, result.duration)
+        width = model.config.alignment_median_width
+        times = word_times(scores, row, token_words, frames, frame_s, result.duration, width)
         places = [np.flatnonzero(token_words == number).tolist() for number in range(len(words))]
         result.word_scores = word_scores(text, row, places)
         result.words = [

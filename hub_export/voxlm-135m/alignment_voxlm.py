@@ -340,6 +340,7 @@ def word_times(
     num_frames: int,
     frame_s: float,
     duration_s: float = math.inf,
+    median_width: int | None = None,
 ) -> list[tuple[float, float]]:
     """
     `(start, end)` in seconds of each word of one row of a batch.
@@ -348,7 +349,11 @@ def word_times(
         scores ([`AlignmentScores`]); row (`int`); token_words: `(tokens,)` the word of each token, negative for tokens of none;
         num_frames (`int`): real frames of the row; frame_s (`float`): seconds per frame.
         duration_s (`float`): of the recording, where it ends within the last frame.
+        median_width (`int`, *optional*): `config.alignment_median_width`.
     """
+    if median_width is not None:
+        weights = scores.tokens[row, : len(token_words), :num_frames].exp().cpu().numpy()
+        return dtw_word_times(weights, token_words, frame_s, min(duration_s, num_frames * frame_s), median_width)
     posteriors = _row_posteriors(scores, row, token_words)[:, :num_frames]
     onsets = scores.onset[row, :num_frames].cpu().numpy()
     return word_seconds(posteriors, onsets, frame_s, min(duration_s, num_frames * frame_s))
@@ -379,3 +384,63 @@ def word_seconds(
     else:
         times = close_gaps(np.clip(span_edges(spans, log_posteriors) * frame_s, 0, duration_s))
     return [(round(float(start), 3), round(float(end), 3)) for start, end in times]
+
+
+def dtw_word_times(
+    weights: np.ndarray, token_words: np.ndarray, frame_s: float, duration_s: float, median_width: int
+) -> list[tuple[float, float]]:
+    """
+    `(start, end)` of each word as the original VoxLM had it, from the frames of its tokens. There are no pauses, the first word
+    starts at 0, and an end is the beginning of the last frame, so that a word within one frame is empty: kept for its
+    configuration alone.
+
+    Args:
+        weights: `(tokens, frames)` attention weights; token_words: `(tokens,)` the word of each token, negative for tokens of none;
+        frame_s, duration_s: seconds of a frame and of the recording; median_width: see `dtw_frames`.
+    """
+    if not len(token_words):
+        return []
+    frames = dtw_frames(weights, median_width)
+    times: list[tuple[float, float]] = []
+    for word in range(int(token_words.max()) + 1):
+        tokens = np.flatnonzero(token_words == word)
+        before = times[-1][1] if times else 0.0
+        # A word whose tokens all belong to its neighbours is where the last one ended.
+        edges = (frames[tokens[0], 0] * frame_s, frames[tokens[-1], 1] * frame_s) if len(tokens) else (before, before)
+        start, end = (round(min(float(edge), duration_s), 3) for edge in edges)
+        times.append((start, max(start, end)))
+    return times
+
+
+def dtw_frames(weights: np.ndarray, median_width: int) -> np.ndarray:
+    """
+    First and last frame of each token, `(tokens, 2)`, as the original VoxLM found them: a median filter along time, the z-score over
+    the whole matrix, and plain dynamic time warping from the first token and frame to the last.
+
+    Args:
+        weights: `(tokens, frames)` attention weights; median_width: frames of the filter, odd.
+    """
+    half = min(median_width // 2, weights.shape[1] - 1)
+    padded = np.pad(weights.astype(np.float32), ((0, 0), (half, half)), mode="reflect")
+    scores = np.median(np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1, axis=1), axis=-1)
+    costs = -(scores - scores.mean()) / max(float(scores.std()), 1e-9)
+    num_tokens, num_frames = costs.shape
+    total = np.full((num_tokens + 1, num_frames + 1), np.inf, dtype=np.float32)
+    total[0, 0] = 0
+    # Where a cell's path came from; of equally cheap ways the first of these.
+    moves = ((1, 1), (1, 0), (0, 1))
+    steps = np.zeros(total.shape, dtype=np.int8)
+    for token in range(1, num_tokens + 1):
+        for frame in range(1, num_frames + 1):
+            ways = [total[token - up, frame - left] for up, left in moves]
+            steps[token, frame] = step = ways.index(min(ways))
+            total[token, frame] = costs[token - 1, frame - 1] + ways[step]
+    frames = np.full((num_tokens, 2), -1)
+    token, frame = num_tokens, num_frames
+    while token and frame:
+        frames[token - 1, 0] = frame - 1
+        if frames[token - 1, 1] < 0:
+            frames[token - 1, 1] = frame - 1
+        up, left = moves[steps[token, frame]]
+        token, frame = token - up, frame - left
+    return frames

@@ -98,6 +98,8 @@ class VoxLMConfig(PreTrainedConfig):
         alignment_hidden_size (`int`, defaults to 192): Width of the alignment head of kind `"frames"`.
         alignment_num_blocks (`int`, defaults to 2): Convolution blocks over the frames, or cross-attention layers.
         alignment_num_heads (`int`, defaults to 8): Attention heads of kind `"cross_attention"`.
+        alignment_median_width (`int`, *optional*): for kind `"cross_attention"` only: read word times as the original VoxLM did, by a
+            median filter of so many frames and plain dynamic time warping, instead of by the Viterbi decoder that knows pauses.
         lora_config (`dict`, *optional*):
             Arguments of `peft.LoraConfig` for the LLM (`{}` means the defaults: r 16, alpha 32, all linear layers);
             `None` means no LoRA.
@@ -140,6 +142,7 @@ class VoxLMConfig(PreTrainedConfig):
     alignment_hidden_size: int = 192
     alignment_num_blocks: int = 2
     alignment_num_heads: int = 8
+    alignment_median_width: int | None = None
     lora_config: dict | None = None
     base_models: dict | None = None
     prompt: str = "Transcribe the audio."
@@ -197,6 +200,12 @@ class VoxLMConfig(PreTrainedConfig):
             )
         if self.projector_kind == "conv" and (self.frame_gate_threshold is not None or self.projector_vocab_size):
             raise ValueError("`projector_kind='conv'` has no frame gate and reads no tokens: leave those fields unset")
+        width = self.alignment_median_width
+        if width is not None and (width < 1 or width % 2 == 0 or self.alignment_kind != "cross_attention"):
+            raise ValueError(
+                '`alignment_median_width` must be odd and above 0, and is for `alignment_kind="cross_attention"` only; got '
+                f"{width} with {self.alignment_kind!r}"
+            )
         if self.alignment_kind == "cross_attention" and self.text_config.hidden_size % self.alignment_num_heads:
             raise ValueError(
                 f"`alignment_num_heads` must divide the LLM's width of {self.text_config.hidden_size}, got {self.alignment_num_heads}"

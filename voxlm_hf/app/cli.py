@@ -1,4 +1,4 @@
-"""The command line: `voxlm transcribe FILE...`, `voxlm align FILE TEXT` and `voxlm batch SOURCE... --output DIR`."""
+"""The command line: `voxlm transcribe FILE...`, `voxlm align FILE TEXT`, `voxlm plot FILE PICTURE` and `voxlm batch SOURCE...`."""
 
 import argparse
 import functools
@@ -12,6 +12,7 @@ from tqdm import tqdm
 from .. import VoxLMForSpeechSeq2Seq, VoxLMProcessor
 from . import batch
 from .formats import WRITERS
+from .plot import plot_words, read_words
 
 
 # The checkpoint that ships with the source, beside the package in a checkout.
@@ -28,6 +29,11 @@ def build_parser() -> argparse.ArgumentParser:
     align = commands.add_parser("align", help="times of the words of a text that is known")
     align.add_argument("file", metavar="FILE", help="audio file")
     align.add_argument("text", metavar="TEXT", help="what is said in it, or @FILE to read that from a text file")
+    plot = commands.add_parser("plot", help="draw a recording with a box for each word")
+    plot.add_argument("file", metavar="FILE", help="audio file")
+    plot.add_argument("picture", metavar="PICTURE", type=Path, help="where to draw: .png, .svg, .pdf")
+    plot.add_argument("--text", help="what is said in it, or @FILE; by default it is transcribed")
+    plot.add_argument("--reference", type=Path, metavar="JSON", help="words with times to draw beside")
     many = commands.add_parser("batch", help="transcribe thousands of files, with Ray; a restart goes on")
     many.add_argument(
         "sources", nargs="+", metavar="SOURCE", help="manifest (.jsonl, .parquet), glob, folder or file; paths or URLs"
@@ -46,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--vad", choices=["energy", "silero"], default="energy", help="voice activity detector")
         command.add_argument("--batch-size", type=int, default=8, help="pieces of audio in one pass (default: 8)")
         command.add_argument("--chunk-length", type=float, metavar="SECONDS", help="longest piece of a long recording")
-    for command in (transcribe, align, many):
+    for command in (transcribe, align, plot, many):
         command.add_argument("--model", help="folder or Hub id (default: hub_export/voxlm-135m of the checkout)")
         command.add_argument("--prompt", help="instruction or context for the LLM (default: the one of training)")
         command.add_argument("--device", default="cpu", help="cpu, cuda, mps, ... (default: cpu)")
@@ -84,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         print(f"voxlm: cannot start: {one_line(error)}", file=sys.stderr)
         return 2
-    return align_file(model, arguments) if arguments.command == "align" else transcribe_files(model, arguments)
+    return {"transcribe": transcribe_files, "align": align_file, "plot": plot_file}[arguments.command](model, arguments)
 
 
 def load_model(source: str, dtype: str, device: str) -> VoxLMForSpeechSeq2Seq:
@@ -162,10 +168,7 @@ def transcribe_sources(source: str, arguments) -> int:
 def align_file(model, arguments) -> int:
     """`voxlm align`; returns the exit code. Words that are not in the recording are named on stderr."""
     try:
-        text = arguments.text
-        if text.startswith("@"):
-            text = Path(text[1:]).read_text(encoding="utf-8")
-        result = model.align(arguments.file, text, prompt=arguments.prompt)
+        result = model.align(arguments.file, text_of(arguments.text), prompt=arguments.prompt)
     except (OSError, ValueError) as error:
         print(f"voxlm: {arguments.file}: {one_line(error)}", file=sys.stderr)
         return 1
@@ -173,6 +176,27 @@ def align_file(model, arguments) -> int:
     unsaid = [f"{word['word']!r} at {word['start']:.2f} s" for word in result.words if not word["spoken"]]
     if unsaid:
         print(f"voxlm: not heard in the recording: {', '.join(unsaid)}", file=sys.stderr)
+    return 0
+
+
+def text_of(argument: str) -> str:
+    """A text as it was given, or, after an "@", what the file of that name holds."""
+    return Path(argument[1:]).read_text(encoding="utf-8") if argument.startswith("@") else argument
+
+
+def plot_file(model, arguments) -> int:
+    """`voxlm plot`; returns the exit code."""
+    try:
+        reference = read_words(arguments.reference) if arguments.reference else None
+        waveform = model.get_processor().load_audio(arguments.file)
+        if arguments.text is None:
+            result = model.transcribe(waveform, prompt=arguments.prompt)
+        else:
+            result = model.align(waveform, text_of(arguments.text), prompt=arguments.prompt)
+        plot_words(waveform, model.processor.sampling_rate, result.words, arguments.picture, reference)
+    except (OSError, ValueError, ImportError) as error:
+        print(f"voxlm: {arguments.file}: {one_line(error)}", file=sys.stderr)
+        return 1
     return 0
 
 

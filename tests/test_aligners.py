@@ -1,0 +1,37 @@
+"""Other people's aligners."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests import tiny
+from training.aligners import agreed_words, original_words, sphinx_words
+
+
+DATA = Path(__file__).parent / "data"
+
+
+def test_pocketsphinx_finds_the_words_of_a_recording():
+    waveform = tiny.model().processor.load_audio(DATA / "austen-0880.flac")
+    words = sphinx_words(waveform, "He was not an ill-disposed young man")
+    assert [word["word"] for word in words] == "he was not an ill disposed young man".split()
+    # Read off a spectrogram: "he" begins at 0.1 s, "young" is between 1.4 and 2.2 s.
+    assert 0 <= words[0]["start"] < 0.3 and 1.2 < words[6]["start"] < words[6]["end"] < 2.6
+    assert all(one["end"] <= two["start"] for one, two in zip(words, words[1:]))
+    assert sphinx_words(waveform, "he was not qwrtzx") is None and sphinx_words(waveform, "...") is None
+
+
+def test_only_words_on_which_two_agree_are_kept():
+    ours = [{"word": "a", "start": 0.0, "end": 0.2}, {"word": "b", "start": 0.2, "end": 0.5}]
+    theirs = [{"word": "a", "start": 0.04, "end": 0.2}, {"word": "b", "start": 0.2, "end": 0.56}]
+    assert agreed_words(ours, theirs) == [{"word": "a", "start": 0.02, "end": 0.2}]
+    assert agreed_words(ours, None) == [] and agreed_words(ours, theirs[:1]) == []
+
+
+def test_the_originals_recipe_has_its_grid_and_its_first_word_at_zero():
+    toy = tiny.model(llm="qwen3")
+    words = original_words(toy, tiny.noise(2.0), "the quick brown fox")
+    edges = [edge for word in words for edge in (word["start"], word["end"])]
+    assert [word["word"] for word in words] == "the quick brown fox".split() and words[0]["start"] == 0
+    assert np.mod(np.round(np.array(edges) * 1000), 80) == pytest.approx(0) and edges == sorted(edges)

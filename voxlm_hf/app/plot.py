@@ -1,0 +1,87 @@
+"""A picture of a transcription: spectrogram, and a box for each word, beside those of a reference."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+
+# Inches for each second of audio, at least so wide and at most.
+INCHES_PER_SECOND, LEAST_INCHES, MOST_INCHES = 1.6, 6, 60
+# Windows of the spectrogram, and the range of its colours.
+WINDOW_S, HOP_S, RANGE_DB = 0.025, 0.005, 70
+
+
+def read_words(path: Path) -> list[dict]:
+    """
+    Words with times from a JSON file: what `voxlm transcribe --format json` writes, a row of a manifest, or a bare list.
+
+    Raises:
+        ValueError: when there are none, or a word lacks its "word", "start" or "end".
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    words = content.get("words") if isinstance(content, dict) else content
+    if not isinstance(words, list) or not words:
+        raise ValueError(
+            f"{path} has no words: a list of {{'word', 'start', 'end'}}, or an object with that as 'words'"
+        )
+    for number, word in enumerate(words):
+        numbers = [word.get(edge) for edge in ("start", "end")] if isinstance(word, dict) else []
+        if not numbers or "word" not in word or not all(isinstance(item, (int, float)) for item in numbers):
+            raise ValueError(f"{path}: word {number} is not {{'word', 'start', 'end'}}: {word!r}")
+    return words
+
+
+def plot_words(waveform: np.ndarray, rate: int, words: list[dict], path: Path, reference: list[dict] | None = None):
+    """
+    Draw a spectrogram with the words in boxes under it, the more certain the greener, and a reference's below.
+
+    Args:
+        waveform: `(samples,)` at `rate` Hz; words, reference: `{"word", "start", "end"}` in seconds, "confidence" where known.
+        path: of the picture; its ending says the format (png, svg, pdf, ...).
+
+    Raises:
+        ImportError: without matplotlib. ValueError: for a format it does not write.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(f"Pictures need matplotlib: pip install 'voxlm-hf[plot]' ({error})") from None
+    duration_s = len(waveform) / rate
+    rows = {"words": words} if reference is None else {"words": words, "reference": reference}
+    width = min(max(INCHES_PER_SECOND * duration_s, LEAST_INCHES), MOST_INCHES)
+    figure = Figure(figsize=(width, 3 + 0.5 * len(rows)), layout="constrained")
+    top, bottom = figure.subplots(2, sharex=True, height_ratios=(3, 0.6 * len(rows)))
+    spectrum = spectrogram(waveform, rate)
+    top.imshow(spectrum, origin="lower", aspect="auto", extent=(0, duration_s, 0, rate / 2000), cmap="magma")
+    top.set(ylabel="kHz", title=f"{duration_s:.2f} s, {len(words)} words")
+    for height, items in enumerate(rows.values()):
+        for word in items:
+            _box(bottom, word, -height)
+            for edge in ("start", "end"):
+                top.axvline(word[edge], color="white" if height == 0 else "cyan", linewidth=0.5, alpha=0.7)
+    bottom.set(xlim=(0, duration_s), ylim=(0.5 - len(rows), 0.5), xlabel="seconds")
+    bottom.set_yticks([-height for height in range(len(rows))], list(rows))
+    figure.savefig(path, dpi=120)
+
+
+def _box(axes, word: dict, height: float):
+    start, length = word["start"], word["end"] - word["start"]
+    confidence = word.get("confidence")
+    colour = "0.85" if confidence is None else (1 - 0.5 * confidence, 0.5 + 0.45 * confidence, 0.5)
+    axes.broken_barh([(start, length)], (height - 0.4, 0.8), facecolor=colour, edgecolor="black", linewidth=0.5)
+    # A dollar sign would begin a formula.
+    label = str(word["word"]).replace("$", r"\$")
+    axes.text(start + length / 2, height, label, ha="center", va="center", fontsize=8, clip_on=True)
+
+
+def spectrogram(waveform: np.ndarray, rate: int) -> np.ndarray:
+    """Levels in dB below the loudest, `(frequencies, times)`, by windows of `WINDOW_S`; at least -`RANGE_DB`."""
+    size, hop = round(WINDOW_S * rate), round(HOP_S * rate)
+    padded = np.pad(waveform, (size // 2, size))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, size)[: len(waveform) : hop]
+    levels = 20 * np.log10(np.abs(np.fft.rfft(windows * np.hanning(size), axis=1)) + 1e-9)
+    return np.maximum(levels - levels.max(), -RANGE_DB).T
