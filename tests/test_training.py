@@ -159,7 +159,7 @@ def test_augmentation_is_reproducible_and_moves_word_times_with_the_audio():
     clip = 0.001 * tiny.noise(1.0)
     clip[8000] = 1.0
     seen = set()
-    for seed in range(60):
+    for seed in range(120):
         augmentation = Augmentation.draw(np.random.default_rng(seed))
         waveform = augmentation(clip)
         assert np.array_equal(waveform, augmentation(clip)) and np.abs(waveform).max() <= 1
