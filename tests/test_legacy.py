@@ -221,6 +221,44 @@ def test_a_tokenizer_without_pad_gets_one_that_is_no_new_row(tmp_path):
     assert len(model.transcribe([CLIP, CLIP], max_new_tokens=3)) == 2
 
 
+def test_a_tokenizer_that_begins_texts_with_bos(tmp_path):
+    """As Llama 3's: bos opens the prompt, as in the original, and nothing else; expected logits are put together by hand."""
+    shutil.copytree(LEGACY / "bases/qwen2_a", tmp_path / "text")
+    for name, change in {
+        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|im_start|>"},
+        "tokenizer.json": {
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+                "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+                "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [401], "tokens": ["<|im_start|>"]}},
+            }
+        },
+    }.items():
+        file = tmp_path / "text" / name
+        file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    path = LEGACY / "a_qwen2" / "model.pt"
+    model = convert(path, **{**BASES["a_qwen2"], "text_base": str(tmp_path / "text")})
+    inputs = model.processor.apply_transcription_request(CLIP)
+    plain = convert(path, **BASES["a_qwen2"])
+    without_bos = plain.processor.apply_transcription_request(CLIP)
+    assert inputs["input_ids"].tolist() == [[401, *without_bos["input_ids"][0].tolist()]]
+    with torch.no_grad():
+        audio = plain.get_audio_features(inputs["input_features"], inputs["input_features_mask"])
+        embeds = plain.merge_audio(without_bos["input_ids"], None, audio.pooler_output, audio.audio_embeds_mask)
+        bos = plain.get_input_embeddings()(torch.tensor([[401]]))
+        wanted = plain.language_model(inputs_embeds=torch.cat([bos, embeds], dim=1)).logits
+    close(outputs(model), wanted)
+
+    facts = expected("a_qwen2")[1]
+    forced = model.processor.apply_transcription_request(CLIP, text=facts["text_ref"])
+    assert [label for label in forced["labels"][0].tolist() if label != -100] == facts["labels"]
+    assert [word["word"] for word in model.align(CLIP, "the red boat").words] == ["the", "red", "boat"]
+    export(model, tmp_path / "model")
+    again = VoxLMForSpeechSeq2Seq.from_pretrained(tmp_path / "model")
+    assert again.transcribe(CLIP, max_new_tokens=5) == model.transcribe(CLIP, max_new_tokens=5)
+
+
 class Evil:
     def __reduce__(self):
         return (exec, ("open('/tmp/voxlm-was-here', 'w').close()",))
