@@ -140,7 +140,9 @@ class Handler(BaseHTTPRequestHandler):
             return self.missing("RevisionNotFound")
         files = self.hub.repositories[repo]["commits"][commit]
         siblings = [{"rfilename": path} for path in sorted(files)]
-        self.answer(200, {"id": repo, "modelId": repo, "sha": commit, "private": False, "siblings": siblings, "tags": []})
+        self.answer(
+            200, {"id": repo, "modelId": repo, "sha": commit, "private": False, "siblings": siblings, "tags": []}
+        )
 
     def tree(self, content, repo, revision):
         commit = self.hub.commit_of(repo, revision.split("/")[0])

@@ -13,6 +13,9 @@ def test_right_words_by_alignment():
     assert right_words("the fox", ["um", "the", "fox", "fox"]).tolist() == [False, True, False, True]
     assert right_words("mister well known", ["Mr.", "well-known"]).tolist() == [True, True]
     assert right_words("mister well known", ["Mr.", "well-unknown"]).tolist() == [True, False]
+    assert right_words("he paid twenty five shillings", ["He", "paid", "25", "shillings", "..."]).all()
+    assert right_words("he paid twenty five", ["he", "paid", "26"]).tolist() == [True, True, False]
+    assert right_words("in nineteen", ["19"]).tolist() == [True] and right_words("nineteen", ["4"]).tolist() == [False]
     assert right_words("", ["ghost"]).tolist() == [False] and right_words("word", []).tolist() == []
 
 

@@ -129,5 +129,13 @@ def test_silero_tells_speech_from_tones():
     for waveform, share in ((speech, (0.6, 1.0)), (tone, (0.0, 0.1)), (silence(3), (0.0, 0.0))):
         active = SileroActivity(RATE)(waveform[: len(waveform) // 512 * 512])
         assert share[0] <= active.mean() <= share[1]
+    # One recording's memory is no other's.
+    one, other = SileroActivity(RATE), SileroActivity(RATE)
+    block = speech[: 512 * 40]
+    first = one(block)
+    other(tone[: 512 * 40])
+    np.testing.assert_array_equal(
+        np.append(first, one(speech[512 * 40 : 512 * 80])), SileroActivity(RATE)(speech[: 512 * 80])
+    )
     with pytest.raises(ValueError, match="8000 Hz"):
         SileroActivity(8000)

@@ -379,3 +379,14 @@ def test_a_base_that_is_another_model_is_refused(tmp_path):
 def test_settings_that_mean_nothing_are_refused(reader):
     with pytest.raises(StrictDataclassClassValidationError, match="reader_config"):
         tiny.config(reader_config=reader)
+
+
+@torch.no_grad()
+def test_in_eight_bits_the_reader_reads_nearly_the_same():
+    model, exact = with_reader(), with_reader()
+    model.quantize_dynamic()
+    (states, mask), ids = states_of(9, 5), torch.tensor([[START, 4, 9, 7], [START, 5, 5, 6]])
+    one, other = (each.reader.teacher_forced(states, mask, ids).softmax(-1) for each in (model, exact))
+    assert 0 < float((one - other).abs().max()) < 0.05
+    assert model.reader.head.weight().dtype == torch.qint8
+    assert model.transcribe(tiny.noise(1.0)).duration == 1.0

@@ -73,6 +73,15 @@ def test_the_transcribe_command(monkeypatch, capsys):
     assert '"start"' in capsys.readouterr().out
 
 
+def test_the_plot_command(monkeypatch, tmp_path):
+    (command,) = (code_of(block) for block in blocks(ROOT / "README.md", "bash") if "plot command" in block)
+    words = shlex.split(command)
+    assert words[:2] == ["voxlm", "plot"]
+    monkeypatch.chdir(ROOT)
+    assert main([str(tmp_path / word) if word.endswith(".png") else word for word in words[1:]]) == 0
+    assert (tmp_path / "words.png").stat().st_size > 10_000
+
+
 def test_the_test_command_is_what_ci_runs():
     (command,) = (code_of(block) for block in blocks(ROOT / "README.md", "bash") if "test command" in block)
     assert command.rstrip().endswith(".venv/bin/python -m pytest")

@@ -20,7 +20,7 @@ from voxlm_hf import VoxLMForSpeechSeq2Seq
 from voxlm_hf.transcription_voxlm import probability_logit
 
 from .data import read_rows
-from .text import normalise
+from .text import normalise, whisper_normaliser
 
 
 BINS = 10
@@ -48,18 +48,31 @@ class ConfidenceScores:
 
 
 def right_words(reference: str, words: list[str]) -> np.ndarray:
-    """Which of the written `words` are right, `(words,)` of bool: those that an edit-distance alignment finds in `reference`."""
-    # A written word may be several, or none, after normalisation: it is right when all of its parts are.
-    parts = [normalise(word).split() for word in words]
+    """
+    Which of the written `words` are right, `(words,)` of bool: those that an edit-distance alignment finds in `reference`, spelt out
+    or in figures. What holds no letter and no figure is no word, and cannot be wrong.
+    """
+    spoken = np.array([any(char.isalnum() for char in word) for word in words], dtype=bool)
+    figures = np.array([any(char.isdigit() for char in word) for word in words], dtype=bool)
+    hits = _found(reference, words, normalise)
+    if figures.any():
+        # They mean what the reference spells out only after Whisper's normaliser, which makes one number of several words.
+        hits |= figures & _found(reference, words, whisper_normaliser())
+    return ~spoken | hits
+
+
+def _found(reference: str, words: list[str], normaliser) -> np.ndarray:
+    """`(words,)` of bool: whether all parts that a word has after the normaliser, and at least one, are where they belong."""
+    parts = [normaliser(word).split() for word in words]
     flat = [part for group in parts for part in group]
     hits = np.zeros(len(flat), dtype=bool)
-    expected = normalise(reference)
+    expected = normaliser(reference)
     if expected and flat:
         for chunk in jiwer.process_words(expected, " ".join(flat)).alignments[0]:
             if chunk.type == "equal":
                 hits[chunk.hyp_start_idx : chunk.hyp_end_idx] = True
     ends = np.cumsum([len(group) for group in parts])
-    return np.array([hits[end - len(group) : end].all() for group, end in zip(parts, ends)], dtype=bool)
+    return np.array([bool(group) and hits[end - len(group) : end].all() for group, end in zip(parts, ends)], dtype=bool)
 
 
 def all_right_words(references: list[str], words: list[list[dict]]) -> np.ndarray:

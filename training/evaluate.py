@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import pipeline
-from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
 from voxlm_hf import VoxLMForSpeechSeq2Seq
 from voxlm_hf.audio_voxlm import read_audio, to_waveform
@@ -30,11 +29,9 @@ from . import hard_cases, timing
 from .aligners import original_words, sphinx_words
 from .confidence import all_right_words, plot_reliability, raw_confidences, score_confidences
 from .data import Row, read_rows
-from .text import normalise
+from .text import normalise, whisper_normaliser
 
 
-# British to American spellings, from openai/whisper (MIT licence), where Whisper's own normaliser has them.
-SPELLINGS = json.loads((Path(__file__).parent / "english_spelling.json").read_text())
 # A text of more than this many times its reference's words is a loop.
 RUNAWAY = 2
 
@@ -82,7 +79,7 @@ def score_texts(references: list[str], hypotheses: list[str]) -> dict:
     """
     if len(references) != len(hypotheses):
         raise ValueError(f"{len(references)} references, but {len(hypotheses)} hypotheses")
-    normalise = EnglishTextNormalizer(SPELLINGS)
+    normalise = whisper_normaliser()
     pairs = [(normalise(reference), normalise(hypothesis)) for reference, hypothesis in zip(references, hypotheses)]
     # jiwer refuses empty references; there, all that was written is an insertion.
     spoken = [pair for pair in pairs if pair[0]]

@@ -1,10 +1,14 @@
 """Transcripts: normalisation, and which words of two of them belong together."""
 
+import functools
+import json
 import re
+from pathlib import Path
 
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
+from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
 from voxlm_hf.forced_alignment_voxlm import match_in_order
 
@@ -21,6 +25,13 @@ def normalise(text: str) -> str:
     text = re.sub(r"[^a-z' ]+", " ", text)
     text = re.sub(r"(?<![a-z])'|'(?![a-z])", " ", text)
     return " ".join(text.split())
+
+
+@functools.cache
+def whisper_normaliser() -> EnglishTextNormalizer:
+    """The normaliser of Whisper's paper (Radford et al. 2022), by which error rates are compared."""
+    # British to American spellings, from openai/whisper (MIT licence), where Whisper's own normaliser has them.
+    return EnglishTextNormalizer(json.loads((Path(__file__).parent / "english_spelling.json").read_text()))
 
 
 # What a recipe may do to transcripts, by name.
