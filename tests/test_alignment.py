@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from voxlm_hf.alignment_voxlm import (
+    LEVELLING,
     RAMP_S,
     AlignmentScores,
     WordSpan,
@@ -14,6 +15,8 @@ from voxlm_hf.alignment_voxlm import (
     alignment_targets,
     close_gaps,
     decode_spans,
+    level_tokens,
+    shortest_spans,
     span_edges,
     word_log_posteriors,
     word_seconds,
@@ -34,13 +37,13 @@ def test_words_pauses_and_edges_are_found():
     assert [(span.start, span.end) for span in spans] == [(5, 9), (9, 12), (18, 20)]
 
 
-def brute_force(log_posteriors, onsets, penalty):
+def brute_force(log_posteriors, onsets, penalty, shortest):
     """The best monotonic path by trying all."""
     num_words, num_frames = log_posteriors.shape[0] - 1, log_posteriors.shape[1]
     best, best_spans = -np.inf, None
     for edges in itertools.combinations_with_replacement(range(num_frames + 1), 2 * num_words):
         spans = list(zip(edges[::2], edges[1::2]))
-        if any(start == end for start, end in spans):
+        if any(end - start < least for (start, end), least in zip(spans, shortest)):
             continue
         row = np.full(num_frames, num_words)
         for word, (start, end) in enumerate(spans):
@@ -53,14 +56,18 @@ def brute_force(log_posteriors, onsets, penalty):
     return best, best_spans
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(24))
 def test_viterbi_equals_brute_force(seed):
     rng = np.random.default_rng(seed)
     scores = rng.normal(size=(1 + rng.integers(1, 4), rng.integers(4, 8)))
     scores -= np.logaddexp.reduce(scores, axis=0)
     onsets = rng.normal(size=scores.shape[1]) * (seed % 2)
-    expected, spans = brute_force(scores, onsets, 2.0)
-    found = [(span.start, span.end) for span in decode_spans(scores, onsets if seed % 2 else None)]
+    shortest = np.ones(len(scores) - 1, dtype=int)
+    if seed % 3 == 0:
+        shortest[rng.integers(len(shortest))] += scores.shape[1] - len(shortest)
+    expected, spans = brute_force(scores, onsets, 2.0, shortest)
+    options = {"shortest": shortest} if seed % 3 == 0 else {}
+    found = [(span.start, span.end) for span in decode_spans(scores, onsets if seed % 2 else None, **options)]
     assert found == spans
 
 
@@ -114,6 +121,29 @@ def test_edges_never_cross():
         scores -= np.logaddexp.reduce(scores, axis=0)
         edges = span_edges(decode_spans(scores), scores).ravel()
         assert (np.diff(edges)[::2] > 0).all() and (np.diff(edges) >= -1e-12).all()
+
+
+def test_long_words_get_some_time_where_there_is_any():
+    assert shortest_spans(["a", "fox,", "antidisestablish", "..."], 0.02, 100).tolist() == [1, 3, 16, 1]
+    assert shortest_spans(["你", "1999"], 0.08, 100).tolist() == [1, 1]
+    tight = shortest_spans(["word"] * 10, 0.02, 25)
+    assert (tight >= 1).all() and tight.sum() <= 25
+    assert shortest_spans(["word"] * 3, 0.02, 2).tolist() == [1, 1, 1] and shortest_spans([], 0.02, 2).tolist() == []
+    # The first word looks better than the second everywhere, yet the second has its three frames.
+    scores = np.log([[0.8] * 10, [0.1] * 10, [0.1] * 10])
+    assert [span.end - span.start for span in decode_spans(scores, shortest=np.array([1, 3]))] == [7, 3]
+
+
+def test_tokens_that_are_strong_everywhere_are_levelled():
+    scores = np.array([[5.0, 5.0, 4.0], [0.0, 0.0, 1.0], [9.0, 9.0, 9.0]])
+    levelled = level_tokens(scores, np.array([0, 1, -1]))
+    shifts = scores - levelled
+    np.testing.assert_allclose(shifts, shifts[:, :1].repeat(3, axis=1))  # each token as a whole
+    apart = np.logaddexp.reduce(scores[0]) - np.logaddexp.reduce(scores[1])
+    assert shifts[0, 0] - shifts[1, 0] == pytest.approx(LEVELLING * apart) and shifts[0, 0] == pytest.approx(
+        -shifts[1, 0]
+    )
+    assert level_tokens(scores, np.array([-1, -1, -1])) is scores
 
 
 def test_small_gaps_are_closed_in_the_middle():

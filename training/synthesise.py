@@ -64,7 +64,8 @@ def command(engine: str, voice: str, text: str, stretch: float, wav: Path) -> tu
 
 def festival_words(printed: str, stretch: float) -> list[dict]:
     """
-    Words from what `FESTIVAL_SCRIPT` printed, `stretch` times as long; a number spoken as several words is one again.
+    Words from what `FESTIVAL_SCRIPT` printed, `stretch` times as long; a number spoken as several words is one again, and an "'s",
+    which festival holds for a word without sounds, is left to the word before it.
 
     Args:
         printed: lines of token, start and end in seconds, separated by tabs.
@@ -73,6 +74,8 @@ def festival_words(printed: str, stretch: float) -> list[dict]:
     for line in printed.splitlines():
         token, start, end = line.split("\t")
         start, end = round(float(start) * stretch, 4), round(float(end) * stretch, 4)
+        if end <= start:
+            continue
         if words and words[-1]["word"] == token and any(letter.isdigit() for letter in token):
             words[-1]["end"] = end
         else:

@@ -15,6 +15,10 @@ RAMP_S = 0.03
 # Words less than this apart are taken as joined in the middle, in the target as in the result. Aligners and synthesisers put
 # short pauses between words by habit, and do not agree where (CrisperWhisper splits gaps of up to 160 ms).
 CLOSED_GAP_S = 0.1
+# A word has at least this much time for each of its letters and figures; fast speech has three times as much.
+SHORTEST_CHARACTER_S = 0.02
+# How far tokens are put on one level: one that looks strong everywhere must not take the time of those that look weak everywhere.
+LEVELLING = 0.25
 # Frames on either side of an edge whose posteriors say where within a frame it lies.
 EDGE_CONTEXT = 2
 
@@ -239,6 +243,35 @@ def word_log_posteriors(token_scores: np.ndarray, pause_scores: np.ndarray, toke
     return scores - np.logaddexp.reduce(scores, axis=0, keepdims=True)
 
 
+def level_tokens(token_scores: np.ndarray, token_words: np.ndarray) -> np.ndarray:
+    """
+    Scores with `LEVELLING` of what sets each token's sum over time apart from that of the others taken off (a step towards the
+    normalisation over time of Zeyer et al. 2026).
+
+    Args:
+        token_scores: `(tokens, frames)`; token_words: as for `word_log_posteriors`.
+    """
+    if not (token_words >= 0).any():
+        return token_scores
+    levels = np.logaddexp.reduce(token_scores, axis=1, keepdims=True)
+    return token_scores - LEVELLING * (levels - np.median(levels[token_words >= 0]))
+
+
+def shortest_spans(words: list[str], frame_s: float, num_frames: int) -> np.ndarray:
+    """
+    Least frames of each word, `(words,)`, by `SHORTEST_CHARACTER_S`; where they do not fit together, less, and at least 1.
+
+    Args:
+        words: as written; frame_s: seconds of a frame; num_frames: of the recording.
+    """
+    characters = np.array([sum(char.isalnum() for char in word) for word in words])
+    wanted = np.maximum(np.ceil(SHORTEST_CHARACTER_S * characters / frame_s - 1e-9).astype(int), 1)
+    spare = num_frames - len(words)
+    if wanted.sum() > num_frames:
+        wanted = 1 + ((wanted - 1) * max(0, spare)) // max(1, (wanted - 1).sum())
+    return wanted
+
+
 @dataclass
 class WordSpan:
     """Frames `[start, end)` of one word."""
@@ -248,18 +281,22 @@ class WordSpan:
 
 
 def decode_spans(
-    log_posteriors: np.ndarray, onset_scores: np.ndarray | None = None, pause_penalty: float = 2.0
+    log_posteriors: np.ndarray,
+    onset_scores: np.ndarray | None = None,
+    pause_penalty: float = 2.0,
+    shortest: np.ndarray | None = None,
 ) -> list[WordSpan]:
     """
     Best monotonic path through pause, word 0, pause, word 1, ..., pause; every pause may be skipped, no word may.
 
-    Viterbi over 2 * words + 1 states, one vectorised step per frame (the topology of RWTH's and CrisperWhisper's
-    aligners, see PEERS in the project's notes: blanks between words only).
+    Viterbi with one vectorised step per frame (the topology of RWTH's and CrisperWhisper's aligners, see PEERS in the project's
+    notes: blanks between words only).
 
     Args:
         log_posteriors: `(words + 1, frames)`, the last row being the pause, as `word_log_posteriors` returns.
         onset_scores: `(frames,)` log-odds that a word starts in the frame: tells a word from the same word said again.
         pause_penalty: cost of entering a pause between two words, in nats, so that a single doubtful frame makes none.
+        shortest: `(words,)` least frames of each word, together no more than there are; by default 1.
 
     Returns:
         One non-empty span per word, in order and without overlap. With fewer frames than words no such path exists; then
@@ -272,38 +309,53 @@ def decode_spans(
         edges = np.linspace(0, num_frames, num_words + 1).astype(int)
         return [WordSpan(int(start), int(end)) for start, end in zip(edges[:-1], edges[1:])]
 
-    num_states = 2 * num_words + 1
-    emissions = np.repeat(log_posteriors[-1][:, None], num_states, axis=1)
-    emissions[:, 1::2] = log_posteriors[:-1].T
-    enter_score = np.zeros((num_frames, num_states))
-    enter_score[:, 2:-1:2] = -pause_penalty
+    least = np.ones(num_words, dtype=int) if shortest is None else shortest
+    pauses, emissions = log_posteriors[-1], np.ascontiguousarray(log_posteriors[:-1].T)
+    # What a word scores in its shortest span, its onset included, by the frame in which that ends.
+    summed = np.concatenate([np.zeros((1, num_words)), emissions.cumsum(0)])
+    first = np.arange(1, num_frames + 1)[:, None] - least
+    begins = np.maximum(first, 0)
+    spans = np.where(first >= 0, summed[1:] - np.take_along_axis(summed, begins, axis=0), -np.inf)
     if onset_scores is not None:
-        enter_score[:, 1::2] = onset_scores[:, None]
-    score = np.full(num_states, -np.inf)
-    score[:2] = emissions[0, :2]
-    # Whether the best path moved into a state, and whether it did so from a word over a skipped pause.
-    moved = np.zeros((num_frames, num_states), dtype=bool)
-    skipped = np.zeros((num_frames, num_states), dtype=bool)
-    before = np.full(num_states, -np.inf)
-    for frame in range(1, num_frames):
-        before[1:] = score[:-1]
-        skip, over = skipped[frame, 3::2], score[1:-2:2]
-        np.greater(over, before[3::2], out=skip)
-        np.maximum(over, before[3::2], out=before[3::2])
-        before += enter_score[frame]
-        np.greater(before, score, out=moved[frame])
-        np.maximum(before, score, out=score)
-        score += emissions[frame]
+        spans += np.where(begins > 0, onset_scores[begins], 0.0)
+    places = begins * num_words + np.arange(num_words)
+    penalty = np.full(num_words, pause_penalty)
+    penalty[-1] = 0.0
+    # Best scores of paths: about to start a word in a frame; after it in a word that has had its shortest span; in a pause.
+    starts, words = np.empty((num_frames, num_words)), np.empty((num_frames + 1, num_words))
+    gaps = np.empty((num_frames + 1, num_words + 1))
+    words[0], gaps[0] = -np.inf, -np.inf
+    gaps[0, 0] = 0.0
+    for frame in range(num_frames):
+        word, gap, start = words[frame], gaps[frame], starts[frame]
+        start[0] = gap[0]
+        np.maximum(word[:-1], gap[1:-1], out=start[1:])
+        following = gaps[frame + 1]
+        following[0] = gap[0]
+        np.maximum(word - penalty, gap[1:], out=following[1:])
+        following += pauses[frame]
+        np.maximum(starts.take(places[frame]) + spans[frame], word + emissions[frame], out=words[frame + 1])
+    # Where they came from: over a skipped pause, from a word, from its shortest span a moment ago.
+    skipped, ended = words[:-1, :-1] > gaps[:-1, 1:-1], words[:-1] - penalty > gaps[:-1, 1:]
+    ripened = starts.ravel()[places] + spans > words[:-1] + emissions
 
-    state = num_states - 1 if score[-1] > score[-2] else num_states - 2
-    path = np.empty(num_frames, dtype=int)
-    for frame in range(num_frames - 1, -1, -1):
-        path[frame] = state
-        if moved[frame, state]:
-            state -= 2 if skipped[frame, state] else 1
-    starts = np.searchsorted(path, np.arange(1, num_states, 2))
-    ends = np.searchsorted(path, np.arange(2, num_states + 1, 2))
-    return [WordSpan(int(start), int(end)) for start, end in zip(starts, ends)]
+    result: list[WordSpan] = []
+    frame, number, in_pause = num_frames - 1, num_words - 1, bool(gaps[-1, -1] > words[-1, -1])
+    end = num_frames
+    while number >= 0:
+        if in_pause:
+            # Before word `number + 1`, on the way back to the end of word `number`.
+            if ended[frame, number]:
+                in_pause, end = False, frame
+            frame -= 1
+        elif ripened[frame, number]:
+            begin = int(first[frame, number])
+            result.append(WordSpan(begin, end))
+            number -= 1
+            in_pause, end, frame = number < 0 or not skipped[begin, number], begin, begin - 1
+        else:
+            frame -= 1
+    return result[::-1]
 
 
 def span_edges(spans: list[WordSpan], log_posteriors: np.ndarray) -> np.ndarray:
@@ -340,6 +392,7 @@ def word_times(
     num_frames: int,
     frame_s: float,
     duration_s: float = math.inf,
+    words: list[str] | None = None,
     median_width: int | None = None,
 ) -> list[tuple[float, float]]:
     """
@@ -349,33 +402,34 @@ def word_times(
         scores ([`AlignmentScores`]); row (`int`); token_words: `(tokens,)` the word of each token, negative for tokens of none;
         num_frames (`int`): real frames of the row; frame_s (`float`): seconds per frame.
         duration_s (`float`): of the recording, where it ends within the last frame.
+        words (`list[str]`, *optional*): as written; long ones need some time.
         median_width (`int`, *optional*): `config.alignment_median_width`.
     """
+    tokens = scores.tokens[row, : len(token_words), :num_frames].cpu().numpy()
+    duration_s = min(duration_s, num_frames * frame_s)
     if median_width is not None:
-        weights = scores.tokens[row, : len(token_words), :num_frames].exp().cpu().numpy()
-        return dtw_word_times(weights, token_words, frame_s, min(duration_s, num_frames * frame_s), median_width)
-    posteriors = _row_posteriors(scores, row, token_words)[:, :num_frames]
-    onsets = scores.onset[row, :num_frames].cpu().numpy()
-    return word_seconds(posteriors, onsets, frame_s, min(duration_s, num_frames * frame_s))
-
-
-def _row_posteriors(scores: AlignmentScores, row: int, token_words: np.ndarray) -> np.ndarray:
-    """`word_log_posteriors` of one row of a batch."""
-    tokens, pause = scores.tokens[row, : len(token_words)], scores.pause[row]
-    return word_log_posteriors(tokens.cpu().numpy(), pause.cpu().numpy(), token_words)
+        return dtw_word_times(np.exp(tokens), token_words, frame_s, duration_s, median_width)
+    pause, onsets = (item[row, :num_frames].cpu().numpy() for item in (scores.pause, scores.onset))
+    posteriors = word_log_posteriors(level_tokens(tokens, token_words), pause, token_words)
+    shortest = None if words is None else shortest_spans(words, frame_s, num_frames)
+    return word_seconds(posteriors, onsets, frame_s, duration_s, shortest)
 
 
 def word_seconds(
-    log_posteriors: np.ndarray, onset_scores: np.ndarray | None, frame_s: float, duration_s: float
+    log_posteriors: np.ndarray,
+    onset_scores: np.ndarray | None,
+    frame_s: float,
+    duration_s: float,
+    shortest: np.ndarray | None = None,
 ) -> list[tuple[float, float]]:
     """
     `(start, end)` of each word in seconds, rounded to milliseconds: in order, within `[0, duration_s]`, neighbours joined by the
     rule of `close_gaps`. No word is empty unless there are fewer frames than words.
 
     Args:
-        log_posteriors, onset_scores: see `decode_spans`; frame_s, duration_s: seconds of a frame and of the recording.
+        log_posteriors, onset_scores, shortest: see `decode_spans`; frame_s, duration_s: seconds of a frame and of the recording.
     """
-    spans = decode_spans(log_posteriors, onset_scores)
+    spans = decode_spans(log_posteriors, onset_scores, shortest=shortest)
     if not spans:
         return []
     if log_posteriors.shape[1] < len(spans):

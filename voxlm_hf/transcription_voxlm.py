@@ -614,7 +614,7 @@ def _add_words(model, processor, text: DecodedText, audio, results):
         # A model fed the full window has frames of silence after the recording's end.
         frames = min(frame_counts[row], max(1, round(result.duration / frame_s)))
         width = model.config.alignment_median_width
-        times = word_times(scores, row, token_words, frames, frame_s, result.duration, width)
+        times = word_times(scores, row, token_words, frames, frame_s, result.duration, words, width)
         places = [np.flatnonzero(token_words == number).tolist() for number in range(len(words))]
         result.word_scores = word_scores(text, row, places)
         result.words = [

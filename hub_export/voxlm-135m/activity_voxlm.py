@@ -1,5 +1,8 @@
 """Voice activity: which stretches of a recording may hold speech, block by block."""
 
+import copy
+import functools
+
 import numpy as np
 import torch
 
@@ -65,17 +68,9 @@ class SileroActivity:
     def __init__(self, rate: int):
         if rate != 16000:
             raise ValueError(f"`vad='silero'` needs audio at 16000 Hz, but this model's encoder works at {rate} Hz")
-        threads = torch.get_num_threads()
-        try:
-            from silero_vad import load_silero_vad
-
-            self.model = load_silero_vad(onnx=True)
-        except ImportError as error:
-            raise ImportError(
-                f"`vad='silero'` needs silero-vad and onnxruntime: pip install 'voxlm-hf[vad]' ({error})"
-            ) from None
-        finally:
-            torch.set_num_threads(threads)  # importing it sets one thread for the whole process
+        # The network is loaded once; what it remembers belongs to one recording.
+        self.model = copy.copy(_silero())
+        self.model.reset_states()
         self.frame = round(FRAME_S * rate)
         self.rate, self.speaking = rate, False
 
@@ -87,6 +82,21 @@ class SileroActivity:
             self.speaking = probability >= (SILERO_ENDS if self.speaking else SILERO_BEGINS)
             active[number] = self.speaking
         return active
+
+
+@functools.cache
+def _silero():
+    threads = torch.get_num_threads()
+    try:
+        from silero_vad import load_silero_vad
+
+        return load_silero_vad(onnx=True)
+    except ImportError as error:
+        raise ImportError(
+            f"`vad='silero'` needs silero-vad and onnxruntime: pip install 'voxlm-hf[vad]' ({error})"
+        ) from None
+    finally:
+        torch.set_num_threads(threads)  # importing it sets one thread for the whole process
 
 
 # The names that `transcribe` takes.

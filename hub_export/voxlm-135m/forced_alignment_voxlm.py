@@ -139,7 +139,7 @@ def _align(model, processor, waveform: np.ndarray, text: str, prompt: str | None
     duration_s = len(waveform) / processor.sampling_rate
     read = read_text(model, processor, waveform, text, prompt)
     width = model.config.alignment_median_width
-    times = word_times(read.scores, 0, read.token_words, read.num_frames, read.frame_s, duration_s, width)
+    times = word_times(read.scores, 0, read.token_words, read.num_frames, read.frame_s, duration_s, read.words, width)
     places = [np.flatnonzero(read.token_words == word).tolist() for word in range(len(read.words))]
     raw = word_scores(read.decoded, 0, places)
     return VoxLMTranscription(

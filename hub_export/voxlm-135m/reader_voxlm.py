@@ -62,6 +62,8 @@ class VoxLMReader(nn.Module):
         self.num_beams = settings["num_beams"]
         self.num_heads = audio_config.decoder_attention_heads
         self.decoder = decoder
+        # Scores tokens in the place of the embeddings they are tied to, when these are computed in 8 bits.
+        self.head: nn.Module | None = None
         self.end = nn.Parameter(torch.zeros(settings["end_frames"], audio_config.d_model))
         # Which of the LLM's tokens spell each of the decoder's: those of token i are spelling[offsets[i] : offsets[i + 1]].
         self.register_buffer("spelling", torch.zeros(settings["spelling_size"], dtype=torch.int32))
@@ -178,7 +180,8 @@ class VoxLMReader(nn.Module):
         """Scores of all tokens; minus infinity for those that spell nothing, but for the end of the text."""
         silent = self.spelling_offsets.diff() == 0
         silent[self.eos_token_id] = False
-        return (hidden_states @ self.decoder.embed_tokens.weight.T).float().masked_fill(silent, -torch.inf)
+        scores = self.head(hidden_states) if self.head else hidden_states @ self.decoder.embed_tokens.weight.T
+        return scores.float().masked_fill(silent, -torch.inf)
 
     def _step(self, tokens, position, cross, mask, cache):
         """Log-probabilities `(recordings, texts, vocabulary)` of what follows."""
