@@ -390,3 +390,40 @@ def test_in_eight_bits_the_reader_reads_nearly_the_same():
     assert 0 < float((one - other).abs().max()) < 0.05
     assert model.reader.head.weight().dtype == torch.qint8
     assert model.transcribe(tiny.noise(1.0)).duration == 1.0
+
+
+def search_by(rule, budget: int, vocabulary: int = 40) -> list[Reading]:
+    """The readings of a search whose next log-probabilities `{token: logprob}` are a rule of the text so far; 2 ends it."""
+    search = reader_voxlm.BeamSearch(3, budget)
+    while search.open:
+        logprobs = torch.full((len(search.open), vocabulary), -50.0)
+        for row, text in enumerate(search.open):
+            for token, logprob in rule(text.ids).items():
+                logprobs[row, token] = logprob
+        search.advance(logprobs, 2)
+    return search.readings()
+
+
+def test_half_a_recording_does_not_beat_the_whole():
+    """Thirty tokens at -0.3 each are 9 nats less likely than the end after one of them."""
+
+    def rule(ids):
+        return {2: -0.1} if len(ids) == 30 else {3 + len(ids): -0.3, 2: -3.0 if len(ids) == 1 else -20.0}
+
+    readings = search_by(rule, 60)
+    assert readings[0].ids == list(range(3, 33)) and readings[0].logprob == pytest.approx(-9.1)
+
+
+def test_a_loop_is_not_worth_more_than_what_it_repeats():
+    """Saying six tokens again costs next to nothing, and may end as well as what was said once."""
+
+    def rule(ids):
+        return {3 + len(ids) % 6: -0.01, 2: -0.7 if ids and len(ids) % 6 == 0 else -20.0}
+
+    readings = search_by(rule, 120)
+    assert readings[0].ids == [3, 4, 5, 6, 7, 8]
+    # In "no, no, no, no" a run of four is there again from the fifth token on.
+    text = Reading([], [])
+    for token in (3, 4, 3, 4, 3, 4, 3):
+        text = text.followed_by(token, -0.1)
+    assert text.fresh == 2 and text.looping and text.logprob == pytest.approx(-0.7)

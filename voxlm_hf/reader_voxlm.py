@@ -6,7 +6,7 @@ hours. Its decoder proposes texts by beam search; LLM and projector then choose 
 ASR decoder and an LLM write together is that of SALSA (Mittal et al. 2024) and Whispering LLaMA (Radhakrishnan et al. 2023).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -14,8 +14,11 @@ from torch import nn
 
 # Audio models whose decoder can be driven step by step as below.
 READER_MODELS = ("whisper",)
-# A text this much less likely than the best one, in nats, is given up.
+# A text this much worse than the best one, in nats, is given up.
 BEAM_MARGIN = 6.0
+# Each token makes a text less likely, so that half a recording would beat the whole: texts of unlike length are compared with so
+# many nats for each token, but for those in a run of so many tokens which the text has had before: loops are not worth more.
+LENGTH_REWARD, REPEATED_RUN = 0.4, 4
 # Finished texts of one recording that are handed on, at most.
 MOST_READINGS = 6
 
@@ -30,17 +33,39 @@ class Reading:
         logprobs (`list[float]`): log-probability of each.
         end_logprob (`float`): log-probability of the text ending there; 0 for a text that the budget ended.
         ended (`bool`): whether it ended by itself.
+        fresh (`int`): tokens outside runs that were there before. looping (`bool`): whether the last token is inside one.
     """
 
     ids: list[int]
     logprobs: list[float]
     end_logprob: float = 0.0
     ended: bool = True
+    fresh: int = 0
+    looping: bool = False
 
     @property
     def logprob(self) -> float:
         """Log-probability of the whole text, its end included."""
         return sum(self.logprobs) + self.end_logprob
+
+    @property
+    def worth(self) -> float:
+        """What texts of unlike length are compared by."""
+        return self.logprob + LENGTH_REWARD * self.fresh
+
+    def followed_by(self, token: int, logprob: float) -> "Reading":
+        """The text with one token more."""
+        ids = [*self.ids, token]
+        run, earlier = ids[-REPEATED_RUN:], range(len(ids) - REPEATED_RUN)
+        looping = any(ids[place : place + REPEATED_RUN] == run for place in earlier)
+        fresh = self.fresh + (not looping)
+        if looping and not self.looping:
+            fresh -= REPEATED_RUN - 1  # which did not look like a repetition yet
+        return Reading(ids, [*self.logprobs, logprob], fresh=fresh, looping=looping)
+
+    def finished(self, end_logprob: float = 0.0, ended: bool = True) -> "Reading":
+        """The text as it is, ended by itself or by the budget."""
+        return replace(self, end_logprob=end_logprob, ended=ended)
 
 
 class VoxLMReader(nn.Module):
@@ -78,7 +103,7 @@ class VoxLMReader(nn.Module):
     @torch.no_grad()
     def forward(self, states, mask, budgets: list[int]) -> list[list[Reading]]:
         """
-        The likeliest texts of each recording of a batch, best first.
+        The best texts of each recording of a batch, best first.
 
         Args:
             states (`torch.Tensor` of shape `(batch, frames, audio_size)`): of the encoder.
@@ -214,39 +239,38 @@ class BeamSearch:
         best = totals.flatten().topk(min(2 * self.width, totals.numel())).indices.tolist()
         if self.nothing is None:
             self.nothing = Reading([], [], float(logprobs[0, eos_token_id]))
-        done = sorted((text.logprob for text in self.finished), reverse=True)
-        # What is less likely than enough finished texts can only become less likely still.
-        floor = max(
-            [
-                float(totals.max()) - BEAM_MARGIN,
-                *(logprob - BEAM_MARGIN for logprob in done[:1]),
-                *done[MOST_READINGS - 1 :],
-            ]
-        )
+        done = sorted((text.worth for text in self.finished), reverse=True)
+        # What is worth less than enough finished texts will hardly be worth more in the end.
+        floor = max([-float("inf"), *(worth - BEAM_MARGIN for worth in done[:1]), *done[MOST_READINGS - 1 :]])
+        likeliest = float(totals.max())
         texts, parents = [], []
         for index in best:
             parent, token = divmod(index, logprobs.shape[1])
             before, logprob = self.open[parent], float(logprobs[parent, token])
-            if before.logprob + logprob < floor:
+            if before.logprob + logprob < likeliest - BEAM_MARGIN:
                 break
-            if token == eos_token_id and before.ids:
-                self.finished.append(Reading(before.ids, before.logprobs, logprob))
-            elif token != eos_token_id and len(texts) < self.width:
-                texts.append(Reading([*before.ids, token], [*before.logprobs, logprob]))
-                parents.append(parent)
+            if token == eos_token_id:
+                text = before.finished(logprob)
+                if before.ids and text.worth >= floor:
+                    self.finished.append(text)
+            elif len(texts) < self.width:
+                text = before.followed_by(token, logprob)
+                if text.worth >= floor:
+                    texts.append(text)
+                    parents.append(parent)
         self.open = texts
         if texts and len(texts[0].ids) >= self.budget:
-            self.finished += [Reading(text.ids, text.logprobs, ended=False) for text in texts if not self.finished]
+            self.finished += [text.finished(ended=False) for text in texts if not self.finished]
             self.open = []
         return parents if self.open else []
 
     def readings(self) -> list[Reading]:
         """
-        The finished texts, likeliest first, none of them hopeless; and behind them, hopeless or not, that nothing was said, which
+        The finished texts, best first, none of them hopeless; and behind them, hopeless or not, that nothing was said, which
         others may know better.
         """
-        ranked = sorted(self.finished, key=lambda text: -text.logprob)[:MOST_READINGS]
-        likely = [text for text in ranked if text.logprob >= ranked[0].logprob - BEAM_MARGIN]
+        ranked = sorted(self.finished, key=lambda text: -text.worth)[:MOST_READINGS]
+        likely = [text for text in ranked if text.worth >= ranked[0].worth - BEAM_MARGIN]
         return [*likely, self.nothing or Reading([], [], ended=False)]
 
 

@@ -18,7 +18,8 @@ from .processing_voxlm import plain_words
 
 # Text tokens whose scores over the LLM's whole vocabulary are held at once.
 TOKENS_AT_ONCE = 256
-# What frames that heard nothing of a text may count against it, for each token: a projector knows fewer words than a reader.
+# What frames may count against a text, for each token of the longest candidate: a projector knows fewer words than a reader, but what
+# it heard of words that a short text leaves out counts in full.
 LEAST_PER_TOKEN = -10.0
 
 
@@ -127,10 +128,8 @@ def joint_decode(model, processor, prompt: dict, budgets: list[int], audio) -> D
         by_frames = [0.0] * len(texts)
         if heard is not None:
             by_frames = text_logprobs(heard, embeddings, [text.plain for text in texts])
-            by_frames = [
-                max(score, LEAST_PER_TOKEN * len(text.plain)) if text.ids else score
-                for text, score in zip(texts, by_frames)
-            ]
+            least = LEAST_PER_TOKEN * max(len(text.plain) for text in texts)
+            by_frames = [max(score, least) if text.ids else score for text, score in zip(texts, by_frames)]
         totals = [
             text.reader_logprob
             + settings["llm_weight"] * score.logprob(text.known)
