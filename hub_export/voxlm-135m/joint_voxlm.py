@@ -17,7 +17,7 @@ from .processing_voxlm import plain_words
 
 
 # Text tokens whose scores over the LLM's whole vocabulary are held at once.
-TOKENS_AT_ONCE = 256
+TOKENS_AT_ONCE = 160
 # What frames may count against a text, for each token of the longest candidate: a projector knows fewer words than a reader, but what
 # it heard of words that a short text leaves out counts in full.
 LEAST_PER_TOKEN = -10.0
