@@ -69,10 +69,8 @@ class Augmentation:
         """
         has = rng.random(8) < (0.4, 0.3, 0.6, 0.5, 0.4, 0.7, 0.4, 0.2)
         edges = word_boundaries(words or [])
-        pauses: tuple = ()
-        if has[6] and edges:
-            chosen = rng.choice(len(edges), size=min(len(edges), int(rng.integers(1, 4))), replace=False)
-            pauses = tuple((edges[number], float(rng.uniform(0.1, 2.0))) for number in sorted(chosen))
+        pauses = draw_pauses(edges, int(rng.integers(1, 4)), (0.1, 2.0), rng) if has[6] and edges else ()
+        long_lead = bool(words) and has[7]
         return cls(
             pauses=pauses,
             speed=float(rng.uniform(0.9, 1.1)) if has[0] else 1.0,
@@ -80,7 +78,7 @@ class Augmentation:
             room_level=float(rng.uniform(0.1, 0.5)),
             snr_db=float(rng.uniform(8, 35)) if has[2] else None,
             tilt=float(rng.choice([0.0, 0.3, 0.5])),
-            lead_s=float(rng.uniform(0, 6 if words and has[7] else 0.5)) if has[3] or words and has[7] else 0.0,
+            lead_s=float(rng.uniform(0, 6 if long_lead else 0.5)) if has[3] or long_lead else 0.0,
             tail_s=float(rng.uniform(0, 0.5)) if has[3] else 0.0,
             codec=str(rng.choice(list(CODECS))) if has[4] else None,
             gain_db=float(rng.uniform(-20, 6)) if has[5] else 0.0,
@@ -129,6 +127,12 @@ def word_boundaries(words: list[dict]) -> list[float]:
         for left, right in zip(words[:-1], words[1:])
         if left["end"] <= right["start"]
     ]
+
+
+def draw_pauses(edges: list[float], most: int, length_s: tuple[float, float], rng: Generator) -> tuple:
+    """`Augmentation.pauses` at `most` of the moments `edges`, or at all if there are no more; lengths between two in seconds."""
+    chosen = rng.choice(len(edges), size=min(most, len(edges)), replace=False) if edges else []
+    return tuple((edges[number], float(rng.uniform(*length_s))) for number in sorted(chosen))
 
 
 def silence(seconds: float, rng: Generator, sampling_rate: int) -> np.ndarray:
@@ -222,6 +226,6 @@ def misheard(text: str, words: list[dict], others: list[str], share: float, rng:
         if rng.random() >= BECOMES_ONE:
             edges.insert(1, edges[0] + float(rng.uniform(0.3, 0.7)) * (edges[1] - edges[0]))
         for start, end in zip(edges[:-1], edges[1:]):
-            tokens.append(str(rng.choice(others)))
+            tokens.append(others[int(rng.integers(len(others)))])
             result.append({"word": tokens[-1], "start": start, "end": end})
     return " ".join(tokens), sorted(result, key=lambda word: word["start"])

@@ -192,11 +192,11 @@ def score_all_times(results: list[tuple], rows: list[Row], data: str) -> list[ti
 def score_aligners(model: str, rows: list[Row], data: str) -> list[timing.TimingScores]:
     """Word-time errors of other people's forced aligners with the text given: PocketSphinx, and the original VoxLM's recipe."""
     voxlm = VoxLMForSpeechSeq2Seq.from_pretrained(model)
-    rate = voxlm.get_processor().sampling_rate
+    processor = voxlm.get_processor()
     rows = [row for row in rows if timing.known_times(row) and row.duration <= voxlm.config.audio_window_s]
     found: dict[str, list] = {"PocketSphinx": [], "the original's recipe, on our scores": []}
     for row in tqdm(rows, desc="other aligners", unit="text"):
-        waveform, text = waveform_of(row.audio, rate), normalise(row.text)
+        waveform, text = processor.load_audio(row.audio), normalise(row.text)
         for words, result in zip(found.values(), (sphinx_words(waveform, text), original_words(voxlm, waveform, text))):
             words.append(result or [])
     scores = [timing.score_times(rows, words, name, data, "text given") for name, words in found.items()]
@@ -209,15 +209,21 @@ def score_hard_cases(
     """What becomes of the words that each model places right, in recordings made harder; `results` as in `score_all_times`."""
     timed = [number for number, row in enumerate(rows) if timing.known_times(row)]
     plain_rows = [rows[number] for number in timed]
-    scores = []
+    conditions, scores = (("transcribed", "words"), ("text given", "given")), []
+    before = [
+        {
+            key: [timing.word_errors(rows[number], plain[number].get(key) or []) for number in timed]
+            for _, key in conditions
+        }
+        for _, plain in results
+    ]
     for case in hard_cases.hard_cases(plain_rows, lambda audio: waveform_of(audio, hard_cases.SAMPLING_RATE)):
-        for (model, stock), (_, plain) in zip(models, results):
+        for (model, stock), errors in zip(models, before):
             harder, _ = transcribe_rows(model, case.rows, batch_size, stock)
-            for condition, key in (("transcribed", "words"), ("text given", "given")):
+            for condition, key in conditions:
                 if key not in harder[0]:
                     continue
-                before = [timing.word_errors(rows[number], plain[number].get(key) or []) for number in timed]
-                counts = hard_cases.compare(before, case.rows, [item[key] for item in harder], case)
+                counts = hard_cases.compare(errors[key], case.rows, [item[key] for item in harder], case)
                 scores.append(hard_cases.Robustness(Path(model).name, data, condition, case.name, *counts))
     return scores
 

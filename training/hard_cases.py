@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .augment import Augmentation, word_boundaries
+from .augment import Augmentation, draw_pauses, word_boundaries
 from .data import Row
 from .text import normalise
 from .timing import RIGHT_WITHIN_S, word_errors
@@ -20,21 +20,17 @@ PAUSES, PAUSE_S = 3, (0.3, 1.5)
 IN_A_ROW = 3
 
 
-def _draw_pauses(row: Row, rng: np.random.Generator) -> Augmentation:
-    words = row.words or row.anchors or []
+def _with_pauses(row: Row, rng: np.random.Generator) -> Augmentation:
     # Of single words with a time only their own edges are known to be boundaries.
-    edges = word_boundaries(row.words) if row.words else [word["start"] for word in words if word["index"]]
-    chosen = rng.choice(len(edges), size=min(PAUSES, len(edges)), replace=False) if edges else []
-    return Augmentation(
-        pauses=tuple((edges[number], float(rng.uniform(*PAUSE_S))) for number in sorted(chosen)),
-        seed=int(rng.integers(2**31)),
-    )
+    edges = [word["start"] for word in row.anchors or [] if word["index"]]
+    pauses = draw_pauses(word_boundaries(row.words) if row.words else edges, PAUSES, PAUSE_S, rng)
+    return Augmentation(pauses=pauses, seed=int(rng.integers(2**31)))
 
 
 AUGMENTED: dict[str, Callable[[Row, np.random.Generator], Augmentation]] = {
     "1 s of silence before": lambda row, rng: Augmentation(lead_s=1.0, seed=int(rng.integers(2**31))),
     "5 s of silence before": lambda row, rng: Augmentation(lead_s=5.0, seed=int(rng.integers(2**31))),
-    "pauses between words": _draw_pauses,
+    "pauses between words": _with_pauses,
     "noise at 10 dB": lambda row, rng: Augmentation(snr_db=10.0, seed=int(rng.integers(2**31))),
 }
 

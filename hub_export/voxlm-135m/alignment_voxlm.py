@@ -339,12 +339,17 @@ def decode_spans(
     skipped, ended = words[:-1, :-1] > gaps[:-1, 1:-1], words[:-1] - penalty > gaps[:-1, 1:]
     ripened = starts.ravel()[places] + spans > words[:-1] + emissions
 
+    return _walk_back(skipped, ended, ripened, first, in_pause=bool(gaps[-1, -1] > words[-1, -1]))
+
+
+def _walk_back(skipped, ended, ripened, first, in_pause: bool) -> list[WordSpan]:
+    """The spans of the best path of `decode_spans`, from its last frame back; `first` is where each word's shortest span begins."""
+    end, num_words = ripened.shape
     result: list[WordSpan] = []
-    frame, number, in_pause = num_frames - 1, num_words - 1, bool(gaps[-1, -1] > words[-1, -1])
-    end = num_frames
+    frame, number = end - 1, num_words - 1
     while number >= 0:
         if in_pause:
-            # Before word `number + 1`, on the way back to the end of word `number`.
+            # Behind word `number`, on the way back to its end.
             if ended[frame, number]:
                 in_pause, end = False, frame
             frame -= 1
