@@ -1,12 +1,14 @@
 """Other people's aligners."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from tests import tiny
 from training.aligners import agreed_words, original_words, sphinx_words
+from training.label_words import agreeing_words
 
 
 DATA = Path(__file__).parent / "data"
@@ -35,3 +37,16 @@ def test_the_originals_recipe_has_its_grid_and_its_first_word_at_zero():
     edges = [edge for word in words for edge in (word["start"], word["end"])]
     assert [word["word"] for word in words] == "the quick brown fox".split() and words[0]["start"] == 0
     assert np.mod(np.round(np.array(edges) * 1000), 80) == pytest.approx(0) and edges == sorted(edges)
+
+
+def test_labels_are_made_where_the_model_agrees_with_pocketsphinx():
+    """A stand-in for the model, which is off at one word; words that go into no dictionary leave the row without labels."""
+    processor, path = tiny.model().processor, str(DATA / "austen-0880.flac")
+    text = "He was not an ill-disposed young man"
+    theirs = sphinx_words(processor.load_audio(path), text)
+    ours = [{**word, "start": word["start"] + (0.2 if word["word"] == "young" else 0.02)} for word in theirs]
+    model = SimpleNamespace(get_processor=lambda: processor, align=lambda waveform, text: SimpleNamespace(words=ours))
+    found = agreeing_words(model, path, text)
+    assert [word["word"] for word in found] == "he was not an ill disposed man".split()
+    assert found[0]["start"] == pytest.approx(theirs[0]["start"] + 0.01)
+    assert agreeing_words(model, path, "he was not qwrtzx") is None

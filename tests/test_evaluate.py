@@ -84,8 +84,25 @@ def test_command_line(speech):
     assert Scores(**results["texts"][0]).utterances == 3
     assert {item["condition"] for item in results["times"]} <= {"transcribed", "text given"}
     assert [item["matched"] for item in results["times"] if item["condition"] == "text given"] == [6]
+    assert results["hard_cases"] == []
     assert len((speech / "out" / "hypotheses.jsonl").read_text().splitlines()) == 3
     assert (speech / "out" / "results.md").read_text() in done.stdout
+
+
+def test_other_aligners_and_hard_cases_are_scored_when_asked_for(speech):
+    command = [sys.executable, "-m", "training.evaluate", "--model", str(speech / "toy"), "--aligners", "--hard-cases"]
+    command += ["--manifest", str(speech / "manifest.jsonl"), "--output", str(speech / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((speech / "out" / "results.json").read_text())
+    original = [item for item in results["times"] if item["model"] == "the original's recipe, on our scores"]
+    assert [(item["condition"], item["matched"]) for item in original] == [("text given", 6)]
+    given = [item for item in results["hard_cases"] if item["condition"] == "text given"]
+    assert len(given) == 5 and {item["lost"] for item in given} == {0}
+    # The words right in the plain recordings are the same ones in every case.
+    assert len({item["right"] for item in given}) == 1
+    table = (speech / "out" / "results.md").read_text()
+    assert "5 s of silence before" in table and "3 utterances in a row" in table
 
 
 def test_the_table_says_what_it_measured():
