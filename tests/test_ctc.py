@@ -37,6 +37,15 @@ def written(prefix: CTCPrefix, text: list[int]) -> float:
     return prefix.logprob
 
 
+def test_what_frames_heard_is_how_much_likelier_their_tokens_are_than_blanks():
+    logits = torch.full((3, VOCABULARY + 1), -20.0)
+    logits[0, 0], logits[0, 2] = 0.0, 5.0  # a token, by 5 nats
+    logits[1, 0], logits[1, 3] = 9.0, 2.0  # a blank
+    logits[2, 0], logits[2, 4] = -1.0, 3.0  # a token, by 4 nats
+    assert frames_of(logits)[0].heard == pytest.approx(9.0, abs=1e-6)
+    assert frames_of(logits[:0])[0].heard == 0.0
+
+
 @pytest.mark.parametrize("text", [[], [2], [0, 1], [3, 3], [1, 2, 1], [0, 0, 0]])
 def test_a_whole_text_has_the_probability_of_torchs_ctc_loss(text):
     frames, logprobs, embeddings = frames_of(torch.randn(6, VOCABULARY + 1, generator=torch.manual_seed(0)))

@@ -184,6 +184,59 @@ def test_an_untied_head_stays_untied(tmp_path):
     torch.testing.assert_close(head, embeddings + 1)
 
 
+CONVERT_AND_WATCH = """
+import sys, threading, time
+from pathlib import Path
+from hub_export.legacy import main
+
+def held_kb():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+def watch():
+    while True:
+        most.append(held_kb())
+        time.sleep(0.01)
+
+small, large, audio, narrow, wide, output = sys.argv[1:]
+bases = ["--audio-base", audio, "--text-base"]
+assert main([small, output + "/small", *bases, narrow]) == 0
+before, most = held_kb(), []
+threading.Thread(target=watch, daemon=True).start()
+assert main([large, output + "/large", *bases, wide]) == 0
+print(max(most) - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_weights_stay_in_the_file_until_they_are_written(tmp_path):
+    """Memory that is no mapped file, while a checkpoint with a wide LLM is converted: far less than the checkpoint."""
+    shutil.copytree(LEGACY / "bases/qwen2_a", tmp_path / "text")
+    file, width = tmp_path / "text" / "config.json", 100_000
+    file.write_text(json.dumps({**json.loads(file.read_text()), "intermediate_size": width}))
+
+    def wide(state):
+        for name in [name for name in state if ".mlp." in name]:
+            rows, columns = state[name].shape
+            shape = (rows, width) if "down_proj" in name else (width, columns)
+            state[name] = torch.full(shape, 0.01)
+
+    path = saved(tmp_path, wide)
+    audio, narrow = BASES["a_qwen2"].values()
+    arguments = [LEGACY / "a_qwen2" / "model.pt", path, audio, narrow, tmp_path / "text", tmp_path]
+    run = subprocess.run(
+        [sys.executable, "-c", CONVERT_AND_WATCH, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=Path(__file__).parents[1],
+    )
+    assert run.returncode == 0, run.stderr
+    assert path.stat().st_size > 150e6
+    assert int(run.stdout.split()[-1]) * 1024 < path.stat().st_size / 3
+    assert sum(file.stat().st_size for file in (tmp_path / "large").glob("*.safetensors")) > 150e6
+
+
 def test_parts_keep_their_own_dtype(tmp_path):
     """As CUDA training wrote it: the LLM in bfloat16, the rest in float32; all of it is loaded in float32, and exact."""
 

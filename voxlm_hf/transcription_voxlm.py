@@ -459,6 +459,7 @@ def _read(model, processor, pieces: list[Piece], prompts: list, options: Options
                 logprob,
                 piece.active,
                 None if heard is None else heard[row],
+                len(ids),
                 not ended and given_budget is None,
                 model.config.quality_gates,
             ),

@@ -26,6 +26,7 @@ DEFAULT_GATES = {
     "mean_logprob": -2.0,
     "words_per_second": 7.0,
     "heard_per_second": 0.8,
+    "tokens_per_frame": 0.5,
 }
 
 DEFAULT_LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}

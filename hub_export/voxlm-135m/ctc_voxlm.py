@@ -39,6 +39,11 @@ class CTCFrames:
     best: np.ndarray
     best_logprobs: np.ndarray
 
+    @property
+    def heard(self) -> float:
+        """How much likelier what the frames themselves read is than that they carry nothing, in nats."""
+        return float(np.maximum(self.best_logprobs[:, :1].sum(1) - self.blanks, 0).sum())
+
 
 def read_frames(model, audio) -> list[CTCFrames]:
     """The frames of each recording of a batch ([`VoxLMAudioOutput`])."""

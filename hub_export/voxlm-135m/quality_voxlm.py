@@ -7,6 +7,8 @@ import zlib
 LOOP_WORDS, LOOP_TIMES = 8, 8
 # Shorter texts than this (bytes) say nothing by their compression; shorter activity than this (seconds) is a word or two.
 COMPRESSION_FROM, NO_SPEECH_FROM_S = 100, 5.0
+# Fewer frames than this that carry a token are a word or two, which may be one token.
+LEFT_OUT_FROM = 8
 
 
 def fired_gates(
@@ -14,6 +16,7 @@ def fired_gates(
     mean_logprob: float | None,
     active_s: float,
     heard: float | None,
+    num_tokens: int,
     out_of_tokens: bool,
     gates: dict[str, float],
 ) -> list[str]:
@@ -34,12 +37,15 @@ def fired_gates(
         mean_logprob (`float`, *optional*): of its tokens, raw, in nats.
         active_s (`float`): seconds in which voice activity was found.
         heard (`float`, *optional*): number of frames that carry a token, for models with a frame gate.
+        num_tokens (`int`): of the text.
         out_of_tokens (`bool`): whether the budget ended the text.
         gates (`dict`): thresholds, `config.quality_gates`; a gate that is not named there never fires, and without
             any none does.
     """
     fired = ["token_budget"] if out_of_tokens and gates else []
     words, size = text.split(), len(text.encode())
+    if heard is not None and heard >= LEFT_OUT_FROM and num_tokens < gates.get("tokens_per_frame", 0) * heard:
+        fired.append("left_out")
     if not words:
         return fired
     if size >= COMPRESSION_FROM and size / len(zlib.compress(text.encode())) > gates.get("compression_ratio", 1e9):

@@ -2,14 +2,14 @@
 How fast, side by side in one run: `python -m tests.benchmarks.speed OUTPUT [--whisper DIR] [--faster-whisper DIR] [--hour FILE]`.
 
 Every system gets the same clips (cut from the recordings in tests/data, or from `--audio`), the same threads, and gives words with times. Per
-length the systems take turns, several rounds, and the median counts. Times are shown as ratios to voxlm's. Written to OUTPUT: speed.json
-and speed.md, which name the machine.
+length the systems take turns, several rounds, and the median counts. Times are shown as ratios to voxlm's, memory as what the process
+grew by at most. Written to OUTPUT after every row: speed.json and speed.md, which name the machine.
 
-- voxlm: as it comes; voxlm int8: after `quantize_dynamic`.
-- full window: voxlm fed 30 s for every clip.
-- original's way: voxlm fed 30 s, one token at a time, and a second pass for the word times, as the original VoxLM computes.
-- whisper: a Whisper checkpoint through transformers' pipeline with word timestamps.
-- faster-whisper: a CTranslate2 Whisper in int8 with word timestamps.
+- voxlm: with packed weights, as the command line computes on a CPU; unpacked: as it is loaded; int8: after `quantize_dynamic`.
+- full window: unpacked and fed 30 s for every clip, one clip at a time.
+- original's way: the same by the LLM alone, one token at a time, and a second pass for the word times, as the original VoxLM computes.
+- whisper: a Whisper checkpoint through transformers' pipeline with word timestamps, greedily and in English.
+- faster-whisper: a CTranslate2 Whisper in int8 with word timestamps, greedily and in English, one clip at a time.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from training.evaluate import stock_runner
 from voxlm_hf import VoxLMForSpeechSeq2Seq
 from voxlm_hf.audio_voxlm import stream_audio
 
@@ -64,9 +65,9 @@ def machine() -> str:
 
 def voxlm_systems(model_name: str) -> dict:
     """Functions from clips and a batch size to texts."""
-    model = VoxLMForSpeechSeq2Seq.from_pretrained(model_name)
-    eight_bits = VoxLMForSpeechSeq2Seq.from_pretrained(model_name).quantize_dynamic()
-    window = VoxLMForSpeechSeq2Seq.from_pretrained(model_name)
+    packed, eight_bits, unpacked, window = (VoxLMForSpeechSeq2Seq.from_pretrained(model_name) for _ in range(4))
+    packed.pack_weights()
+    eight_bits.quantize_dynamic()
     processor = window.get_processor()
     window.config.pad_audio_to_window = processor.pad_audio_to_window = True
 
@@ -74,22 +75,23 @@ def voxlm_systems(model_name: str) -> dict:
         return [result.text for result in model.transcribe(list(clips), batch_size=size, **options)]
 
     return {
-        "voxlm": lambda clips, size: texts(model, clips, size),
-        "voxlm int8": lambda clips, size: texts(eight_bits, clips, size),
+        "voxlm": lambda clips, size: texts(packed, clips, size),
+        "int8": lambda clips, size: texts(eight_bits, clips, size),
+        "unpacked": lambda clips, size: texts(unpacked, clips, size),
         "full window": lambda clips, size: texts(window, clips, 1),
         # Any option beyond plain greedy search leads to stock `generate` and the teacher-forced pass.
         "original's way": lambda clips, size: texts(window, clips, 1, num_beams=1),
     }
 
 
-def whisper_system(folder: str):
-    from transformers import pipeline
-
-    recognizer = pipeline("automatic-speech-recognition", model=folder, dtype=torch.float32)
+def whisper_system(name: str):
+    """Runs Whisper as `voxlm-eval --reference` does."""
+    runners = {}
 
     def run(clips, size):
-        inputs = [{"raw": clip, "sampling_rate": RATE} for clip in clips]
-        return [output["text"] for output in recognizer(inputs, batch_size=size, return_timestamps="word")]
+        if size not in runners:
+            runners[size] = stock_runner(name, "cpu", True, size)
+        return [output["text"] for output in runners[size](list(clips))]
 
     return run
 
@@ -109,15 +111,19 @@ def faster_whisper_system(folder: str):
     return run
 
 
-def measure(systems: dict, clips: list[np.ndarray], size: int, rounds: int) -> dict[str, float]:
-    """Median seconds per clip of each system; the systems take turns."""
+def measure(systems: dict, clips: list[np.ndarray], size: int, rounds: int) -> dict[str, dict[str, float]]:
+    """Median seconds per clip of each system, and megabytes it took at most; the systems take turns."""
     times: dict[str, list[float]] = {name: [] for name in systems}
-    for _ in range(rounds):
-        for name, run in systems.items():
+    memory = dict.fromkeys(systems, 0.0)
+    for number in range(rounds):
+        for name, run in tqdm(systems.items(), desc=f"round {number + 1} of {rounds}", leave=False):
             started = time.perf_counter()
-            run(clips, size)
+            memory[name] = max(memory[name], peak_memory(lambda run=run: run(clips, size)))
             times[name].append((time.perf_counter() - started) / len(clips))
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {
+        "seconds_per_clip": {name: statistics.median(values) for name, values in times.items()},
+        "peak_mb": memory,
+    }
 
 
 def hour(model, path: str) -> dict[str, float]:
@@ -144,16 +150,32 @@ def hour(model, path: str) -> dict[str, float]:
 
 
 def markdown(report: dict) -> str:
-    names = list(report["rows"][0]["seconds_per_clip"])
-    lines = [f"Measured on {report['machine']}; medians of {report['rounds']} rounds; ratios to voxlm.", ""]
-    lines += ["| clips | voxlm, s per clip | " + " | ".join(names[1:]) + " |", "|---" * (len(names) + 1) + "|"]
+    names = list(report["rows"][0]["seconds_per_clip"]) if report["rows"] else []
+    lines = [f"Measured on {report['machine']}; medians of {report['rounds']} rounds; times as ratios to voxlm's.", ""]
+    if names:
+        lines += ["| clips | voxlm, s per clip | " + " | ".join(names[1:]) + " |", "|---" * (len(names) + 1) + "|"]
     for row in report["rows"]:
         seconds = row["seconds_per_clip"]
         ratios = " | ".join(f"{seconds[name] / seconds['voxlm']:.2f}" for name in names[1:])
         lines.append(f"| {row['length_s']:g} s, batch {row['batch_size']} | {seconds['voxlm']:.2f} | {ratios} |")
+    if names:
+        lines += [
+            "",
+            "| clips | " + " | ".join(f"{name}, MB" for name in names) + " |",
+            "|---" * (len(names) + 1) + "|",
+        ]
+    for row in report["rows"]:
+        megabytes = " | ".join(f"{row['peak_mb'][name]:.0f}" for name in names)
+        lines.append(f"| {row['length_s']:g} s, batch {row['batch_size']} | {megabytes} |")
     for name, values in report["hour"].items():
         lines += ["", f"{name}: " + ", ".join(f"{key} {value:.1f}" for key, value in values.items())]
     return "\n".join(lines) + "\n"
+
+
+def write(report: dict, output: Path):
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "speed.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (output / "speed.md").write_text(markdown(report), encoding="utf-8")
 
 
 def main():
@@ -163,38 +185,37 @@ def main():
     parser.add_argument("--whisper", help="Whisper checkpoint, folder or Hub id")
     parser.add_argument("--faster-whisper", help="folder of a CTranslate2 Whisper")
     parser.add_argument("--audio", type=Path, nargs="+", default=sorted((ROOT / "tests" / "data").glob("*.flac")))
-    parser.add_argument("--lengths", type=float, nargs="+", default=[2, 5, 10, 30])
+    parser.add_argument("--lengths", type=float, nargs="*", default=[2, 5, 10, 30])
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--clips", type=int, default=8, help="of each length")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--hour", help="long recording for voxlm and voxlm int8")
+    parser.add_argument("--hour", help="long recording, for voxlm with packed weights and in 8 bits")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    systems = voxlm_systems(arguments.model)
+    report = {"machine": machine(), "rounds": arguments.rounds, "rows": [], "hour": {}}
+    if arguments.hour:  # first, while nothing else is in memory
+        for arithmetic in ("pack_weights", "quantize_dynamic"):
+            model = VoxLMForSpeechSeq2Seq.from_pretrained(arguments.model)
+            model.get_processor()
+            getattr(model, arithmetic)().transcribe(clips_of(arguments.audio, 2, 1))
+            report["hour"][f"{Path(arguments.hour).name}, {arithmetic}"] = hour(model, arguments.hour)
+            write(report, arguments.output)
+    systems = voxlm_systems(arguments.model) if arguments.lengths else {}
     if arguments.whisper:
         systems["whisper"] = whisper_system(arguments.whisper)
     if arguments.faster_whisper:
         systems["faster-whisper"] = faster_whisper_system(arguments.faster_whisper)
     for run in systems.values():
-        run(clips_of(arguments.audio, 2, 1), 1)  # first calls are slow everywhere
-    rows = []
-    for length in tqdm(arguments.lengths, desc="lengths"):
+        for size in arguments.batch_sizes:
+            run(clips_of(arguments.audio, 2, 1), size)  # first calls are slow everywhere
+    for length in arguments.lengths:
         clips = clips_of(arguments.audio, length, arguments.clips)
         for size in arguments.batch_sizes:
-            seconds = measure(systems, clips, size, arguments.rounds)
-            rows.append({"length_s": length, "batch_size": size, "seconds_per_clip": seconds})
-    hours = {}
-    if arguments.hour:
-        for name in ("voxlm", "voxlm int8"):
-            model = VoxLMForSpeechSeq2Seq.from_pretrained(arguments.model)
-            model.get_processor()
-            hours[name] = hour(model.quantize_dynamic() if name == "voxlm int8" else model, arguments.hour)
-    report = {"machine": machine(), "rounds": arguments.rounds, "rows": rows, "hour": hours}
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "speed.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    (arguments.output / "speed.md").write_text(markdown(report), encoding="utf-8")
-    print(markdown(report))
+            row = measure(systems, clips, size, arguments.rounds)
+            report["rows"].append({"length_s": length, "batch_size": size, **row})
+            write(report, arguments.output)
+            print(markdown(report), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,74 @@
+"""Packed weights and 8 bits: the same model, or nearly, in less time."""
+
+import pytest
+import torch
+
+from tests import tiny
+from tests.test_reader import START, states_of, with_reader
+
+
+ARITHMETICS = ["pack_weights", "quantize_dynamic"]
+
+
+def models(arithmetic: str, **config):
+    """A tiny model in another arithmetic, and one as it was."""
+    model, exact = tiny.model(llm="qwen3", lora_config={}, **config), tiny.model(llm="qwen3", lora_config={}, **config)
+    for each in (model, exact):
+        torch.manual_seed(3)
+        for name, parameter in each.named_parameters():
+            if "lora_B" in name:  # zero at first: folding it would change nothing
+                torch.nn.init.normal_(parameter, std=0.05)
+    return getattr(model, arithmetic)(), exact
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("arithmetic, least, most", [("pack_weights", 0, 1e-5), ("quantize_dynamic", 1e-9, 0.02)])
+def test_logits_are_the_same_or_close(arithmetic, least, most):
+    model, exact = models(arithmetic)
+    inputs = exact.processor.apply_transcription_request([tiny.noise(1.0), tiny.noise(0.6)])
+    one, other = (each(**inputs).logits.softmax(-1) for each in (model, exact))
+    assert least <= float((one - other).abs().max()) < most
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("arithmetic, least, most", [("pack_weights", 0, 1e-5), ("quantize_dynamic", 1e-9, 0.05)])
+def test_the_reader_reads_the_same_or_nearly(arithmetic, least, most):
+    exact, model = with_reader(), getattr(with_reader(), arithmetic)()
+    (states, mask), ids = states_of(9, 5), torch.tensor([[START, 4, 9, 7], [START, 5, 5, 6]])
+    one, other = (each.reader.teacher_forced(states, mask, ids).softmax(-1) for each in (model, exact))
+    assert least <= float((one - other).abs().max()) < most
+    assert model.transcribe(tiny.noise(1.0)).duration == 1.0
+
+
+def test_packed_transcriptions_are_the_same():
+    model, exact = models("pack_weights")
+    clips = [tiny.noise(seconds, 4) for seconds in (0.7, 1.5)]
+    one, other = (each.transcribe(clips, max_new_tokens=6) for each in (model, exact))
+    assert [result.text for result in one] == [result.text for result in other]
+    words = [result.words for result in one]
+    assert any(words)
+    for ours, theirs in zip(words, (result.words for result in other)):
+        assert [word["confidence"] for word in ours] == pytest.approx([word["confidence"] for word in theirs], abs=1e-3)
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+def test_such_models_are_neither_saved_nor_changed_again(arithmetic, tmp_path):
+    model = getattr(tiny.model(llm="qwen3", lora_config={}), arithmetic)()
+    with pytest.raises(ValueError, match="cannot be saved"):
+        model.save_pretrained(tmp_path)
+    for another in ARITHMETICS:
+        with pytest.raises(ValueError, match="already"):
+            getattr(model, another)()
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+def test_only_float32_on_the_cpu(arithmetic):
+    with pytest.raises(ValueError, match="float32 models on the CPU"):
+        getattr(tiny.model().to(torch.bfloat16), arithmetic)()
+
+
+def test_torch_without_onednn(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="no oneDNN"):
+        tiny.model().pack_weights()
+    assert tiny.model().quantize_dynamic().transcribe(tiny.noise(1.0), max_new_tokens=2).duration == 1.0
