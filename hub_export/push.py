@@ -7,6 +7,7 @@ Nothing is sent from a folder that holds pickles, an access token, or files over
 import argparse
 import re
 import sys
+import zipfile
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -16,8 +17,9 @@ from huggingface_hub.errors import HfHubHTTPError
 # https://huggingface.co/docs/hub/repositories-recommendations
 LARGEST_FILE, MOST_FILES = 50 * 10**9, 100_000
 PICKLES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz"}
-TEXTS = {".json", ".md", ".py", ".txt", ".jinja", ".yaml", ".yml", ".cfg", ".toml", ".env"}
-TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
+# Of binary pickles: the opcode PROTO and a protocol's number.
+PICKLE_STARTS = {bytes([0x80, protocol]) for protocol in range(2, 6)}
+TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}\b")
 
 
 def files_to_push(folder: Path) -> list[Path]:
@@ -36,7 +38,7 @@ def files_to_push(folder: Path) -> list[Path]:
     for path in files:
         if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{path} is a link to {path.resolve()}, outside the folder")
-        if path.suffix.lower() in PICKLES:
+        if path.suffix.lower() in PICKLES or is_pickle(path):
             raise ValueError(
                 f"{path} may hold a pickle, which runs code when it is loaded; a checkpoint is safetensors only"
             )
@@ -44,13 +46,23 @@ def files_to_push(folder: Path) -> list[Path]:
             raise ValueError(
                 f"{path} has {path.stat().st_size:,} bytes, the Hub takes {LARGEST_FILE:,} a file; export with smaller shards"
             )
-        if path.suffix.lower() in TEXTS or path.name.startswith("."):
-            found = TOKEN.search(path.read_text(errors="replace"))
-            if found:
-                raise ValueError(
-                    f"{path} holds what looks like an access token ({found[0][:6]}...); remove and revoke it"
-                )
+        found = None if path.suffix == ".safetensors" else TOKEN.search(path.read_bytes())
+        if found:
+            raise ValueError(
+                f"{path} holds what looks like an access token ({found[0][:6].decode()}...); remove and revoke it"
+            )
     return files
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file, whatever its name, begins like a pickle or is an archive with one in it, as `torch.save` writes them."""
+    with open(path, "rb") as file:
+        if file.read(2) in PICKLE_STARTS:
+            return True
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(Path(name).suffix in PICKLES for name in archive.namelist())
 
 
 def push(

@@ -5,7 +5,7 @@ import pytest
 
 from tests import tiny
 from voxlm_hf.activity_voxlm import EnergyActivity
-from voxlm_hf.pieces_voxlm import cut, stitch
+from voxlm_hf.pieces_voxlm import Piece, cut, halves, stitch
 
 
 RATE = 16000
@@ -25,6 +25,15 @@ def pieces_of(waveform, longest_s=30.0, seconds=10):
 
 def spans(pieces):
     return [(piece.start / RATE, (piece.start + len(piece.waveform)) / RATE) for piece in pieces]
+
+
+def test_halves_part_at_the_quietest_place_that_is_not_near_an_end():
+    waveform = np.concatenate([silence(0.5), tiny.noise(2, 0), silence(0.4), tiny.noise(1.1, 1)])
+    left, right = halves(Piece(3 * RATE, waveform, active=3.0), RATE)
+    assert left.start == 3 * RATE and right.start == left.start + len(left.waveform)
+    assert np.array_equal(np.concatenate([left.waveform, right.waveform]), waveform)
+    assert len(left.waveform) / RATE == pytest.approx(2.7, abs=0.21)
+    assert left.active + right.active == pytest.approx(3.0) and left.active == pytest.approx(2.0, abs=0.2)
 
 
 def test_cuts_fall_into_the_pauses():

@@ -1,8 +1,11 @@
 """What goes to the Hub, and what never does. The Hub itself is played by a list of calls."""
 
+import pickle
+import zipfile
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from hub_export.export import export
 from hub_export.push import files_to_push, main, push
@@ -59,11 +62,25 @@ def test_pickles_stay_at_home(folder, name, capsys):
     assert main([str(folder), "me/model"]) == 1 and "voxlm-push: " in capsys.readouterr().err
 
 
+def test_pickles_under_another_name_stay_at_home(folder):
+    file = folder / "weights.dat"
+    for save in (lambda: torch.save({"w": torch.zeros(2)}, file), lambda: file.write_bytes(pickle.dumps([1, 2]))):
+        save()
+        with pytest.raises(ValueError, match="may hold a pickle"):
+            files_to_push(folder)
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("notes.txt", "nothing to run")
+    assert file in files_to_push(folder)
+
+
 def test_tokens_large_files_and_links_stay_at_home(folder, tmp_path, monkeypatch):
     (folder / ".env").write_text("TOKEN=hf_" + "a" * 34)
     with pytest.raises(ValueError, match="access token .hf_aaa"):
         files_to_push(folder)
-    (folder / ".env").unlink()
+    (folder / ".env").rename(folder / "run.sh")
+    with pytest.raises(ValueError, match="access token"):
+        files_to_push(folder)
+    (folder / "run.sh").unlink()
     monkeypatch.setattr("hub_export.push.LARGEST_FILE", 100)
     with pytest.raises(ValueError, match="the Hub takes 100 a file"):
         files_to_push(folder)

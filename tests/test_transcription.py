@@ -6,7 +6,8 @@ import soundfile
 import torch
 
 from tests import tiny
-from voxlm_hf.transcription_voxlm import prompt_with_audio, word_confidence
+from voxlm_hf import transcription_voxlm
+from voxlm_hf.transcription_voxlm import VoxLMTranscription, _as_one, prompt_with_audio, word_confidence
 
 
 @pytest.fixture(scope="module")
@@ -233,3 +234,33 @@ def test_hidden_frames_are_left_out_without_a_difference():
 def test_arguments_out_of_range(model, options, message):
     with pytest.raises(ValueError, match=message):
         model.transcribe(tiny.noise(1), **options)
+
+
+def test_parts_that_were_rejected_are_no_part_of_the_whole():
+    def part(start, text, gates, **more):
+        segment = {"start": start, "end": start + 2.0, "text": text, "mean_logprob": -start, "gates": gates, **more}
+        return VoxLMTranscription(text, [{"word": text}] if text else [], 2.0, False, [{}], [segment])
+
+    music = part(0.0, "", ["no_speech"], rejected="you", fallback=None)
+    whole = _as_one([music, part(2.0, "so", [], fallback=None), part(4.0, "be it", ["loop"], fallback=None)])
+    assert (whole.text, whole.duration, [word["word"] for word in whole.words]) == ("so be it", 6.0, ["so", "be it"])
+    assert whole.segments == [
+        {"start": 0.0, "end": 6.0, "text": "so be it", "mean_logprob": -4.0, "gates": ["loop"], "fallback": None}
+    ]
+    assert _as_one([music]).segments[0]["rejected"] == "you"
+
+
+def test_a_piece_of_which_something_was_left_out_is_read_in_halves(monkeypatch):
+    """Three readings, of the whole and of both halves; the gate fires for the first one alone."""
+    model = tiny.model(llm="qwen3", projector_readout="token_mixture", frame_gate_threshold=0.3)
+    gates = iter([["left_out"], [], []])
+    monkeypatch.setattr(transcription_voxlm, "fired_gates", lambda *inputs: next(gates))
+    clip = np.concatenate([tiny.noise(1.5, 1), np.zeros(8000, np.float32), tiny.noise(1.0, 2)])
+    result = model.transcribe(clip)
+    (segment,) = result.segments
+    assert (segment["fallback"], segment["start"], segment["end"]) == ("halves", 0.0, 3.0)
+    assert result.text and result.text == segment["text"] and result.duration == 3.0
+    times = [time for word in result.words for time in (word["start"], word["end"])]
+    assert times == sorted(times) and times[-1] <= 3.0 and len(result.word_scores) == len(result.words)
+    assert any(end <= 2.0 for end in times[1::2]) and any(start >= 1.5 for start in times[::2])
+    assert next(gates, None) is None

@@ -156,6 +156,14 @@ def quietest(samples: np.ndarray, first: int, last: int, rate: int) -> int:
     return first + int(smooth[:-1].argmin()) * hop + hop // 2
 
 
+def halves(piece: Piece, rate: int) -> list[Piece]:
+    """The piece in two, cut at the quietest place between its first and its last quarter."""
+    size = len(piece.waveform)
+    middle = quietest(piece.waveform, size // 4, size - size // 4, rate)
+    parts = [(piece.start, piece.waveform[:middle]), (piece.start + middle, piece.waveform[middle:])]
+    return [Piece(start, waveform, piece.active * len(waveform) / size) for start, waveform in parts]
+
+
 def stitch(left: list[dict], right: list[dict], start_s: float, end_s: float) -> tuple[int, int]:
     """
     Join the words of two pieces that both heard `start_s`..`end_s`.

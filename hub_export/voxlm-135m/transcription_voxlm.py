@@ -17,7 +17,7 @@ from .audio_voxlm import is_batch, one_for_each, stream_audio
 from .ctc_voxlm import CTCPrefix, read_frames
 from .decoding_voxlm import DecodedText, greedy_decode, is_plain_greedy, stop_tokens, token_entropies
 from .joint_voxlm import joint_decode
-from .pieces_voxlm import Piece, cut, in_order, stitch
+from .pieces_voxlm import Piece, cut, halves, in_order, stitch
 from .processing_voxlm import joined_text
 from .quality_voxlm import fired_gates
 
@@ -33,6 +33,8 @@ TOKENS_PER_FRAME_HEARD = 1.25
 BATCHES_AHEAD = 4
 # Seconds of audio, padding included, in one pass on a CPU: more only takes more memory there.
 CPU_BATCH_S = 60.0
+# A piece shorter than this is not read in halves.
+SHORTEST_TO_HALVE_S = 2.0
 # Of the samples drawn when a gate fires: the same text every time.
 FALLBACK_SEED = 0
 
@@ -131,8 +133,8 @@ def transcribe(
     Transcribe one or many recordings of any length.
 
     Files are read as a stream. What is longer than `chunk_length_s` is cut in its pauses; stretches without voice activity are
-    left out. A text that shows signs of nonsense (`config.quality_gates`) is replaced by what the projector alone read, or drawn
-    anew at `config.fallback_temperatures`.
+    left out. A text that shows signs of nonsense (`config.quality_gates`) is replaced: by what is read in each half by itself, where
+    something was left out, by what the projector alone read, or by samples at `config.fallback_temperatures`.
 
     Args:
         model ([`VoxLMForSpeechSeq2Seq`]), processor ([`VoxLMProcessor`])
@@ -387,16 +389,24 @@ def _transcribe_batch(
 
     results = _read(model, processor, pieces, prompts, options, greedy, with_words)
     return [
-        _with_fallback(model, processor, piece, prompt, options, result) if result.segments[0]["gates"] else result
+        _with_fallback(model, processor, piece, prompt, options, greedy, result)
+        if result.segments[0]["gates"]
+        else result
         for piece, prompt, result in zip(pieces, prompts, results)
     ]
 
 
-def _with_fallback(model, processor, piece: Piece, prompt, options: Options, first: VoxLMTranscription):
+def _with_fallback(
+    model, processor, piece: Piece, prompt, options: Options, greedy, first: VoxLMTranscription
+) -> VoxLMTranscription:
     """
-    The first text of one piece that no gate fires for: what the projector alone read ("projector"), then samples, the same every
-    time, at the temperatures of the config. If there is none, that with the fewest gates, and of these the likeliest.
+    The first text of one piece that no gate fires for. Where something was left out, each half by itself ("halves"); then what the
+    projector alone read ("projector"); then samples, the same every time, at the temperatures of the config. If there is none, that
+    with the fewest gates, and of these the likeliest.
     """
+
+    def read(pieces, decode):
+        return _read(model, processor, pieces, [prompt] * len(pieces), options, decode, with_words=True)
 
     def reading(prompt, budgets, audio):
         return DecodedText(ids=draft_texts(model, processor, audio), ended=[True])
@@ -405,20 +415,49 @@ def _with_fallback(model, processor, piece: Piece, prompt, options: Options, fir
         sampling = {**options.generate_kwargs, "do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
         return lambda prompt, budgets, audio: _generate(model, prompt, budgets, sampling)
 
-    attempts = [first]
-    fallbacks = [("projector", reading), *((value, sample(value)) for value in model.config.fallback_temperatures)]
-    for name, decode in fallbacks:
+    attempts, parts = [first], {}
+    if "left_out" in first.segments[0]["gates"] and first.duration >= SHORTEST_TO_HALVE_S:
+        parts["halves"] = halves(piece, processor.sampling_rate), greedy
+    parts["projector"] = [piece], reading
+    parts.update((value, ([piece], sample(value))) for value in model.config.fallback_temperatures)
+    for name, (pieces, decode) in parts.items():
         if not attempts[-1].segments[0]["gates"] or "rejected" in attempts[-1].segments[0]:
             return attempts[-1]
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(FALLBACK_SEED)
-            (attempt,) = _read(model, processor, [piece], [prompt], options, decode, with_words=True)
+            attempt = _as_one(read(pieces, decode))
         if attempt.text:
             attempt.segments[0]["fallback"] = name
             attempts.append(attempt)
     segments = [attempt.segments[0] for attempt in attempts]
     unlikely = [math.inf if segment["mean_logprob"] is None else -segment["mean_logprob"] for segment in segments]
     return min(zip(attempts, segments, unlikely), key=lambda one: (len(one[1]["gates"]), one[2]))[0]
+
+
+def _as_one(results: list[VoxLMTranscription]) -> VoxLMTranscription:
+    """The result for a piece that was read in parts, as if at once, but for parts that were rejected; as likely as the unlikeliest."""
+    start, end = results[0].segments[0]["start"], results[-1].segments[0]["end"]
+    duration = sum(result.duration for result in results)
+    kept = [result for result in results if "rejected" not in result.segments[0]] or results
+    segments = [result.segments[0] for result in kept]
+    likelihoods = [segment["mean_logprob"] for segment in segments if segment["mean_logprob"] is not None]
+    text = joined_text([result.text for result in kept])
+    segment = {
+        **segments[0],
+        "start": start,
+        "end": end,
+        "text": text,
+        "mean_logprob": min(likelihoods, default=None),
+        "gates": sorted({gate for segment in segments for gate in segment["gates"]}),
+    }
+    return VoxLMTranscription(
+        text=text,
+        words=[word for result in kept for word in result.words],
+        duration=duration,
+        truncated=any(result.truncated for result in kept),
+        word_scores=[score for result in kept for score in result.word_scores],
+        segments=[segment],
+    )
 
 
 def _read(model, processor, pieces: list[Piece], prompts: list, options: Options, decode, with_words: bool):
