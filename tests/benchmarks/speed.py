@@ -2,8 +2,8 @@
 How fast, side by side in one run: `python -m tests.benchmarks.speed OUTPUT [--whisper DIR] [--faster-whisper DIR] [--hour FILE]`.
 
 Every system gets the same clips (cut from the recordings in tests/data, or from `--audio`), the same threads, and gives words with times. Per
-length the systems take turns, several rounds, and the median counts. Times are shown as ratios to voxlm's, memory as what the process
-grew by at most. Written to OUTPUT after every row: speed.json and speed.md, which name the machine.
+length the systems, each in a process of its own, take turns, several rounds, and the median counts. Times are shown as ratios to voxlm's,
+memory as what the process grew by at most. Written to OUTPUT after every row: speed.json and speed.md, which name the machine.
 
 - voxlm: with packed weights, as the command line computes on a CPU; unpacked: as it is loaded; int8: after `quantize_dynamic`.
 - full window: unpacked and fed 30 s for every clip, one clip at a time.
@@ -14,9 +14,11 @@ grew by at most. Written to OUTPUT after every row: speed.json and speed.md, whi
 
 import argparse
 import json
+import multiprocessing
 import platform
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -63,40 +65,31 @@ def machine() -> str:
     return f"{names[0] if names else platform.processor()}, {threads}, torch {torch.__version__}, {platform.system()}"
 
 
-def voxlm_systems(model_name: str) -> dict:
-    """Functions from clips and a batch size to texts."""
-    packed, eight_bits, unpacked, window = (VoxLMForSpeechSeq2Seq.from_pretrained(model_name) for _ in range(4))
-    packed.pack_weights()
-    eight_bits.quantize_dynamic()
-    processor = window.get_processor()
-    window.config.pad_audio_to_window = processor.pad_audio_to_window = True
-
-    def texts(model, clips, size, **options):
-        return [result.text for result in model.transcribe(list(clips), batch_size=size, **options)]
-
-    return {
-        "voxlm": lambda clips, size: texts(packed, clips, size),
-        "int8": lambda clips, size: texts(eight_bits, clips, size),
-        "unpacked": lambda clips, size: texts(unpacked, clips, size),
-        "full window": lambda clips, size: texts(window, clips, 1),
-        # Any option beyond plain greedy search leads to stock `generate` and the teacher-forced pass.
-        "original's way": lambda clips, size: texts(window, clips, 1, num_beams=1),
-    }
+def load_voxlm(folder: str, arithmetic: str | None = None, **options):
+    """A function from clips and a batch size to texts; with `options`, fed the full window, one clip at a time."""
+    model = VoxLMForSpeechSeq2Seq.from_pretrained(folder)
+    processor = model.get_processor()
+    if arithmetic == "full window":
+        model.config.pad_audio_to_window = processor.pad_audio_to_window = True
+        return lambda clips, size: [result.text for result in model.transcribe(clips, batch_size=1, **options)]
+    if arithmetic:
+        getattr(model, arithmetic)()
+    return lambda clips, size: [result.text for result in model.transcribe(clips, batch_size=size)]
 
 
-def whisper_system(name: str):
+def load_whisper(name: str):
     """Runs Whisper as `voxlm-eval --reference` does."""
     runners = {}
 
     def run(clips, size):
         if size not in runners:
             runners[size] = stock_runner(name, "cpu", True, size)
-        return [output["text"] for output in runners[size](list(clips))]
+        return [output["text"] for output in runners[size](clips)]
 
     return run
 
 
-def faster_whisper_system(folder: str):
+def load_faster_whisper(folder: str):
     from faster_whisper import WhisperModel
 
     recognizer = WhisperModel(folder, device="cpu", compute_type="int8", cpu_threads=torch.get_num_threads())
@@ -111,18 +104,55 @@ def faster_whisper_system(folder: str):
     return run
 
 
-def measure(systems: dict, clips: list[np.ndarray], size: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Median seconds per clip of each system, and megabytes it took at most; the systems take turns."""
-    times: dict[str, list[float]] = {name: [] for name in systems}
-    memory = dict.fromkeys(systems, 0.0)
+# Any option beyond plain greedy search leads to stock `generate` and the teacher-forced pass.
+LOADERS = {
+    "voxlm": lambda folder: load_voxlm(folder, "pack_weights"),
+    "int8": lambda folder: load_voxlm(folder, "quantize_dynamic"),
+    "unpacked": load_voxlm,
+    "full window": lambda folder: load_voxlm(folder, "full window"),
+    "original's way": lambda folder: load_voxlm(folder, "full window", num_beams=1),
+    "whisper": load_whisper,
+    "faster-whisper": load_faster_whisper,
+}
+
+
+class System:
+    """One system in a process of its own: its threads, and the memory it keeps, are none of the others' business."""
+
+    def __init__(self, name: str, folder: str, threads: int):
+        context = multiprocessing.get_context("spawn")
+        self.pool = ProcessPoolExecutor(1, context, initializer=_load, initargs=(name, folder, threads))
+
+    def __call__(self, clips: list[np.ndarray], size: int) -> tuple[float, float, list[str]]:
+        """Seconds it took, megabytes by which it grew at most, and the texts."""
+        return self.pool.submit(_run, clips, size).result()
+
+
+def _load(name: str, folder: str, threads: int):
+    global _system  # of this process
+    torch.set_num_threads(threads)
+    _system = LOADERS[name](folder)
+
+
+def _run(clips, size):
+    texts = []
+    started = time.perf_counter()
+    memory = peak_memory(lambda: texts.extend(_system(clips, size)))
+    return time.perf_counter() - started, memory, texts
+
+
+def measure(systems: dict[str, System], clips: list[np.ndarray], size: int, rounds: int) -> dict[str, dict]:
+    """Median seconds per clip of each system, megabytes it took at most, and its texts; the systems take turns."""
+    runs: dict[str, list] = {name: [] for name in systems}
     for number in range(rounds):
-        for name, run in tqdm(systems.items(), desc=f"round {number + 1} of {rounds}", leave=False):
-            started = time.perf_counter()
-            memory[name] = max(memory[name], peak_memory(lambda run=run: run(clips, size)))
-            times[name].append((time.perf_counter() - started) / len(clips))
+        for name, system in tqdm(systems.items(), desc=f"round {number + 1} of {rounds}", leave=False):
+            runs[name].append(system(clips, size))
     return {
-        "seconds_per_clip": {name: statistics.median(values) for name, values in times.items()},
-        "peak_mb": memory,
+        "seconds_per_clip": {
+            name: statistics.median(seconds for seconds, _, _ in own) / len(clips) for name, own in runs.items()
+        },
+        "peak_mb": {name: max(memory for _, memory, _ in own) for name, own in runs.items()},
+        "texts": {name: own[-1][2] for name, own in runs.items()},
     }
 
 
@@ -151,13 +181,19 @@ def hour(model, path: str) -> dict[str, float]:
 
 def markdown(report: dict) -> str:
     names = list(report["rows"][0]["seconds_per_clip"]) if report["rows"] else []
-    lines = [f"Measured on {report['machine']}; medians of {report['rounds']} rounds; times as ratios to voxlm's.", ""]
+    lines = [
+        f"Measured on {report['machine']}; medians of {report['rounds']} rounds; times as ratios to the first's.",
+        "",
+    ]
     if names:
-        lines += ["| clips | voxlm, s per clip | " + " | ".join(names[1:]) + " |", "|---" * (len(names) + 1) + "|"]
+        lines += [
+            f"| clips | {names[0]}, s per clip | " + " | ".join(names[1:]) + " |",
+            "|---" * (len(names) + 1) + "|",
+        ]
     for row in report["rows"]:
         seconds = row["seconds_per_clip"]
-        ratios = " | ".join(f"{seconds[name] / seconds['voxlm']:.2f}" for name in names[1:])
-        lines.append(f"| {row['length_s']:g} s, batch {row['batch_size']} | {seconds['voxlm']:.2f} | {ratios} |")
+        ratios = " | ".join(f"{seconds[name] / seconds[names[0]]:.2f}" for name in names[1:])
+        lines.append(f"| {row['length_s']:g} s, batch {row['batch_size']} | {seconds[names[0]]:.2f} | {ratios} |")
     if names:
         lines += [
             "",
@@ -189,6 +225,9 @@ def main():
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--clips", type=int, default=8, help="of each length")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--systems", choices=LOADERS, nargs="+", default=list(LOADERS), help="the first is compared with"
+    )
     parser.add_argument("--hour", help="long recording, for voxlm with packed weights and in 8 bits")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
@@ -201,14 +240,13 @@ def main():
             getattr(model, arithmetic)().transcribe(clips_of(arguments.audio, 2, 1))
             report["hour"][f"{Path(arguments.hour).name}, {arithmetic}"] = hour(model, arguments.hour)
             write(report, arguments.output)
-    systems = voxlm_systems(arguments.model) if arguments.lengths else {}
-    if arguments.whisper:
-        systems["whisper"] = whisper_system(arguments.whisper)
-    if arguments.faster_whisper:
-        systems["faster-whisper"] = faster_whisper_system(arguments.faster_whisper)
-    for run in systems.values():
+    folders = dict.fromkeys(LOADERS, arguments.model)
+    folders |= {"whisper": arguments.whisper, "faster-whisper": arguments.faster_whisper}
+    names = [name for name in arguments.systems if folders[name]] if arguments.lengths else []
+    systems = {name: System(name, folders[name], arguments.threads) for name in names}
+    for system in systems.values():
         for size in arguments.batch_sizes:
-            run(clips_of(arguments.audio, 2, 1), size)  # first calls are slow everywhere
+            system(clips_of(arguments.audio, 2, 1), size)  # first calls are slow everywhere
     for length in arguments.lengths:
         clips = clips_of(arguments.audio, length, arguments.clips)
         for size in arguments.batch_sizes:
