@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer, GenerationConfig
@@ -42,6 +43,8 @@ DEFAULTS = {
 }
 # build_hf.py's names of fields that the training code calls otherwise.
 OTHER_NAMES = {"whisper_model": "audio_encoder", "whisper_dim": "audio_encoder_dim", "qwen_model": "llm_model"}
+# None of its sizes comes near this.
+LARGEST_FIELD = 10_000
 # As the original decodes; corrections are the default.
 ORIGINAL_DECODING = {"do_sample": False, "repetition_penalty": 1.2, "no_repeat_ngram_size": 4}
 ORIGINAL_DECODING_FILE = "generation_config_original.json"
@@ -90,13 +93,35 @@ def read_checkpoint(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     if not isinstance(content, dict) or not {"config", "model_state_dict"} <= set(content):
         found = sorted(content) if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{path} has no 'config' and 'model_state_dict': it holds {found}")
-    fields = content["config"]
-    fields = fields if isinstance(fields, dict) else vars(fields)
-    state = content["model_state_dict"]
-    wrong = [name for name, tensor in state.items() if not isinstance(tensor, torch.Tensor)]
-    if wrong:
-        raise ValueError(f"{path}: {wrong[0]} is no tensor but {type(state[wrong[0]]).__name__}")
-    return dict(fields), state
+    fields, state = content["config"], content["model_state_dict"]
+    fields = vars(fields) if isinstance(fields, OriginalConfig) else fields
+    for part in (fields, state):
+        if not isinstance(part, dict) or not all(isinstance(name, str) for name in part):
+            raise ValueError(f"{path} holds a {type(part).__name__} where values under their names belong")
+    return dict(fields), dict(state)
+
+
+def check_values(path, fields: dict, state: dict):
+    """
+    Raises:
+        ValueError: naming a field that is no number or text where one is needed, or a weight that is no tensor of finite numbers.
+    """
+    kinds = {"max_audio_length": (int, float), "lora_alpha": (int, float), **dict.fromkeys(ADDED_TOKENS, str)}
+    kinds |= dict.fromkeys(("downsample_factor", "lora_r", "alignment_num_heads", "alignment_num_layers"), int)
+    for name, kind in kinds.items():
+        value = fields[name]
+        if not isinstance(value, kind) or not value or (kind is not str and not 0 < value < LARGEST_FIELD):
+            raise ValueError(f"{path}: {name} of its config is {value!r}")
+    for name, tensor in state.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{path}: {name} is no tensor but {type(tensor).__name__}")
+        if tensor.layout != torch.strided or tensor.is_meta or not tensor.is_floating_point():
+            raise ValueError(
+                f"{path}: {name} is a {tensor.dtype} tensor on {tensor.device}, {tensor.layout}, and no weight"
+            )
+        # Without a copy, which a large embedding has no room for.
+        if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+            raise ValueError(f"{path}: {name} has values that are not finite; training must have failed")
 
 
 def rename(name: str) -> str | None:
@@ -134,7 +159,7 @@ def convert(path: Path, audio_base: str | None = None, text_base: str | None = N
             the checkpoint); by default the names in its config.
 
     Raises:
-        ValueError: for what `read_checkpoint` refuses, version 1 checkpoints, added tokens that do not fit the base's tokenizer,
+        ValueError: for what `read_checkpoint` and `check_values` refuse, version 1 checkpoints, added tokens that do not fit the base's tokenizer,
             and tensors that are missing, left over, or of another shape than the bases give.
     """
     fields, state = read_checkpoint(path)
@@ -147,6 +172,7 @@ def convert(path: Path, audio_base: str | None = None, text_base: str | None = N
         fields[name] = given or fields.get(name)
         if not fields[name]:
             raise ValueError(f"{path} does not name its {name}; give --audio-base and --text-base")
+    check_values(path, fields, state)
     audio_config = AutoConfig.from_pretrained(fields["audio_encoder"])
     text_config = AutoConfig.from_pretrained(fields["llm_model"])
     renamed = rename_all(state)
@@ -287,7 +313,7 @@ def main(argv: list[str] | None = None) -> int:
         original = GenerationConfig(**{**model.generation_config.to_dict(), **ORIGINAL_DECODING})
         export(model, arguments.output, "lora", force=arguments.force)
         original.save_pretrained(arguments.output, ORIGINAL_DECODING_FILE)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         print(f"voxlm-convert-legacy: {error}", file=sys.stderr)
         return 1
     print(f"converted to {arguments.output}")
