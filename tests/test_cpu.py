@@ -5,6 +5,7 @@ import torch
 
 from tests import tiny
 from tests.test_reader import START, states_of, with_reader
+from voxlm_hf.cpu_voxlm import PackedLinear
 
 
 ARITHMETICS = ["pack_weights", "quantize_dynamic"]
@@ -28,6 +29,18 @@ def test_logits_are_the_same_or_close(arithmetic, least, most):
     inputs = exact.processor.apply_transcription_request([tiny.noise(1.0), tiny.noise(0.6)])
     one, other = (each(**inputs).logits.softmax(-1) for each in (model, exact))
     assert least <= float((one - other).abs().max()) < most
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(7,), (1, 1, 7), (8, 7), (9, 7), (2, 64, 7), (3, 43, 7), (5, 100, 7), (0, 7)])
+def test_any_number_of_rows(shape):
+    torch.manual_seed(0)
+    linear, inputs = torch.nn.Linear(7, 11), torch.randn(shape)
+    torch.testing.assert_close(PackedLinear(linear)(inputs), linear(inputs))
+    if len(shape) == 1:
+        return
+    transposed = inputs.transpose(0, -2)  # as attention hands them over
+    torch.testing.assert_close(PackedLinear(linear)(transposed), linear(transposed))
 
 
 @torch.no_grad()

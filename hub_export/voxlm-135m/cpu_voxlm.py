@@ -18,6 +18,9 @@ if is_peft_available():
 
 # Rows that oneDNN is told to expect; the order it chooses serves others as well.
 ROWS = 8
+# oneDNN writes code for every number of rows it meets and keeps it, half a megabyte each: more rows than these are multiplied block by
+# block, and filled up to a multiple of these. Above a hundred rows blocks cost no time.
+MOST_ROWS, ROWS_STEP = 128, 16
 
 
 class PackedLinear(nn.Module):
@@ -35,7 +38,15 @@ class PackedLinear(nn.Module):
         self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), ROWS)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(inputs, self.packed, self.bias, "none", [], "")
+        blocks = [self._multiply(rows) for rows in inputs.reshape(-1, self.in_features).split(MOST_ROWS)]
+        outputs = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+        return outputs.view(*inputs.shape[:-1], self.out_features)
+
+    def _multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        count = len(rows)
+        missing = 0 if count <= ROWS else -count % ROWS_STEP
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
+        return torch.ops.mkldnn._linear_pointwise(rows, self.packed, self.bias, "none", [], "")[:count]
 
 
 @torch.no_grad()
