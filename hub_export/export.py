@@ -19,6 +19,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import voxlm_hf
@@ -352,7 +353,7 @@ def main(argv: list[str] | None = None) -> int:
             arguments.force,
             arguments.shard_mb * 10**6,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:  # the last one for a full disk
         print(f"voxlm-export: {error}", file=sys.stderr)
         return 1
     return 0

@@ -313,7 +313,7 @@ def main(argv: list[str] | None = None) -> int:
         original = GenerationConfig(**{**model.generation_config.to_dict(), **ORIGINAL_DECODING})
         export(model, arguments.output, "lora", force=arguments.force)
         original.save_pretrained(arguments.output, ORIGINAL_DECODING_FILE)
-    except (OSError, ValueError, StrictDataclassError) as error:
+    except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
         print(f"voxlm-convert-legacy: {error}", file=sys.stderr)
         return 1
     print(f"converted to {arguments.output}")

@@ -183,6 +183,22 @@ def test_what_was_there_stays_when_an_export_fails(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
+def test_a_disk_that_takes_no_more_is_said_in_one_line(tmp_path):
+    export(tiny.model(), tmp_path / "model")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    limited = (
+        "import resource, sys\nfrom hub_export.export import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))\n"
+        f"sys.exit(main([{str(tmp_path / 'model')!r}, {str(tmp_path / 'model')!r}, '--force']))"
+    )
+    run = subprocess.run([sys.executable, "-c", limited], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 1 and "voxlm-export: Error while serializing" in run.stderr, run.stderr
+    assert "Traceback" not in run.stderr
+    assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_a_killed_export_leaves_the_old_one_whole(tmp_path):
     export(tiny.model(), tmp_path / "model")
     before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
