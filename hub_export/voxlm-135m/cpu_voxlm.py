@@ -49,6 +49,11 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(rows, self.packed, self.bias, "none", [], "")[:count]
 
 
+def can_be_packed(model) -> bool:
+    """Whether `pack_weights` takes a model."""
+    return model.device.type == "cpu" and model.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+
+
 @torch.no_grad()
 def pack_weights(model):
     """

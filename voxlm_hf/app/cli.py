@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from .. import VoxLMForSpeechSeq2Seq, VoxLMProcessor
+from ..cpu_voxlm import can_be_packed
 from . import batch
 from .formats import WRITERS
 from .plot import plot_words, read_words
@@ -101,8 +102,7 @@ def load_model(source: str, dtype: str, device: str) -> VoxLMForSpeechSeq2Seq:
     model.processor = VoxLMProcessor.from_pretrained(source)
     if dtype == "int8":
         return model.quantize_dynamic()
-    can_be_packed = device == "cpu" and dtype == "float32" and torch.backends.mkldnn.is_available()
-    return model.pack_weights() if can_be_packed else model
+    return model.pack_weights() if can_be_packed(model) else model
 
 
 def transcribe_files(model, arguments) -> int:
