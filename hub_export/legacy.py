@@ -159,8 +159,8 @@ def convert(path: Path, audio_base: str | None = None, text_base: str | None = N
             the checkpoint); by default the names in its config.
 
     Raises:
-        ValueError: for what `read_checkpoint` and `check_values` refuse, version 1 checkpoints, added tokens that do not fit the base's tokenizer,
-            and tensors that are missing, left over, or of another shape than the bases give.
+        ValueError: for what `read_checkpoint` and `check_values` refuse, version 1 checkpoints, added tokens that do not fit the
+            base's tokenizer, and tensors that are missing, left over, or of another shape than the bases give.
     """
     fields, state = read_checkpoint(path)
     fields = {**DEFAULTS, **{OTHER_NAMES.get(name, name): value for name, value in fields.items()}}

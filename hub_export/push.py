@@ -62,7 +62,7 @@ def is_pickle(path: Path) -> bool:
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
-        return any(Path(name).suffix in PICKLES for name in archive.namelist())
+        return any(Path(name).suffix.lower() in PICKLES for name in archive.namelist())
 
 
 def push(

@@ -29,6 +29,7 @@ def test_logits_are_the_same_or_close(arithmetic, least, most):
     inputs = exact.processor.apply_transcription_request([tiny.noise(1.0), tiny.noise(0.6)])
     one, other = (each(**inputs).logits.softmax(-1) for each in (model, exact))
     assert least <= float((one - other).abs().max()) < most
+    assert model.transcribe(tiny.noise(1.0), max_new_tokens=4).words
 
 
 @torch.no_grad()
@@ -51,6 +52,8 @@ def test_the_reader_reads_the_same_or_nearly(arithmetic, least, most):
     one, other = (each.reader.teacher_forced(states, mask, ids).softmax(-1) for each in (model, exact))
     assert least <= float((one - other).abs().max()) < most
     assert model.transcribe(tiny.noise(1.0)).duration == 1.0
+    if arithmetic == "quantize_dynamic":
+        assert model.reader.head.weight().dtype == torch.qint8
 
 
 def test_packed_transcriptions_are_the_same():

@@ -770,7 +770,7 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
         return align(self, self.get_processor(), audio, text, **kwargs)
 
     def pack_weights(self):
-        """Compute about twice as fast on the CPU, in place, with the same result; see `cpu_voxlm.pack_weights`."""
+        """Compute faster on the CPU, in place, with the same result; see `cpu_voxlm.pack_weights`."""
         from .cpu_voxlm import pack_weights
 
         return pack_weights(self)

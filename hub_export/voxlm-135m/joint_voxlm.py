@@ -143,7 +143,7 @@ def joint_decode(model, processor, prompt: dict, budgets: list[int], audio) -> D
         # Whether anything was said is for the frames to say: who knows none of the words would rather hear nothing.
         surely = heard is not None and heard.heard > SURELY_HEARD
         for place, text in enumerate(texts):
-            if not text.ids and len(texts) > 1 and (surely or by_frames[place] < max(by_frames)):
+            if not text.ids and (surely or by_frames[place] < max(by_frames)):
                 totals[place] = -np.inf
         best = int(np.argmax(totals))
         chosen.append((texts[best], scores[best]))

@@ -325,6 +325,16 @@ def raised(parts: Iterable[Part]) -> Iterator[Part]:
         yield part
 
 
+def in_a_row(results: list[VoxLMTranscription]) -> dict:
+    """Text, words and what belongs to them of results that follow each other."""
+    return {
+        "text": joined_text([result.text for result in results]),
+        "words": [word for result in results for word in result.words],
+        "truncated": any(result.truncated for result in results),
+        "word_scores": [score for result in results for score in result.word_scores],
+    }
+
+
 def whole_recordings(parts: Iterable[Part]) -> Iterator[VoxLMTranscription]:
     """One result for each recording."""
     pieces: list[VoxLMTranscription] = []
@@ -337,11 +347,8 @@ def whole_recordings(parts: Iterable[Part]) -> Iterator[VoxLMTranscription]:
             error, pieces = " ".join(str(part.error).split()), []
             logger.warning(f"Recording {part.recording} could not be transcribed: {error}")
         yield VoxLMTranscription(
-            text=joined_text([piece.text for piece in pieces]),
-            words=[word for piece in pieces for word in piece.words],
+            **in_a_row(pieces),
             duration=round(part.duration_s, 3),
-            truncated=any(piece.truncated for piece in pieces),
-            word_scores=[score for piece in pieces for score in piece.word_scores],
             segments=[segment for piece in pieces for segment in piece.segments],
             error=error,
         )
@@ -405,9 +412,6 @@ def _with_fallback(
     with the fewest gates, and of these the likeliest.
     """
 
-    def read(pieces, decode):
-        return _read(model, processor, pieces, [prompt] * len(pieces), options, decode, with_words=True)
-
     def reading(prompt, budgets, audio):
         return DecodedText(ids=draft_texts(model, processor, audio), ended=[True])
 
@@ -425,7 +429,8 @@ def _with_fallback(
             return attempts[-1]
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(FALLBACK_SEED)
-            attempt = _as_one(read(pieces, decode))
+            prompts = [prompt] * len(pieces)
+            attempt = _as_one(_read(model, processor, pieces, prompts, options, decode, with_words=True))
         if attempt.text:
             attempt.segments[0]["fallback"] = name
             attempts.append(attempt)
@@ -441,23 +446,16 @@ def _as_one(results: list[VoxLMTranscription]) -> VoxLMTranscription:
     kept = [result for result in results if "rejected" not in result.segments[0]] or results
     segments = [result.segments[0] for result in kept]
     likelihoods = [segment["mean_logprob"] for segment in segments if segment["mean_logprob"] is not None]
-    text = joined_text([result.text for result in kept])
+    whole = in_a_row(kept)
     segment = {
         **segments[0],
         "start": start,
         "end": end,
-        "text": text,
+        "text": whole["text"],
         "mean_logprob": min(likelihoods, default=None),
         "gates": sorted({gate for segment in segments for gate in segment["gates"]}),
     }
-    return VoxLMTranscription(
-        text=text,
-        words=[word for result in kept for word in result.words],
-        duration=duration,
-        truncated=any(result.truncated for result in kept),
-        word_scores=[score for result in kept for score in result.word_scores],
-        segments=[segment],
-    )
+    return VoxLMTranscription(**whole, duration=duration, segments=[segment])
 
 
 def _read(model, processor, pieces: list[Piece], prompts: list, options: Options, decode, with_words: bool):

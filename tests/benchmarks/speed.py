@@ -65,16 +65,19 @@ def machine() -> str:
     return f"{names[0] if names else platform.processor()}, {threads}, torch {torch.__version__}, {platform.system()}"
 
 
-def load_voxlm(folder: str, arithmetic: str | None = None, **options):
-    """A function from clips and a batch size to texts; with `options`, fed the full window, one clip at a time."""
+def load_voxlm(folder: str, arithmetic: str | None = None):
+    """A function from clips and a batch size to texts; `arithmetic` is a method of the model, such as `"pack_weights"`."""
     model = VoxLMForSpeechSeq2Seq.from_pretrained(folder)
-    processor = model.get_processor()
-    if arithmetic == "full window":
-        model.config.pad_audio_to_window = processor.pad_audio_to_window = True
-        return lambda clips, size: [result.text for result in model.transcribe(clips, batch_size=1, **options)]
     if arithmetic:
         getattr(model, arithmetic)()
     return lambda clips, size: [result.text for result in model.transcribe(clips, batch_size=size)]
+
+
+def load_full_window(folder: str, **options):
+    """The same, fed the full window, one clip at a time whatever the batch size; `options` are for `transcribe`."""
+    model = VoxLMForSpeechSeq2Seq.from_pretrained(folder)
+    model.config.pad_audio_to_window = model.get_processor().pad_audio_to_window = True
+    return lambda clips, size: [result.text for result in model.transcribe(clips, batch_size=1, **options)]
 
 
 def load_whisper(name: str):
@@ -109,8 +112,8 @@ LOADERS = {
     "voxlm": lambda folder: load_voxlm(folder, "pack_weights"),
     "int8": lambda folder: load_voxlm(folder, "quantize_dynamic"),
     "unpacked": load_voxlm,
-    "full window": lambda folder: load_voxlm(folder, "full window"),
-    "original's way": lambda folder: load_voxlm(folder, "full window", num_beams=1),
+    "full window": load_full_window,
+    "original's way": lambda folder: load_full_window(folder, num_beams=1),
     "whisper": load_whisper,
     "faster-whisper": load_faster_whisper,
 }
