@@ -1,1 +1,1 @@
-"""From a trained model to a Hub repository folder. Run from the checkout: `python -m hub_export.NAME`."""
+"""From a trained model to a Hub repository folder: `python -m voxlm_hub_export.NAME`."""

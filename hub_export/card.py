@@ -1,4 +1,6 @@
-"""Fill model_card.md with what was measured: `python -m hub_export.card RESULTS.json FOLDER` writes FOLDER/README.md."""
+"""
+Fill model_card.md with measured results: `python -m voxlm_hub_export.card RESULTS.json FOLDER` writes FOLDER/README.md.
+"""
 
 import argparse
 import json
@@ -12,7 +14,7 @@ TEMPLATE = Path(__file__).resolve().parents[1] / "model_card.md"
 
 
 def table(rows: list[dict]) -> str:
-    """Rows of equal keys as a Markdown table."""
+    """A Markdown table of rows that have the same keys."""
     columns = list(rows[0])
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     return "\n".join(lines + ["| " + " | ".join(str(row[column]) for column in columns) + " |" for row in rows])
@@ -20,14 +22,14 @@ def table(rows: list[dict]) -> str:
 
 def fill(template: str, results: dict) -> str:
     """
-    The card's text, its metadata checked and completed by huggingface_hub.
+    The card's text; huggingface_hub checks and completes its metadata.
 
     Args:
-        results: a text, or a list of rows that becomes a table, for every `$field` of the template; and "evaluations", a list
-            of `{"dataset", "type", "split", "metric", "value"}`, each measured by a run, for the model index.
+        results: for every `$field` of the template a text, or a list of rows, which becomes a table; and "evaluations",
+            a list of `{"dataset", "type", "split", "metric", "value"}`, each measured in a run, for the model index.
 
     Raises:
-        KeyError: naming a field that `results` lacks; no figure is made up.
+        KeyError: naming a field that `results` lacks.
     """
     values = {name: table(value) if isinstance(value, list) else value for name, value in results.items()}
     card = ModelCard(Template(template).substitute(values))

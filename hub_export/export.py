@@ -1,12 +1,13 @@
 """
-Write a model as a checkpoint folder that loads wherever transformers is: `voxlm-export MODEL FOLDER [--mode ...]`.
+Write a model as a checkpoint folder that loads with transformers alone: `voxlm-export MODEL FOLDER [--mode ...]`.
 
-    merged (default)    LoRA folded into the LLM; self-contained, peft is not needed
-    lora                self-contained and still trainable
-    delta               only what was trained, with references to the base models (`--audio-base`, `--text-base`)
+    merged (default)    LoRA merged into the LLM; self-contained, loads without peft
+    lora                self-contained, LoRA can be trained further
+    delta               only the trained weights, with references to the base models (`--audio-base`, `--text-base`)
 
-Frozen weights lie in shards of their own (`encoder-*`, `decoder-*`, `language-model-*`), what is trained in `trained.safetensors`, so that a
-better checkpoint changes one small file (with `--frozen-from FOLDER`). `--code FOLDER` refreshes only the code files in it.
+Frozen weights have shards of their own (`encoder-*`, `decoder-*`, `language-model-*`), trained weights are in
+`trained.safetensors`. With `--frozen-from FOLDER`, a better checkpoint changes that one small file. `--code FOLDER`
+only updates the code files in FOLDER.
 """
 
 import argparse
@@ -19,32 +20,26 @@ import tempfile
 from pathlib import Path
 
 import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationScheme
+from compressed_tensors.quantization.utils import calculate_qparams
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import voxlm_hf
 from voxlm_hf import VoxLMForSpeechSeq2Seq
-from voxlm_hf.bases_voxlm import base_reference, base_state
+from voxlm_hf.loading_voxlm import AUTO_MAP, CUSTOM_PIPELINES, base_reference, base_state
 
 
 PACKAGE = Path(voxlm_hf.__file__).parent
-# The flat modules of the package are the remote code; `__init__` only registers them for who has the package installed.
+# The flat modules of the package are the remote code; `__init__` only registers them where the package is installed.
 CODE_FILES = sorted(path.name for path in PACKAGE.glob("*_voxlm.py"))
-AUTO_MAP = {
-    "AutoConfig": "configuration_voxlm.VoxLMConfig",
-    "AutoModel": "modeling_voxlm.VoxLMForSpeechSeq2Seq",
-    "AutoModelForSpeechSeq2Seq": "modeling_voxlm.VoxLMForSpeechSeq2Seq",
-    "AutoProcessor": "processing_voxlm.VoxLMProcessor",
-}
-CUSTOM_PIPELINES = {
-    "automatic-speech-recognition": {
-        "impl": "pipeline_voxlm.VoxLMASRPipeline",
-        "pt": ["AutoModelForSpeechSeq2Seq"],
-        "type": "multimodal",
-        "default": {},
-    }
-}
+# Chosen by hand, not tuned: the shipped checkpoint is in a Git repository, and GitHub refuses files above 100 MB.
 SHARD_BYTES = 90_000_000
+# How far a frozen weight may be from the model's when shards are reused: float32 rounding of scale times integer.
+# Chosen by hand, not tuned.
+FROZEN_TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}
 TRAINED_FILE = "trained.safetensors"
 INT8_WEIGHTS = {
     "quant_method": "compressed-tensors",
@@ -62,22 +57,21 @@ INT8_WEIGHTS = {
 
 
 def copy_code(folder: Path):
-    """Put the package's flat modules into a checkpoint folder."""
+    """Copy the package's flat modules to a checkpoint folder, and delete those that the package no longer has."""
+    for path in folder.glob("*_voxlm.py"):
+        if path.name not in CODE_FILES:
+            path.unlink()
     for name in CODE_FILES:
         shutil.copyfile(PACKAGE / name, folder / name)
 
 
 def to_int8(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     """
-    A matrix as 8-bit integers with one scale per row, as compressed-tensors stores and restores it.
+    A matrix as 8-bit integers with one scale per row, in the format of compressed-tensors.
 
     Args:
         weight (`torch.Tensor` of shape `(rows, columns)`)
     """
-    from compressed_tensors.compressors import BaseCompressor
-    from compressed_tensors.quantization import QuantizationScheme
-    from compressed_tensors.quantization.utils import calculate_qparams
-
     scheme = QuantizationScheme.model_validate(INT8_WEIGHTS["config_groups"]["weights"])
     weight = weight.float()
     scale, _ = calculate_qparams(weight.amin(1, keepdim=True), weight.amax(1, keepdim=True), scheme.weights)
@@ -86,27 +80,30 @@ def to_int8(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name.removesuffix("weight") + key: tensor for key, tensor in packed.items()}
 
 
-def merge_lora(model: VoxLMForSpeechSeq2Seq) -> tuple[dict[str, torch.Tensor], object]:
-    """State and config of the same model with LoRA folded into the weights it adapts."""
-    from peft.tuners.lora import LoraLayer
+def merged_state(model: VoxLMForSpeechSeq2Seq) -> tuple[dict[str, torch.Tensor], object]:
+    """
+    State and config of the same model with LoRA merged into the weights it adapts; `model` itself does not change.
 
+    Raises:
+        ValueError: when merged weights are not finite.
+    """
     config, state = copy.deepcopy(model.config), model.state_dict()
     config.lora_config = None
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            weight = state[f"{name}.base_layer.weight"]
-            for adapter in module.active_adapters:
-                weight = (weight.float() + module.get_delta_weight(adapter).float()).to(weight.dtype)
-            state[f"{name}.base_layer.weight"] = weight
+            layer = copy.deepcopy(module)  # one layer at a time: a copy of the whole model may not fit into memory
+            layer.merge(safe_merge=True)
+            for part, tensor in layer.get_base_layer().state_dict().items():
+                state[f"{name}.base_layer.{part}"] = tensor
     return {name: tensor for name, tensor in state.items() if ".lora_" not in name}, config
 
 
 def delta_state(model: VoxLMForSpeechSeq2Seq, config) -> dict[str, torch.Tensor]:
     """
-    What the base models of `config.base_models` do not have: trained weights, and the embeddings of added tokens.
+    The weights that the base models of `config.base_models` lack: trained weights, and the embeddings of added tokens.
 
     Raises:
-        ValueError: naming a frozen weight that the base has otherwise.
+        ValueError: naming a frozen weight that differs from the base's.
     """
     state = {name.replace(".base_layer.", "."): tensor for name, tensor in model.state_dict().items()}
     for name, tensor in base_state(config).items():
@@ -123,11 +120,12 @@ def delta_state(model: VoxLMForSpeechSeq2Seq, config) -> dict[str, torch.Tensor]
 
 def store(name: str, tensor: torch.Tensor, storage: str) -> dict[str, torch.Tensor]:
     """
-    One tensor as it is written.
+    One tensor in the form in which it is stored.
 
     Args:
-        storage: "as is", a dtype's name, or "int8": the matrices of LLM and decoder in 8 bits, the encoder in float16, what is
-            trained in bfloat16. There, norms and other vectors stay in float32: they are small, and not all of them fit float16.
+        storage: "as is", a dtype's name, or "int8": the matrices of LLM and decoder in 8 bits, the encoder in float16,
+            trained weights in bfloat16. With "int8", norms and other vectors stay in float32: they are small, and not
+            all of them fit float16.
     """
     if not tensor.is_floating_point() or storage == "as is":
         return {name: tensor}
@@ -135,14 +133,14 @@ def store(name: str, tensor: torch.Tensor, storage: str) -> dict[str, torch.Tens
         return {name: tensor.to(getattr(torch, storage))}
     if tensor.dim() < 2:
         return {name: tensor.float()}
-    # Learned positions are no matrix that something is multiplied by, and are not restored.
+    # Loading restores the matrices of Linear and Embedding modules; learned positions are in neither.
     if part_of(name) in ("language-model", "decoder") and "embed_positions" not in name:
         return to_int8(name, tensor)
     return {name: tensor.bfloat16() if part_of(name) == "trained" else tensor.half()}
 
 
 def part_of(name: str) -> str:
-    """The file, or beginning of the names of files, that a tensor goes to."""
+    """The file that a tensor goes to, or the start of the file's name."""
     if name.startswith("encoder."):
         return "encoder"
     if name.startswith("reader.decoder."):
@@ -182,12 +180,13 @@ def num_bytes(tensors: dict[str, torch.Tensor]) -> int:
 
 def read_frozen_shards(model: VoxLMForSpeechSeq2Seq, folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     """
-    The tensors of the frozen shards of an earlier export, by file name, checked to be the model's own weights.
+    The tensors of the frozen shards of an earlier export, by file name, after a check that they are the model's own
+    weights.
 
-    Rounding to 8 bits what was rounded before would not give the same bytes, and a new 90 MB file in the repository.
+    Weights that were rounded to 8 bits once would round to other bytes, and add a new 90 MB file to the repository.
 
     Raises:
-        ValueError: naming a weight that the model has otherwise, or not at all.
+        ValueError: naming a weight that differs from the model's or that the model lacks.
     """
     state = {name.replace(".base_layer.", "."): tensor for name, tensor in model.state_dict().items()}
     files = {path.name: load_file(path) for path in sorted(folder.glob("*.safetensors")) if path.name != TRAINED_FILE}
@@ -196,13 +195,13 @@ def read_frozen_shards(model: VoxLMForSpeechSeq2Seq, folder: Path) -> dict[str, 
             if name.endswith("weight_scale"):
                 continue
             stored = tensor.float() * tensors[name + "_scale"] if tensor.dtype == torch.int8 else tensor.float()
-            if name not in state or not torch.allclose(stored, state[name].float(), rtol=1e-4, atol=1e-6):
+            if name not in state or not torch.allclose(stored, state[name].float(), **FROZEN_TOLERANCE):
                 raise ValueError(f"{folder / file} does not hold this model's frozen weights: {name} differs")
     return files
 
 
 def write_weights(files: dict[str, dict[str, torch.Tensor]], folder: Path, frozen_from: Path | None = None):
-    """Write shards and their index; with `frozen_from`, those that are there, but for what is trained, as copies."""
+    """Write shards and their index; frozen shards that are in `frozen_from` are copied from there."""
     weight_map = {}
     for file, tensors in files.items():
         if frozen_from is None or file == TRAINED_FILE or not (frozen_from / file).exists():
@@ -219,15 +218,15 @@ def write_weights(files: dict[str, dict[str, torch.Tensor]], folder: Path, froze
 
 
 def write_config(config, folder: Path, storage: str, dtype: str):
-    """config.json with the auto classes, the pipeline and, for "int8", how to restore the weights."""
+    """Write config.json with the auto classes, the pipeline and, for "int8", how to restore the weights."""
     fields = config.to_dict()
     fields.update(
         architectures=["VoxLMForSpeechSeq2Seq"], auto_map=AUTO_MAP, custom_pipelines=CUSTOM_PIPELINES, dtype=dtype
     )
     for part in ("audio_config", "text_config"):
         fields[part]["dtype"] = dtype
-    fields.pop("_name_or_path", None)
-    fields.pop("quantization_config", None)
+    for name in ("_name_or_path", "quantization_config"):
+        fields.pop(name, None)
     if storage == "int8":
         fields["quantization_config"] = INT8_WEIGHTS
     (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
@@ -244,25 +243,51 @@ def export(
     shard_bytes: int = SHARD_BYTES,
 ):
     """
-    Write `model` and its processor to `folder` so that Auto classes and `pipeline` load it without the package installed.
+    Write `model` and its processor to `folder` so that Auto classes and `pipeline` load it where the package is not
+    installed.
 
-    It is written beside `folder` and moved there when it is whole: an error leaves what was there before.
+    The files are written next to `folder` and moved there once they are complete: an error leaves the previous content.
 
     Args:
         mode (`"merged"`, `"lora"` or `"delta"`): see the module.
         storage: see `store`.
         frozen_from (`Path`, *optional*): an earlier export (it may be `folder` itself) of a model with the same frozen
-            weights in the same storage, whose shards of them are taken over byte for byte.
-        bases (`tuple[str, str]`, *optional*): for "delta", folder or Hub id (`ID@REVISION` for another than its main branch) of
-            audio encoder and LLM.
+            weights in the same storage; its frozen shards are reused byte for byte.
+        bases (`tuple[str, str]`, *optional*): for "delta", folder or Hub id (`ID@REVISION` for a revision other than
+            the main branch) of audio encoder and LLM.
         force (`bool`): replace `folder` if it exists (its README.md is kept).
-        shard_bytes (`int`): largest file.
+        shard_bytes (`int`): size of the largest file.
 
     Raises:
         FileExistsError: when `folder` exists and `force` is not given.
         ValueError: for options that do not go together, or bases that are not the model's.
     """
     folder = Path(folder)
+    check_options(folder, mode, storage, frozen_from, bases, force)
+    state, config = state_for(model, mode, bases)
+    files = split_shards(state, set(model.all_tied_weights_keys), storage, shard_bytes)
+    if frozen_from is not None:
+        files.update(read_frozen_shards(model, frozen_from))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", suffix=".unfinished", dir=folder.parent))
+    try:
+        model.get_processor().save_pretrained(unfinished)
+        model.generation_config.save_pretrained(unfinished)
+        write_weights(files, unfinished, frozen_from)
+        copy_code(unfinished)
+        write_config(config, unfinished, storage, loading_dtype(state, storage))
+        if (folder / "README.md").exists():
+            shutil.copyfile(folder / "README.md", unfinished / "README.md")
+        move_into_place(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def check_options(folder: Path, mode: str, storage: str, frozen_from: Path | None, bases: tuple | None, force: bool):
+    """
+    Raises:
+        FileExistsError, ValueError: see `export`.
+    """
     if folder.exists() and any(folder.iterdir()) and not force:
         raise FileExistsError(f"{folder} exists and is not empty; give --force to replace it")
     if mode not in ("merged", "lora", "delta") or (mode == "delta") != (bases is not None):
@@ -271,39 +296,32 @@ def export(
         )
     if mode == "delta" and (storage == "int8" or frozen_from):
         raise ValueError("A delta holds no frozen weights: they cannot be stored in 8 bits, nor taken from elsewhere")
-    config, state = copy.deepcopy(model.config), model.state_dict()
-    if mode == "merged" and config.lora_config is not None:
-        state, config = merge_lora(model)
-    elif mode == "delta":
-        config.base_models = {part: base_reference(base) for part, base in zip(("audio", "text"), bases)}
-        state = delta_state(model, config)
-    files = split_shards(state, set(model.all_tied_weights_keys), storage, shard_bytes)
-    if frozen_from is not None:
-        files.update(read_frozen_shards(model, frozen_from))
+
+
+def state_for(model: VoxLMForSpeechSeq2Seq, mode: str, bases: tuple[str, str] | None) -> tuple[dict, object]:
+    """The weights to write in a mode of `export`, and the config that goes with them."""
+    if mode == "merged" and model.config.lora_config is not None:
+        return merged_state(model)
+    config = copy.deepcopy(model.config)
+    if mode != "delta":
+        return model.state_dict(), config
+    config.base_models = {part: base_reference(base) for part, base in zip(("audio", "text"), bases)}
+    return delta_state(model, config), config
+
+
+def loading_dtype(state: dict[str, torch.Tensor], storage: str) -> str:
+    """
+    The dtype that a checkpoint loads with by default: that of all its weights, or float32 where they are mixed or in 8
+    bits.
+    """
+    if storage not in ("as is", "int8"):
+        return storage
     dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
-    dtype = str(dtypes.pop()) if storage == "as is" and len(dtypes) == 1 else f"torch.{storage}"
-    dtype = "float32" if dtype in ("torch.as is", "torch.int8") else dtype.removeprefix("torch.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", suffix=".unfinished", dir=folder.parent))
-    try:
-        model.get_processor().save_pretrained(unfinished)
-        model.generation_config.save_pretrained(unfinished)
-        write_weights(files, unfinished, frozen_from)
-        copy_code(unfinished)
-        write_config(config, unfinished, storage, dtype)
-        for file in ("processor_config.json", "tokenizer_config.json"):
-            content = json.loads((unfinished / file).read_text())
-            content["auto_map"] = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
-            (unfinished / file).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        if (folder / "README.md").exists():
-            shutil.copyfile(folder / "README.md", unfinished / "README.md")
-        move_into_place(unfinished, folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    return str(dtypes.pop()).removeprefix("torch.") if storage == "as is" and len(dtypes) == 1 else "float32"
 
 
 def move_into_place(new: Path, folder: Path):
-    """Put the finished folder `new` in the place of `folder`, whose old content goes when that has worked."""
+    """Move the finished folder `new` to `folder`; the old content is deleted once that has worked."""
     new.chmod(0o755)  # mkdtemp made it private
     if not folder.exists():
         os.rename(new, folder)
@@ -329,10 +347,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--audio-base", help="for delta: folder or Hub id of the audio encoder, ID@REVISION to pin")
     parser.add_argument("--text-base", help="for delta: folder or Hub id of the LLM")
-    parser.add_argument("--shard-mb", type=int, default=SHARD_BYTES // 10**6, help="largest file in MB")
+    parser.add_argument("--shard-mb", type=int, default=SHARD_BYTES // 10**6, help="size of the largest file in MB")
     parser.add_argument("--force", action="store_true", help="replace FOLDER if it exists")
-    parser.add_argument("--code", action="store_true", help="only refresh the code files of FOLDER")
-    parser.add_argument("--frozen-from", type=Path, help="earlier export whose frozen shards are kept byte for byte")
+    parser.add_argument("--code", action="store_true", help="only update the code files in FOLDER")
+    parser.add_argument("--frozen-from", type=Path, help="earlier export whose frozen shards are reused byte for byte")
     arguments = parser.parse_args(argv)
     if arguments.code:
         copy_code(arguments.folder)
@@ -353,7 +371,7 @@ def main(argv: list[str] | None = None) -> int:
             arguments.force,
             arguments.shard_mb * 10**6,
         )
-    except (OSError, ValueError, SafetensorError) as error:  # the last one for a full disk
+    except (OSError, ValueError, SafetensorError) as error:  # SafetensorError: the disk is full
         print(f"voxlm-export: {error}", file=sys.stderr)
         return 1
     return 0

@@ -1,7 +1,9 @@
 """
-Upload a checkpoint folder to the Hub: `voxlm-push FOLDER REPO_ID [--private] [--branch B] [--message M] [--tag T] [--dry-run]`.
+Upload a checkpoint folder to the Hub.
 
-Nothing is sent from a folder that holds pickles, an access token, or files over the Hub's limits.
+    voxlm-push FOLDER REPO_ID [--private] [--branch B] [--message M] [--tag T] [--dry-run]
+
+Refuses to upload a folder that holds pickles, an access token, or files over the Hub's limits.
 """
 
 import argparse
@@ -14,24 +16,26 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 
-# https://huggingface.co/docs/hub/repositories-recommendations
+# The Hub's limits: https://huggingface.co/docs/hub/repositories-recommendations
 LARGEST_FILE, MOST_FILES = 50 * 10**9, 100_000
 PICKLES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz"}
-# Of binary pickles: the opcode PROTO and a protocol's number.
+# How a binary pickle starts: the opcode PROTO and the number of its protocol.
 PICKLE_STARTS = {bytes([0x80, protocol]) for protocol in range(2, 6)}
+# How the Hub's access tokens look; 30 letters or more, so that no shorter name with this prefix matches. Chosen by
+# hand, not tuned.
 TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}\b")
 
 
 def files_to_push(folder: Path) -> list[Path]:
     """
-    The files of a checkpoint folder that go to the Hub, in order.
+    The files of a checkpoint folder to upload, in order.
 
     Raises:
-        ValueError: saying which file should not go, or what is missing.
+        ValueError: naming a file that must not be uploaded, or one that is missing.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json, so it is no checkpoint; write one with voxlm-export")
+        raise ValueError(f"{folder} has no config.json, so it is not a checkpoint; write one with voxlm-export")
     files = sorted(path for path in folder.rglob("*") if path.is_file() and ".git" not in path.parts)
     if len(files) > MOST_FILES:
         raise ValueError(f"{folder} holds {len(files):,} files, the Hub takes {MOST_FILES:,}")
@@ -44,7 +48,8 @@ def files_to_push(folder: Path) -> list[Path]:
             )
         if path.stat().st_size > LARGEST_FILE:
             raise ValueError(
-                f"{path} has {path.stat().st_size:,} bytes, the Hub takes {LARGEST_FILE:,} a file; export with smaller shards"
+                f"{path} has {path.stat().st_size:,} bytes, the Hub takes {LARGEST_FILE:,} a file; export with smaller "
+                "shards"
             )
         found = None if path.suffix == ".safetensors" else TOKEN.search(path.read_bytes())
         if found:
@@ -55,7 +60,9 @@ def files_to_push(folder: Path) -> list[Path]:
 
 
 def is_pickle(path: Path) -> bool:
-    """Whether a file, whatever its name, begins like a pickle or is an archive with one in it, as `torch.save` writes them."""
+    """
+    Whether a file, whatever its name, starts like a pickle or is an archive that contains one, as `torch.save` writes.
+    """
     with open(path, "rb") as file:
         if file.read(2) in PICKLE_STARTS:
             return True
@@ -75,13 +82,14 @@ def push(
     api: HfApi | None = None,
 ) -> str:
     """
-    Upload a folder as one commit; files that are there already are not sent again.
+    Upload a folder as one commit; files that the Hub already has are not sent again.
 
     Returns:
         the commit's id, to pin with `revision=`.
 
     Raises:
-        ValueError: for a folder that should not go (see `files_to_push`); HfHubHTTPError for what the Hub refuses.
+        ValueError: for a folder that must not be uploaded (see `files_to_push`).
+        HfHubHTTPError: for what the Hub refuses.
     """
     files_to_push(folder)
     api = api or HfApi()
@@ -102,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--branch")
     parser.add_argument("--message", default="Upload VoxLM checkpoint")
     parser.add_argument("--tag", help="name for the commit")
-    parser.add_argument("--dry-run", action="store_true", help="only list what would go")
+    parser.add_argument("--dry-run", action="store_true", help="only list the files that would be uploaded")
     arguments = parser.parse_args(argv)
     try:
         if arguments.dry_run:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from training.aligners import agreed_words, original_words, sphinx_words
-from training.label_words import agreeing_words
+from voxlm_training.aligners import agreed_words, original_words, sphinx_words
+from voxlm_training.label_words import agreeing_words
 
 
 DATA = Path(__file__).parent / "data"

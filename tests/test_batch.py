@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 import soundfile
 
-from tests import tiny
+from tests import HANGS_AFTER_S, tiny
 from voxlm_hf.app import batch
 from voxlm_hf.app.cli import main
 from voxlm_hf.transcription_voxlm import VoxLMTranscription
@@ -71,7 +71,7 @@ def test_sources(tmp_path):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ('{"audio": "a.wav"}\n{"audio": "a.wav"}\n', "comes twice"),
+        ('{"audio": "a.wav"}\n{"audio": "a.wav"}\n', "occurs twice"),
         ("not json\n", "line 1, is not JSON"),
         ('{"path": "a.wav"}\n', "no path under 'audio'"),
         ("", "no recordings"),
@@ -135,7 +135,7 @@ def test_files_are_transcribed_once(tmp_path, capsys):
     soundfile.write(tmp_path / "audio" / "late.wav", tiny.noise(0.6), tiny.RATE)
     capsys.readouterr()
     assert main(command) == 0
-    assert "1 files (0 failed, 5 done before)" in capsys.readouterr().err
+    assert "1 files (0 failed, 5 finished before)" in capsys.readouterr().err
     assert len(results(tmp_path / "out")) == 6
 
 
@@ -159,8 +159,9 @@ def test_a_run_that_is_killed_goes_on_where_it_stopped(tmp_path):
         f"{str(tmp_path / 'out')!r}, files_per_shard=2, workers=1)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 90
-    while len(batch.shards(str(tmp_path / "out"))) < 3 and time.monotonic() < deadline:
+    deadline = time.monotonic() + HANGS_AFTER_S
+    while len(batch.shards(str(tmp_path / "out"))) < 3:
+        assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
     process.wait()

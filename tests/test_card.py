@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from hub_export.card import TEMPLATE, fill, table
+from voxlm_hub_export.card import TEMPLATE, fill, table
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,6 +1,8 @@
 """The shipped checkpoint, in fresh processes in which voxlm_hf cannot be imported."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +11,7 @@ import jiwer
 import pytest
 from safetensors import safe_open
 
-from hub_export.export import CODE_FILES, PACKAGE
-from training.evaluate import score_texts
+from tests import HANGS_AFTER_S
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,6 +45,7 @@ def run(code: str, tmp_path: Path):
         "HOME": str(tmp_path),
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(tmp_path / "hf"),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),  # threads that share a core wait for one another
     }
     done = subprocess.run(
         [sys.executable, str(script), str(FOLDER), str(DATA)],
@@ -52,44 +54,87 @@ def run(code: str, tmp_path: Path):
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=HANGS_AFTER_S,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def error_rate(names_and_texts):
-    return score_texts([REFERENCES[name] for name, _ in names_and_texts], [text for _, text in names_and_texts])["wer"]
+def plain(text: str) -> str:
+    """A text as the references are written: lower case, no punctuation, numbers in words."""
+    return " ".join(re.sub(r"[^a-z ]", " ", text.lower().replace("5", "five")).split())
 
 
-@pytest.mark.parametrize("auto_class", ["AutoModel", "AutoModelForSpeechSeq2Seq"])
-def test_auto_classes(auto_class, tmp_path):
-    result = run(
+def word_errors(name: str, text: str) -> int:
+    measured = jiwer.process_words(REFERENCES[name], plain(text))
+    return measured.substitutions + measured.deletions + measured.insertions
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """What the auto classes load, and what the model says of the three recordings."""
+    return run(
         f"""
-from transformers import {auto_class}, AutoProcessor, AutoConfig
+from transformers import AutoConfig, AutoModel, AutoModelForSpeechSeq2Seq, AutoProcessor
+names = {list(REFERENCES)}
 config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-model, info = {auto_class}.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+model, info = AutoModel.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-names = ["1089-134686-0000.flac", "84-121123-0001.flac", "austen-0880.flac"]
-inputs = processor.apply_transcription_request([f"{{data}}/{{name}}" for name in names])
+paths = [f"{{data}}/{{name}}" for name in names]
+results = model.transcribe(paths)
+inputs = processor.apply_transcription_request(paths)
 ids = model.generate(**inputs, max_new_tokens=80)
-texts = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-results = model.transcribe([f"{{data}}/{{name}}" for name in names])
-print(json.dumps({{"type": config.model_type, "missing": sorted(info["missing_keys"]), "generated": texts,
-    "unexpected": sorted(info["unexpected_keys"]), "results": list(zip(names, [dict(r) for r in results]))}}))
+given = model.align(paths[-1], "{REFERENCES["austen-0880.flac"]}")
+print(json.dumps({{
+    "type": config.model_type,
+    "missing": sorted(info["missing_keys"]),
+    "unexpected": sorted(info["unexpected_keys"]),
+    "same class": type(AutoModelForSpeechSeq2Seq.from_pretrained(folder, trust_remote_code=True)) is type(model),
+    "results": dict(zip(names, map(dict, results))),
+    "generated": dict(zip(names, processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True))),
+    "aligned": [[word["word"], word["start"], word["spoken"]] for word in given.words],
+}}))
 """,
-        tmp_path,
+        tmp_path_factory.mktemp("answers"),
     )
-    assert result["type"] == "voxlm" and result["missing"] == [] and result["unexpected"] == []
-    # `generate` is the LLM alone, `transcribe` the LLM and the projector's frames together.
-    names = [name for name, _ in result["results"]]
-    assert error_rate(list(zip(names, result["generated"]))) < 0.5
-    assert error_rate([(name, item["text"]) for name, item in result["results"]]) < 0.4
-    for _, item in result["results"]:
-        times = [time for word in item["words"] for time in (word["start"], word["end"])]
-        assert times == sorted(times) and 0 <= times[0] and times[-1] <= item["duration"]
-        assert all(word["end"] > word["start"] and 0 <= word["confidence"] <= 1 for word in item["words"])
-        assert not item["truncated"]
+
+
+def test_the_auto_classes_load_all_of_it(answers):
+    assert answers["type"] == "voxlm" and answers["missing"] == answers["unexpected"] == [] and answers["same class"]
+
+
+@pytest.mark.parametrize(
+    "name, most", [("1089-134686-0000.flac", 2), ("84-121123-0001.flac", 0), ("austen-0880.flac", 0)]
+)
+def test_transcripts_are_those_of_a_model_with_five_percent_word_errors(answers, name, most):
+    """In all two of 49 words; of the first recording the shipped model makes "fattened sauce" "fat and sauce"."""
+    assert word_errors(name, answers["results"][name]["text"]) <= most
+
+
+def test_generate_is_the_llm_alone_and_understands_most(answers):
+    """Without the reader: 17 errors in 49 words when this was written, against 2 of `transcribe`."""
+    assert sum(word_errors(name, text) for name, text in answers["generated"].items()) <= 19
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_words_are_ordered_and_inside_the_recording(answers, name):
+    result = answers["results"][name]
+    times = [time for word in result["words"] for time in (word["start"], word["end"])]
+    assert times == sorted(times) and 0 <= times[0] and times[-1] <= result["duration"]
+    assert all(word["end"] > word["start"] and 0 <= word["confidence"] <= 1 for word in result["words"])
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_clean_speech_fires_no_gate(answers, name):
+    (segment,) = answers["results"][name]["segments"]
+    assert segment["gates"] == [] and segment["fallback"] is None and not answers["results"][name]["truncated"]
+
+
+def test_word_starts_agree_with_another_aligner(answers):
+    words, starts, spoken = zip(*answers["aligned"])
+    assert list(words) == REFERENCES["austen-0880.flac"].split() and all(spoken)
+    differences = sorted(abs(found - expected) for found, expected in zip(starts, AUSTEN_STARTS))
+    assert differences[len(differences) // 2] < 0.03 and differences[-1] < 0.1
 
 
 def test_every_kind_of_audio(tmp_path):
@@ -117,7 +162,7 @@ print(json.dumps([texts, resampled, errors, silence, model.transcribe(samples[:1
     )
     texts, resampled, errors, silence, short, text, words = result
     assert len(set(texts)) == 1 and text == texts[0] and len(words) == len(text.split())
-    assert jiwer.wer(texts[0], resampled) < 0.2
+    assert word_errors("84-121123-0001.flac", text) == word_errors("84-121123-0001.flac", resampled) == 0
     assert [kind for kind, _ in errors] == ["ValueError"] * 4
     assert silence == ["", "", ""]
     assert len(short.split()) <= 1
@@ -137,12 +182,11 @@ print(json.dumps([outputs, batch]))
     )
     outputs, batch = result
     assert all(output == outputs[0] for output in outputs)
-    assert batch[0]["text"] == outputs[0]["text"]
-    starts = [chunk["timestamp"][0] for chunk in batch[1]["chunks"]]
+    assert batch[0]["text"] == outputs[0]["text"] and word_errors("austen-0880.flac", batch[1]["text"]) == 0
     assert [chunk["text"] for chunk in batch[1]["chunks"]] == batch[1]["text"].split()
-    if batch[1]["text"].split() == REFERENCES["austen-0880.flac"].split():
-        differences = sorted(abs(found - expected) for found, expected in zip(starts, AUSTEN_STARTS))
-        assert differences[len(differences) // 2] < 0.15
+    # "ill disposed" may be one word.
+    starts = [chunk["timestamp"][0] for chunk in batch[1]["chunks"]]
+    assert all(min(abs(start - expected) for expected in AUSTEN_STARTS) < 0.1 for start in starts)
 
 
 def test_padding_and_batch_do_not_change_logits(tmp_path):
@@ -179,14 +223,6 @@ print(json.dumps([text, again(samples)["text"]]))
         tmp_path,
     )
     assert result[0] and result[0] == result[1]
-
-
-def test_code_files_are_those_of_the_package():
-    assert {path.name for path in FOLDER.glob("*.py")} == set(CODE_FILES)
-    for name in CODE_FILES:
-        assert (FOLDER / name).read_text() == (PACKAGE / name).read_text(), (
-            f"{name} differs; run `python -m hub_export.export --code hub_export/voxlm-135m`"
-        )
 
 
 def test_sizes_and_formats():

@@ -4,33 +4,59 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from training.confidence import calibration_bins, fit_calibration, plot_reliability, right_words, score_confidences
 from voxlm_hf.transcription_voxlm import probability_logit, word_confidence
+from voxlm_training.confidence import (
+    calibration_bins,
+    fit_calibration,
+    plot_reliability,
+    right_words,
+    score_confidences,
+)
 
 
-def test_right_words_by_alignment():
-    assert right_words("THE QUICK FOX", ["the", "thick", "fox"]).tolist() == [True, False, True]
-    assert right_words("the fox", ["um", "the", "fox", "fox"]).tolist() == [False, True, False, True]
-    assert right_words("mister well known", ["Mr.", "well-known"]).tolist() == [True, True]
-    assert right_words("mister well known", ["Mr.", "well-unknown"]).tolist() == [True, False]
-    assert right_words("he paid twenty five shillings", ["He", "paid", "25", "shillings", "..."]).all()
-    assert right_words("he paid twenty five", ["he", "paid", "26"]).tolist() == [True, True, False]
-    assert right_words("in nineteen", ["19"]).tolist() == [True] and right_words("nineteen", ["4"]).tolist() == [False]
-    assert right_words("", ["ghost"]).tolist() == [False] and right_words("word", []).tolist() == []
+@pytest.mark.parametrize(
+    "reference, words, right",
+    [
+        ("THE QUICK FOX", ["the", "thick", "fox"], [True, False, True]),
+        ("the fox", ["um", "the", "fox", "fox"], [False, True, False, True]),
+        ("mister well known", ["Mr.", "well-known"], [True, True]),
+        ("mister well known", ["Mr.", "well-unknown"], [True, False]),
+        ("he paid twenty five shillings", ["He", "paid", "25", "shillings", "..."], [True] * 5),
+        ("he paid twenty five", ["he", "paid", "26"], [True, True, False]),
+        ("in nineteen", ["19"], [True]),
+        ("nineteen", ["4"], [False]),
+        ("", ["ghost"], [False]),
+        ("word", [], []),
+    ],
+)
+def test_right_words_by_alignment(reference, words, right):
+    assert right_words(reference, words).tolist() == right
 
 
-def test_measures_counted_by_hand():
-    confidences, right = np.array([0.9, 0.9, 0.8, 0.3]), np.array([True, True, False, False])
-    scores = score_confidences(confidences, right)
+CONFIDENCES, RIGHT = np.array([0.9, 0.9, 0.8, 0.3]), np.array([True, True, False, False])
+
+
+def test_cross_entropy_and_calibration_error_counted_by_hand():
+    scores = score_confidences(CONFIDENCES, RIGHT)
     entropy = -(2 * np.log(0.9) + np.log(0.2) + np.log(0.7)) / 4
     assert scores.nce == pytest.approx(1 - entropy / np.log(2))
     assert scores.ece == pytest.approx((2 * 0.1 + 0.8 + 0.3) / 4)
+    assert calibration_bins(CONFIDENCES, RIGHT) == [(0.3, 0.0, 1), (0.8, 0.0, 1), (0.9, 1.0, 2)]
+
+
+def test_right_words_above_all_wrong_ones_are_a_perfect_ranking():
+    scores = score_confidences(CONFIDENCES, RIGHT)
     assert scores.auroc == 1.0 and scores.error_auprc == pytest.approx(1.0)
-    assert calibration_bins(confidences, right) == [(0.3, 0.0, 1), (0.8, 0.0, 1), (0.9, 1.0, 2)]
-    always = score_confidences(np.full(4, 0.5), right)
+
+
+def test_the_share_of_right_words_as_confidence_is_calibrated_and_knows_nothing():
+    always = score_confidences(np.full(4, 0.5), RIGHT)
     assert always.nce == pytest.approx(0) and always.ece == pytest.approx(0) and always.auroc == 0.5
+
+
+def test_measures_need_right_and_wrong_words():
     with pytest.raises(ValueError, match="4 of 4 words are right"):
-        score_confidences(confidences, np.ones(4, dtype=bool))
+        score_confidences(CONFIDENCES, np.ones(4, dtype=bool))
 
 
 def sample(count=4000, seed=0):

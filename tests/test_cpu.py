@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.test_reader import START, states_of, with_reader
+from tests.tiny import READER_START, encoder_states, with_reader
 from voxlm_hf.cpu_voxlm import PackedLinear
 
 
@@ -46,10 +46,10 @@ def test_any_number_of_rows(shape):
 
 @torch.no_grad()
 @pytest.mark.parametrize("arithmetic, least, most", [("pack_weights", 0, 1e-5), ("quantize_dynamic", 1e-9, 0.05)])
-def test_the_reader_reads_the_same_or_nearly(arithmetic, least, most):
+def test_the_readers_scores_are_the_same_or_close(arithmetic, least, most):
     exact, model = with_reader(), getattr(with_reader(), arithmetic)()
-    (states, mask), ids = states_of(9, 5), torch.tensor([[START, 4, 9, 7], [START, 5, 5, 6]])
-    one, other = (each.reader.teacher_forced(states, mask, ids).softmax(-1) for each in (model, exact))
+    (states, mask), ids = encoder_states(9, 5), torch.tensor([[READER_START, 4, 9, 7], [READER_START, 5, 5, 6]])
+    one, other = (each.reader.teacher_force(states, mask, ids).softmax(-1) for each in (model, exact))
     assert least <= float((one - other).abs().max()) < most
     assert model.transcribe(tiny.noise(1.0)).duration == 1.0
     if arithmetic == "quantize_dynamic":

@@ -9,9 +9,9 @@ import pytest
 import soundfile
 
 from tests import tiny
-from training.data import read_rows
-from training.evaluate import Scores, evaluate, markdown, score_texts
-from training.text import normalise
+from voxlm_training.data import read_rows
+from voxlm_training.evaluate import Scores, evaluate, markdown, score_texts
+from voxlm_training.text import normalise
 
 
 def test_normalisation():
@@ -72,7 +72,7 @@ def test_command_line(speech):
     command = [
         sys.executable,
         "-m",
-        "training.evaluate",
+        "voxlm_training.evaluate",
         "--model",
         str(speech / "toy"),
         "--output",
@@ -90,7 +90,15 @@ def test_command_line(speech):
 
 
 def test_other_aligners_and_hard_cases_are_scored_when_asked_for(speech):
-    command = [sys.executable, "-m", "training.evaluate", "--model", str(speech / "toy"), "--aligners", "--hard-cases"]
+    command = [
+        sys.executable,
+        "-m",
+        "voxlm_training.evaluate",
+        "--model",
+        str(speech / "toy"),
+        "--aligners",
+        "--hard-cases",
+    ]
     command += ["--manifest", str(speech / "manifest.jsonl"), "--output", str(speech / "out")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,7 +1,9 @@
 """Writers against hand-written expectations."""
 
+import html
 import json
 
+import pysubs2
 import pytest
 
 from voxlm_hf.app.formats import WRITERS, cues, timestamp
@@ -63,6 +65,51 @@ def test_an_arrow_in_the_text_cannot_fake_a_cue():
     for name in ("srt", "vtt"):
         body = WRITERS[name](result)
         assert body.count("-->") == 1 and "\n\n2\n" not in body
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        r"C:\new\Notes\here",
+        r"{\an8}top {\p1}m 0 0{\p0} {\i1}it{\i0}",
+        "{braces} {{twice}}",
+        "<i>tags</i> &amp; &lt;",
+        "ends with \\",
+        "# ; [Script Info] NOTE STYLE",
+    ],
+)
+def test_subtitles_keep_what_only_looks_like_markup(text):
+    result = {"words": [word(text, 0, 1)]}
+    assert WRITERS["srt"](result).splitlines() == ["1", "00:00:00,000 --> 00:00:01,000", text]
+    header, empty, times, written = WRITERS["vtt"](result).splitlines()
+    assert (header, empty, times) == ("WEBVTT", "", "00:00:00.000 --> 00:00:01.000")
+    assert html.unescape(written) == text and not set(written) & {"<", ">"}
+
+
+@pytest.mark.parametrize(
+    "text", ["-\0->", "-\r\n->", "--->", "<-->", "\u2028-->\x85", "--\0>\n\n7\n00:00:01,000 --> x"]
+)
+def test_no_arrow_or_line_break_gets_into_a_cue(text):
+    for name in ("srt", "vtt"):
+        times, *body = WRITERS[name]({"words": [word(text, 0, 1)]}).split("00:00:01")[1:2]
+        assert not body and "-->" not in times and len(times.strip(".,0\n").splitlines()) == 1
+
+
+def test_another_parser_reads_the_cues_back():
+    """Every word, in order and at its time, by pysubs2's reader."""
+    words = [word(f"w{number}", 4000.0 * number, 4000.0 * number + 0.5) for number in range(20)]
+    for name in ("srt", "vtt"):
+        events = pysubs2.SSAFile.from_string(WRITERS[name]({"words": words}), name)
+        assert [event.text for event in events] == [item["word"] for item in words]
+        assert [(event.start, event.end) for event in events] == [
+            (round(1000 * item["start"]), round(1000 * item["end"])) for item in words
+        ]
+
+
+def test_times_beyond_a_hundred_hours():
+    result = {"words": [word("late", 360000.001, 360001)]}
+    assert "100:00:00,001 --> 100:00:01,000" in WRITERS["srt"](result)
+    assert "100:00:00.001 --> 100:00:01.000" in WRITERS["vtt"](result)
 
 
 def test_cues_keep_to_lines_and_seconds():

@@ -4,11 +4,27 @@ Stock generation on VoxLM: what transformers' own generation tests ask of a mode
 (The library's `tests/generation` is in none of its packages, so these are checks of our own along the same lines.)
 """
 
+import numpy as np
 import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig, TextIteratorStreamer
 
 from tests import tiny
+from voxlm_hf.decoding_voxlm import padded_batches
+from voxlm_hf.generation_voxlm import (
+    SegmentTask,
+    TranscriptionOptions,
+    finish_segments,
+    join_recordings,
+    known_seconds,
+    segment_recordings,
+    task_groups,
+)
+from voxlm_hf.segmentation_voxlm import AudioSegment
+from voxlm_hf.transcription_voxlm import Segment
+
+
+NEW = 6
 
 
 @pytest.fixture(scope="module", params=["plain", "gated"])
@@ -17,31 +33,53 @@ def case(request):
     gated = {"projector_readout": "token_mixture", "frame_gate_threshold": 0.3}
     model = tiny.model(llm="qwen3", **(gated if request.param == "gated" else {}))
     inputs = model.processor.apply_transcription_request([tiny.noise(0.6, 1), tiny.noise(1.2, 2)])
-    return model, inputs, model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    return model, inputs, model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
+
+
+def new_ids(inputs, ids):
+    return ids[:, inputs["input_ids"].shape[1] :]
+
+
+def likelihoods(model, output):
+    """Sums of the log-probabilities of generated tokens, by the model's own scores."""
+    scores = model.compute_transition_scores(output.sequences, output.scores, normalize_logits=True)
+    return scores.masked_fill(torch.isinf(scores), 0.0).sum(-1)
+
+
+# `generate`
 
 
 def test_the_output_dict_holds_a_step_each(case):
     model, inputs, ids = case
     output = model.generate(
         **inputs,
-        max_new_tokens=6,
+        max_new_tokens=NEW,
         do_sample=False,
         return_dict_in_generate=True,
         output_scores=True,
         output_logits=True,
         output_hidden_states=True,
-        output_attentions=False,
     )
     assert torch.equal(output.sequences, ids)
-    steps = ids.shape[1] - inputs["input_ids"].shape[1]
+    steps = new_ids(inputs, ids).shape[1]
     config = model.config.text_config
     assert len(output.scores) == len(output.logits) == len(output.hidden_states) == steps
     assert all(step.shape == (2, config.vocab_size) for step in output.logits)
     assert len(output.hidden_states[0]) == config.num_hidden_layers + 1
     assert output.hidden_states[0][-1].shape == (2, inputs["input_ids"].shape[1], config.hidden_size)
     assert all(step[-1].shape == (2, 1, config.hidden_size) for step in output.hidden_states[1:])
-    transitions = model.compute_transition_scores(output.sequences, output.scores, normalize_logits=True)
-    assert transitions.shape == (2, steps) and (transitions <= 0).all()
+
+
+def test_greedy_ids_are_the_likeliest_of_each_step(case):
+    model, inputs, ids = case
+    output = model.generate(
+        **inputs, max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True, output_scores=True
+    )
+    assert torch.equal(output.sequences[:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
+    assert torch.equal(new_ids(inputs, ids)[:, 0], output.scores[0].argmax(-1))
+    for row, tokens in enumerate(new_ids(inputs, ids).tolist()):
+        for step, token in enumerate(tokens):
+            assert token == int(output.scores[step][row].argmax()) or token == model.config.pad_token_id
 
 
 @pytest.mark.parametrize(
@@ -52,18 +90,35 @@ def test_the_output_dict_holds_a_step_each(case):
         {"cache_implementation": "dynamic"},
         {"num_beams": 1, "num_return_sequences": 1},
         {"logits_to_keep": 1},
-        {"generation_config": GenerationConfig(do_sample=False, max_new_tokens=6, eos_token_id=1, pad_token_id=2)},
+        {
+            "generation_config": GenerationConfig(
+                do_sample=False, max_new_tokens=NEW, eos_token_id=1, pad_token_id=2, suppress_tokens=[3]
+            )
+        },
     ],
-    ids=str,
+    ids=["no cache", "static cache", "dynamic cache", "one beam", "logits_to_keep", "own config"],
 )
 def test_ways_to_the_same_greedy_text(case, options):
     model, inputs, ids = case
-    prompt = inputs["input_ids"].shape[1]
-    same = model.generate(**inputs, **{"max_new_tokens": 6, "do_sample": False, **options})
-    suppressed = model.config.audio_token_id
-    if "generation_config" in options and (same[:, prompt:] == suppressed).any():
-        pytest.skip("a config of the caller's own does not suppress the placeholder")
-    assert torch.equal(same, ids)
+    assert torch.equal(model.generate(**inputs, **{"max_new_tokens": NEW, "do_sample": False, **options}), ids)
+
+
+def test_a_batch_says_what_each_clip_says_alone(case):
+    model, inputs, ids = case
+    for row, clip in enumerate((tiny.noise(0.6, 1), tiny.noise(1.2, 2))):
+        single = model.processor.apply_transcription_request(clip)
+        alone = new_ids(single, model.generate(**single, max_new_tokens=NEW, do_sample=False))[0].tolist()
+        assert new_ids(inputs, ids)[row].tolist()[: len(alone)] == alone
+
+
+def test_prompt_embeddings_give_the_same_text(case):
+    """As `transcribe` hands them over for beams and sampling: penalties then see the text alone."""
+    model, inputs, ids = case
+    audio = model.get_audio_features(inputs["input_features"], inputs["input_features_mask"])
+    embeds = model.merge_audio(inputs["input_ids"], None, audio.pooler_output, audio.audio_embeds_mask)
+    mask = model.visible_positions(inputs["input_ids"], inputs["attention_mask"], audio)
+    found = model.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=NEW, do_sample=False)
+    assert torch.equal(found, new_ids(inputs, ids))
 
 
 def test_prompt_lookup_gives_the_greedy_text(case):
@@ -85,49 +140,85 @@ def test_sampling_is_seeded_and_varied(case):
     assert drawn[0].shape[0] == 4
 
 
-def test_beams_are_at_least_as_likely_as_greedy(case):
+def test_sampling_at_a_low_temperature_is_greedy(case):
     model, inputs, ids = case
-    output = model.generate(
-        **inputs,
-        max_new_tokens=6,
-        num_beams=4,
-        do_sample=False,
-        length_penalty=0.0,
-        return_dict_in_generate=True,
-        output_scores=True,
-        num_return_sequences=3,
-    )
-    assert output.sequences.shape[0] == 6
-    scores = output.sequences_scores.view(2, 3)
-    assert (scores[:, :-1] >= scores[:, 1:]).all()
     torch.manual_seed(0)
-    mixed = model.generate(**inputs, max_new_tokens=6, num_beams=2, do_sample=True)
-    assert mixed.shape[0] == 2
+    assert torch.equal(model.generate(**inputs, max_new_tokens=NEW, do_sample=True, temperature=1e-4, top_k=0), ids)
+
+
+def test_beams_are_at_least_as_likely_as_greedy(case):
+    model, inputs, _ = case
+    options = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True, "output_scores": True}
+    greedy = likelihoods(model, model.generate(**inputs, **options))
+    beams = model.generate(**inputs, **options, num_beams=4, length_penalty=0.0, num_return_sequences=3)
+    scores = beams.sequences_scores.view(2, 3)
+    assert (scores[:, 0] >= greedy - 1e-4).all()
+    assert (scores[:, :-1] >= scores[:, 1:]).all()
+
+
+def test_the_scores_of_beams_are_the_models_log_probabilities(case):
+    model, inputs, _ = case
+    options = {"max_new_tokens": NEW, "do_sample": False, "num_beams": 4, "length_penalty": 0.0, "eos_token_id": -1}
+    beams = model.generate(**inputs, **options, return_dict_in_generate=True, output_scores=True)
+    for row, ids in enumerate(new_ids(inputs, beams.sequences)):
+        # One forward over prompt and text, with the placeholder forbidden as in generation.
+        text = {
+            "input_ids": torch.cat([inputs["input_ids"][row], ids])[None],
+            "attention_mask": torch.nn.functional.pad(inputs["attention_mask"][row], (0, len(ids)), value=1)[None],
+            "input_features": inputs["input_features"][row : row + 1],
+            "input_features_mask": inputs["input_features_mask"][row : row + 1],
+        }
+        with torch.no_grad():
+            logits = model(**text).logits[0, -len(ids) - 1 : -1]
+        total = float(logits.log_softmax(-1)[range(len(ids)), ids].sum())
+        assert float(beams.sequences_scores[row]) == pytest.approx(total, abs=1e-3)
+
+
+def test_generation_continues_from_a_cache_with_the_same_inputs(case):
+    """As a chat does: the whole sequence, the features and the cache of its beginning."""
+    model, inputs, _ = case
+    features = {name: value for name, value in inputs.items() if name.startswith("input_features")}
+    options = {"do_sample": False, "eos_token_id": -1, "return_dict_in_generate": True}
+    whole = model.generate(**inputs, **options, max_new_tokens=4)
+    first = model.generate(**inputs, **options, max_new_tokens=2)
+    visible = model.visible_positions(
+        inputs["input_ids"], inputs["attention_mask"], model.get_audio_features(**features)
+    )
+    mask = torch.nn.functional.pad(visible, (0, 2), value=1)
+    rest = model.generate(
+        input_ids=first.sequences,
+        attention_mask=mask,
+        past_key_values=first.past_key_values,
+        audio_embeds=model.get_audio_features(**features).pooler_output,
+        audio_embeds_mask=model.get_audio_features(**features).audio_embeds_mask,
+        **options,
+        max_new_tokens=2,
+    )
+    assert torch.equal(rest.sequences, whole.sequences)
 
 
 def test_a_streamer_gets_the_text_as_it_comes(case):
     model, _, _ = case
     inputs = model.processor.apply_transcription_request(tiny.noise(0.6, 1))
-    ids = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    ids = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
     streamer = TextIteratorStreamer(model.processor.tokenizer, skip_prompt=True)
-    model.generate(**inputs, max_new_tokens=6, do_sample=False, streamer=streamer)
-    new_ids = ids[0, inputs["input_ids"].shape[1] :]
-    assert "".join(streamer) == model.processor.tokenizer.decode(new_ids)
+    model.generate(**inputs, max_new_tokens=NEW, do_sample=False, streamer=streamer)
+    assert "".join(streamer) == model.processor.tokenizer.decode(new_ids(inputs, ids)[0])
 
 
-def test_generation_goes_on_from_a_cache(case):
-    """Three tokens and then three more from the cache of the first call, against six at once."""
+def test_generation_continues_from_a_cache(case, monkeypatch):
+    """Three tokens and then three more from the cache of the first call, against six at once; no eos ends them early."""
     model, _, _ = case
+    monkeypatch.setattr(model.generation_config, "eos_token_id", None)
     inputs = model.processor.apply_transcription_request(tiny.noise(0.6, 1))
     whole = model.generate(**inputs, max_new_tokens=6, do_sample=False)
     prompt = inputs["input_ids"].shape[1]
-    if whole.shape[1] - prompt < 6:
-        pytest.skip("the random model stops early")
+    assert whole.shape[1] == prompt + 6
     first = model.generate(
         **inputs, max_new_tokens=3, do_sample=False, past_key_values=DynamicCache(), return_dict_in_generate=True
     )
     audio = model.get_audio_features(inputs["input_features"], inputs["input_features_mask"])
-    mask = model.hide_gated_frames(inputs["input_ids"], inputs["attention_mask"], audio)
+    mask = model.visible_positions(inputs["input_ids"], inputs["attention_mask"], audio)
     mask = torch.nn.functional.pad(mask, (0, first.sequences.shape[1] - prompt), value=1)
     rest = model.generate(
         input_ids=first.sequences,
@@ -139,28 +230,47 @@ def test_generation_goes_on_from_a_cache(case):
     assert torch.equal(rest, whole)
 
 
-@pytest.mark.parametrize("stop", ["max_length", "eos"])
-def test_what_ends_a_text(case, stop):
-    model, inputs, ids = case
+def test_a_text_ends_at_its_longest_length(case):
+    model, inputs, _ = case
     prompt = inputs["input_ids"].shape[1]
-    if stop == "max_length":
-        assert model.generate(**inputs, max_length=prompt + 2, do_sample=False).shape[1] == prompt + 2
-    else:
-        found = model.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=int(ids[0, prompt]))
-        assert (found[0, prompt + 1 :] == model.config.pad_token_id).all()
+    assert model.generate(**inputs, max_length=prompt + 2, do_sample=False).shape[1] == prompt + 2
 
 
-def test_logits_processors_and_penalties_are_honoured(case):
+def test_behind_eos_is_padding(case):
     model, inputs, ids = case
     prompt = inputs["input_ids"].shape[1]
-    banned = int(ids[0, prompt])
-    other = model.generate(**inputs, max_new_tokens=6, do_sample=False, bad_words_ids=[[banned]])
-    assert not (other[:, prompt:] == banned).any()
-    grams = model.generate(**inputs, max_new_tokens=20, do_sample=False, no_repeat_ngram_size=2)[0, prompt:].tolist()
-    if 1 in grams:
-        grams = grams[: grams.index(1)]
-    pairs = list(zip(grams, grams[1:]))
-    assert len(pairs) == len(set(pairs))
+    found = model.generate(**inputs, max_new_tokens=NEW, do_sample=False, eos_token_id=int(ids[0, prompt]))
+    assert found[0, prompt] == ids[0, prompt] and (found[0, prompt + 1 :] == model.config.pad_token_id).all()
+
+
+def test_banned_words_do_not_occur(case):
+    model, inputs, ids = case
+    banned = int(new_ids(inputs, ids)[0, 0])
+    other = model.generate(**inputs, max_new_tokens=NEW, do_sample=False, bad_words_ids=[[banned]])
+    assert not (new_ids(inputs, other) == banned).any()
+
+
+def test_no_pair_of_tokens_occurs_twice_when_that_is_forbidden(case):
+    model, inputs, _ = case
+    (tokens, *_) = new_ids(inputs, model.generate(**inputs, max_new_tokens=20, do_sample=False, no_repeat_ngram_size=2))
+    tokens = tokens[tokens != model.config.pad_token_id].tolist()
+    pairs = list(zip(tokens, tokens[1:]))
+    assert len(pairs) > 2 and len(pairs) == len(set(pairs))
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_the_placeholder_is_never_generated(use_cache):
+    """Though it would be the likeliest token at every step."""
+    model = tiny.model(llm="llama")
+    inputs = model.processor.apply_transcription_request(tiny.noise(1.0))
+    with torch.no_grad():
+        head = model.get_output_embeddings()
+        head.weight.zero_()
+        state = model(**inputs, output_hidden_states=True).hidden_states[-1][0, -1]
+        head.weight[model.config.audio_token_id] = state
+        assert int(model(**inputs).logits[0, -1].argmax()) == model.config.audio_token_id
+    ids = model.generate(**inputs, max_new_tokens=4, do_sample=False, use_cache=use_cache)
+    assert not (new_ids(inputs, ids) == model.config.audio_token_id).any()
 
 
 def test_text_alone_is_continued_like_the_llm_does():
@@ -172,3 +282,131 @@ def test_text_alone_is_continued_like_the_llm_does():
         input_ids=ids, max_new_tokens=5, do_sample=False, eos_token_id=1, pad_token_id=2, suppress_tokens=[3]
     )
     assert torch.equal(ours, theirs)
+
+
+def test_the_audio_is_encoded_once(case):
+    model, inputs, _ = case
+    passes = []
+    hook = model.encoder.conv1.register_forward_hook(lambda *_: passes.append(1))
+    model.generate(**inputs, max_new_tokens=NEW, num_beams=2)
+    hook.remove()
+    assert len(passes) == 1
+
+
+# Recordings on their way through the model
+
+
+def task(recording, seconds=1.0, start_s=0.0, **fields):
+    audio = AudioSegment(np.zeros(round(seconds * 10)), 10, round(start_s * 10), **fields)
+    return SegmentTask(recording, audio, Segment(start_s, start_s + seconds, f"r{recording}s{start_s:g}"))
+
+
+def end(recording, seconds=3.0, error=None):
+    return SegmentTask(recording, duration_s=seconds, error=error)
+
+
+def options(**fields):
+    defaults = {
+        "sampling_rate": None,
+        "with_words": True,
+        "batch_size": 2,
+        "longest_s": 4.0,
+        "vad": "energy",
+        "generate_kwargs": {},
+    }
+    return TranscriptionOptions(**{**defaults, **fields})
+
+
+def test_groups_hold_a_few_batches_and_ends_do_not_count():
+    tasks = [task(0) for _ in range(9)] + [end(0), task(1), end(1)]
+    assert [sum(item.audio is not None for item in group) for group in task_groups(tasks, 2, at_once=False)] == [8, 2]
+
+
+def test_the_first_group_is_one_segment_when_results_are_wanted_at_once():
+    tasks = [task(0) for _ in range(6)]
+    assert [len(group) for group in task_groups(tasks, 2, at_once=True)] == [1, 2, 2, 1]
+
+
+def test_groups_lose_nothing_and_keep_the_order():
+    tasks = [task(0), end(0), end(1), task(2), task(2), end(2)]
+    assert [item for group in task_groups(tasks, 1, at_once=True) for item in group] == tasks
+
+
+@pytest.mark.parametrize(
+    "lengths, size, seconds, expected",
+    [
+        ([1, 1, 1, 1, 1], 2, 100, [2, 2, 1]),
+        ([1, 2, 3, 10], 8, 12, [3, 1]),  # 4 x 10 s with padding would be too much
+        ([30, 30], 8, 12, [1, 1]),  # one is always taken
+        ([], 8, 12, []),
+    ],
+)
+def test_batches_have_so_many_segments_and_so_much_audio(lengths, size, seconds, expected):
+    batches = padded_batches(lengths, float, seconds, size)
+    assert [len(batch) for batch in batches] == expected
+
+
+def test_segments_are_joined_to_recordings():
+    tasks = [task(0), task(0, start_s=1), end(0), end(1, 0.5), task(2), end(2)]
+    results = list(join_recordings(tasks))
+    assert [(result.text, result.duration, len(result.segments)) for result in results] == [
+        ("r0s0 r0s1", 3.0, 2),
+        ("", 0.5, 0),
+        ("r2s0", 3.0, 1),
+    ]
+
+
+def test_a_recording_with_an_error_has_no_text():
+    (result,) = join_recordings([task(0), end(0, error=ValueError("two\nlines"))])
+    assert (result.text, result.error) == ("", "two lines")
+
+
+def word(text, start):
+    return {"word": text, "start": start, "end": start + 0.2, "confidence": 1.0}
+
+
+def test_words_of_an_overlap_are_kept_once():
+    left, right = task(0, 3.0, continues=True), task(0, 3.0, start_s=2.0, overlap=10)
+    left.result.text, left.result.words = "a b c", [word("a", 0.5), word("b", 2.2), word("c", 2.6)]
+    right.result.text, right.result.words = "b c d", [word("b", 2.2), word("c", 2.6), word("d", 3.5)]
+    for item in (left, right):
+        item.result.word_scores = [{} for _ in range(3)]
+    first, second, _ = finish_segments([left, right, end(0)], options())
+    assert (first.result.text, second.result.text) == ("a b c", "d")
+
+
+def test_words_that_were_not_asked_for_are_left_out():
+    item = task(0)
+    item.result.words, item.result.word_scores = [word("a", 0.1)], [{}]
+    first, _ = finish_segments([item, end(0)], options(with_words=False))
+    assert (first.result.words, first.result.word_scores) == ([], [])
+
+
+def test_each_recording_ends_with_its_length():
+    processor = tiny.model().processor
+    tasks = list(
+        segment_recordings(processor, [tiny.noise(1.0), np.zeros(8000, np.float32), tiny.noise(9.5)], options())
+    )
+    ends = [(item.recording, item.duration_s) for item in tasks if item.audio is None]
+    assert ends == [(0, 1.0), (1, 0.5), (2, 9.5)]
+    segments = [item.recording for item in tasks if item.audio is not None]
+    assert segments == sorted(segments) and set(segments) == {0, 2}  # silence makes no segment
+
+
+def test_a_recording_that_cannot_be_read_ends_with_its_error():
+    processor = tiny.model().processor
+    bad, good = list(segment_recordings(processor, ["no such.wav", tiny.noise(1.0)], options()))[:2]
+    assert isinstance(bad.error, FileNotFoundError) and good.recording == 1 and good.error is None
+
+
+@pytest.mark.parametrize(
+    "items, seconds",
+    [
+        ([np.zeros(8000), np.zeros((2, 16000))], 1.5),
+        ([{"array": np.zeros(16000), "sampling_rate": 16000}], 1.0),
+        (["tests/data/austen-0880.flac", "no such.wav"], pytest.approx(3.0, abs=0.1)),
+        ([b"bytes of a file"], None),
+    ],
+)
+def test_seconds_are_known_where_recordings_say_them(items, seconds):
+    assert known_seconds(items, 16000) == seconds

@@ -3,17 +3,17 @@
 import numpy as np
 import pytest
 
-from training.augment import Augmentation
-from training.data import Row
-from training.hard_cases import AUGMENTED, IN_A_ROW, Robustness, compare, hard_cases, markdown
-from training.timing import known_times, word_errors
+from voxlm_training.augment import Augmentation
+from voxlm_training.data import Row
+from voxlm_training.hard_cases import AUGMENTED, IN_A_ROW, Robustness, compare, hard_cases, markdown
+from voxlm_training.timing import known_times, word_errors
 
 
 RATE = 16000
 
 
 def clicks(*seconds, length=2.0):
-    """Silence with a click at each moment, so that where a word went can be read from the samples."""
+    """Silence with a click at each moment, so that the samples show where a word is."""
     waveform = np.zeros(int(length * RATE), dtype=np.float32)
     waveform[[round(second * RATE) for second in seconds]] = 0.5
     return waveform
@@ -32,9 +32,9 @@ def test_word_times_move_with_the_audio_in_every_case():
     assert [case.name for case in cases] == [*AUGMENTED, f"{IN_A_ROW} utterances in a row"]
     for case in cases:
         for harder in case.rows:
-            heard = np.flatnonzero(np.abs(harder.audio) > 0.3) / RATE
+            audible = np.flatnonzero(np.abs(harder.audio) > 0.3) / RATE
             starts = [start for _, (start, _) in sorted(known_times(harder).items())]
-            assert starts == pytest.approx(heard, abs=0.002), case.name
+            assert starts == pytest.approx(audible, abs=0.002), case.name
             assert harder.duration == pytest.approx(len(harder.audio) / RATE)
     assert cases[1].rows[0].duration == pytest.approx(7.0)
     assert cases[2].rows[0].duration > 2.5 and cases[2].rows[2].duration == 2.0
@@ -49,8 +49,8 @@ def test_single_words_with_times_move_too():
     one = Row("a", clicks(1.0), "the quick fox", duration=2.0, anchors=anchors)
     for case in hard_cases([one] * 3, lambda audio: audio):
         for harder in case.rows:
-            heard = np.flatnonzero(np.abs(harder.audio) > 0.3) / RATE
-            assert [start for start, _ in known_times(harder).values()] == pytest.approx(heard, abs=0.002), case.name
+            audible = np.flatnonzero(np.abs(harder.audio) > 0.3) / RATE
+            assert [start for start, _ in known_times(harder).values()] == pytest.approx(audible, abs=0.002), case.name
 
 
 def test_an_end_stays_before_a_pause_and_a_start_behind_it():
@@ -63,11 +63,11 @@ def test_right_moved_and_lost_words_are_counted_by_hand():
     case = hard_cases(ROWS, lambda audio: audio)[-1]
     plain = [word_errors(item, item.words) for item in ROWS]
     plain[1][0] = (0.5, 0.0)  # was wrong before: does not count
-    heard = [dict(word) for word in case.rows[0].words]
-    del heard[1]  # quick
-    heard[0]["start"] -= 0.21  # the
-    heard[-1]["end"] += 0.19  # yes
-    right, moved, lost = compare(plain, case.rows, [heard], case)
+    hypothesis = [dict(word) for word in case.rows[0].words]
+    del hypothesis[1]  # quick
+    hypothesis[0]["start"] -= 0.21  # the
+    hypothesis[-1]["end"] += 0.19  # yes
+    right, moved, lost = compare(plain, case.rows, [hypothesis], case)
     assert (right, moved, lost) == (5, 1, 1)
     scores = Robustness("m", "d", "transcribed", case.name, right, moved, lost)
     assert scores.kept == pytest.approx(0.75) and "| 5 | 1 | 75.0 % | 1 |" in markdown([scores])

@@ -13,9 +13,9 @@ import soundfile
 import torch
 from safetensors.torch import load_file, save_file
 
-from hub_export.export import export
-from tests import tiny
+from tests import HANGS_AFTER_S, tiny
 from tests.hub_stand_in import Hub
+from voxlm_hub_export.export import export
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,8 +51,10 @@ def environment(hub, home: Path, **more) -> dict:
 
 
 def push(hub, folder, home, *options) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "hub_export.push", str(folder), REPO, *options]
-    return subprocess.run(command, cwd=ROOT, env=environment(hub, home), capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-m", "voxlm_hub_export.push", str(folder), REPO, *options]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment(hub, home), capture_output=True, text=True, timeout=HANGS_AFTER_S
+    )
 
 
 def load(hub, home, revision, clip, **more) -> subprocess.CompletedProcess:
@@ -60,7 +62,7 @@ def load(hub, home, revision, clip, **more) -> subprocess.CompletedProcess:
     home.mkdir(exist_ok=True)
     command = [sys.executable, "-c", LOAD, REPO, revision, str(clip)]
     environ = environment(hub, home, **more)
-    return subprocess.run(command, cwd=home, env=environ, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, cwd=home, env=environ, capture_output=True, text=True, timeout=HANGS_AFTER_S)
 
 
 def moved(folder, to) -> Path:
@@ -124,9 +126,9 @@ def test_a_push_that_is_killed_leaves_the_repository_whole(hub, folder, tmp_path
     assert push(hub, folder, tmp_path / "pusher").returncode == 0
     before = dict(hub.repositories[REPO]["refs"])
     hub.held.clear()
-    command = [sys.executable, "-m", "hub_export.push", str(moved(folder, tmp_path / "moved")), REPO]
+    command = [sys.executable, "-m", "voxlm_hub_export.push", str(moved(folder, tmp_path / "moved")), REPO]
     process = subprocess.Popen(command, cwd=ROOT, env=environment(hub, tmp_path / "pusher"))
-    asked, deadline = len(hub.requests), time.monotonic() + 60
+    asked, deadline = len(hub.requests), time.monotonic() + HANGS_AFTER_S
     while not any(line.startswith("PUT") for line in hub.requests[asked:]):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)

@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hub_export.export import export
-from hub_export.legacy import ORIGINAL_DECODING, ORIGINAL_DECODING_FILE, convert, main, read_checkpoint
+from tests import HANGS_AFTER_S
 from voxlm_hf import VoxLMForSpeechSeq2Seq
-from voxlm_hf.alignment_voxlm import dtw_frames
+from voxlm_hf.legacy_voxlm import dtw_frames
+from voxlm_hub_export.export import export
+from voxlm_hub_export.legacy import ORIGINAL_DECODING, ORIGINAL_DECODING_FILE, convert, main, read_checkpoint
 
 
 LEGACY = Path(__file__).parent / "data" / "legacy"
@@ -187,7 +188,7 @@ def test_an_untied_head_stays_untied(tmp_path):
 CONVERT_AND_WATCH = """
 import sys, threading, time
 from pathlib import Path
-from hub_export.legacy import main
+from voxlm_hub_export.legacy import main
 
 def held_kb():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -228,7 +229,7 @@ def test_weights_stay_in_the_file_until_they_are_written(tmp_path):
         [sys.executable, "-c", CONVERT_AND_WATCH, *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANGS_AFTER_S,
         cwd=Path(__file__).parents[1],
     )
     assert run.returncode == 0, run.stderr
@@ -411,7 +412,7 @@ def test_values_without_names(tmp_path, content):
 
 def test_a_command_says_what_is_wrong(tmp_path):
     (tmp_path / "text.pt").write_text("hello")
-    command = [sys.executable, "-m", "hub_export.legacy", str(tmp_path / "text.pt"), str(tmp_path / "out")]
+    command = [sys.executable, "-m", "voxlm_hub_export.legacy", str(tmp_path / "text.pt"), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("voxlm-convert-legacy: ")
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""The model over many encoders and LLMs: forward, loss, generate, save and load, batches, padding, LoRA."""
+"""The network over many encoders and LLMs: forward, loss, batches, padding, the frame gate, precision."""
 
 import numpy as np
 import pytest
@@ -13,47 +13,44 @@ PAIRS = [(encoder, "qwen2") for encoder in tiny.ENCODERS] + [("whisper", llm) fo
 TEXTS = ["the quick brown fox", "he hoped"]
 
 
-def randomise_lora(model):
-    """LoRA starts as the identity; give it weights that matter."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".lora_B." in name:
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
 def inputs_of(model, seconds=(1.0, 0.6), texts=None):
     audio = [tiny.noise(length, seed) for seed, length in enumerate(seconds)]
     return model.processor.apply_transcription_request(audio, text=texts)
 
 
+def features_of(inputs):
+    """The encoder's inputs among the model's."""
+    return {name: value for name, value in inputs.items() if name.startswith("input_") and name != "input_ids"}
+
+
+# Every pair of encoder and LLM
+
+
 @pytest.mark.parametrize("encoder, llm", PAIRS)
-def test_forward_backward_generate_save_load(encoder, llm, tmp_path):
-    model = randomise_lora(tiny.model(encoder, llm, lora_config={"r": 2}))
-    inputs = inputs_of(model, texts=TEXTS)
-    output = model(**inputs)
-    assert output.logits.shape == (*inputs["input_ids"].shape, tiny.VOCAB_SIZE)
-    output.loss.backward()
+def test_a_forward_has_logits_for_the_whole_vocabulary(encoder, llm):
+    model = tiny.model(encoder, llm)
+    inputs = inputs_of(model)
+    assert model(**inputs).logits.shape == (*inputs["input_ids"].shape, tiny.VOCAB_SIZE)
+
+
+@pytest.mark.parametrize("encoder, llm", PAIRS)
+def test_projector_and_lora_learn_and_the_bases_do_not(encoder, llm):
+    model = tiny.randomise_lora(tiny.model(encoder, llm, lora_config={"r": 2}))
+    model(**inputs_of(model, texts=TEXTS)).loss.backward()
     trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert any("lora_A" in name for name in trained) and any(name.startswith("projector") for name in trained)
     assert not any(name.startswith("encoder") or ".base_layer." in name for name in trained)
 
-    prompt = inputs_of(model)
-    ids = model.generate(**prompt, max_new_tokens=4, do_sample=False)
-    assert ids.shape[1] <= prompt["input_ids"].shape[1] + 4
+
+@pytest.mark.parametrize("encoder, llm", PAIRS)
+def test_saved_in_shards_and_loaded_it_has_the_same_logits(encoder, llm, tmp_path):
+    model = tiny.randomise_lora(tiny.model(encoder, llm, lora_config={"r": 2}))
     model.save_pretrained(tmp_path, max_shard_size="20kB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    loaded, info = VoxLMForSpeechSeq2Seq.from_pretrained(tmp_path, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
+    loaded = VoxLMForSpeechSeq2Seq.from_pretrained(tmp_path)
+    inputs = inputs_of(model, texts=TEXTS)
     with torch.no_grad():
         assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
-    assert not loaded.language_model.get_input_embeddings().weight.requires_grad
-    loaded.save_pretrained(tmp_path / "again")
-    again = VoxLMForSpeechSeq2Seq.from_pretrained(tmp_path / "again")
-    assert all(
-        torch.equal(first, second) for first, second in zip(again.state_dict().values(), model.state_dict().values())
-    )
 
 
 @pytest.mark.parametrize("encoder, llm", PAIRS)
@@ -62,31 +59,43 @@ def test_logits_are_those_of_the_llm_on_merged_embeddings(encoder, llm):
     model = tiny.model(encoder, llm)
     inputs = inputs_of(model, seconds=(0.8,))
     embeddings = model.get_input_embeddings()(inputs["input_ids"])
-    features = {name: value for name, value in inputs.items() if name.startswith("input_") and name != "input_ids"}
-    audio = model.get_audio_features(**features)
+    audio = model.get_audio_features(**features_of(inputs))
     embeddings[inputs["input_ids"] == model.config.audio_token_id] = audio.pooler_output[0]
     expected = model.language_model(inputs_embeds=embeddings).logits
     torch.testing.assert_close(model(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
 
 
+# Every encoder
+
+
+@pytest.fixture(scope="module", params=[("mlp", "linear"), ("convnext", "token_mixture")], ids="-".join)
+def head(request):
+    kind, readout = request.param
+    return {"projector_kind": kind, "projector_readout": readout, "frame_gate_threshold": 0.5}
+
+
+CLIPS = [tiny.noise(seconds, seed) for seed, seconds in enumerate((0.53, 1.217, 0.9))]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("encoder", tiny.ENCODERS)
-@pytest.mark.parametrize("kind, readout", [("mlp", "linear"), ("convnext", "token_mixture")])
 @torch.no_grad()
-def test_batch_equals_single_with_padding_on_either_side(encoder, kind, readout):
-    model = tiny.model(encoder, "qwen3", projector_kind=kind, projector_readout=readout, frame_gate_threshold=0.5)
-    processor = model.processor
-    audio = [tiny.noise(seconds, seed) for seed, seconds in enumerate((0.53, 1.217, 0.9))]
-    prompt = processor.render_prompt()
-    for side in ("left", "right"):
-        batch = processor(text=[prompt] * 3, audio=audio, padding_side=side)
-        logits = model(**batch).logits
-        for row, clip in enumerate(audio):
-            single = model(**processor(text=prompt, audio=clip)).logits[0]
-            torch.testing.assert_close(logits[row][batch["attention_mask"][row].bool()], single, atol=1e-4, rtol=0)
-    together = model.transcribe(audio, max_new_tokens=6)
-    alone = [model.transcribe(clip, max_new_tokens=6) for clip in audio]
-    assert [result.text for result in together] == [result.text for result in alone]
+def test_logits_of_a_batch_are_those_of_its_rows(encoder, head, side):
+    model = tiny.model(encoder, "qwen3", **head)
+    processor, prompt = model.processor, model.processor.render_prompt()
+    batch = processor(text=[prompt] * 3, audio=CLIPS, padding_side=side)
+    logits = model(**batch).logits
+    for row, clip in enumerate(CLIPS):
+        single = model(**processor(text=prompt, audio=clip)).logits[0]
+        torch.testing.assert_close(logits[row][batch["attention_mask"][row].bool()], single, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("encoder", tiny.ENCODERS)
+def test_transcripts_of_a_batch_are_those_of_its_rows(encoder, head):
+    model = tiny.model(encoder, "qwen3", **head)
+    together = model.transcribe(CLIPS, max_new_tokens=6)
     assert any(result.text for result in together)
+    assert [model.transcribe(clip, max_new_tokens=6).text for clip in CLIPS] == [result.text for result in together]
 
 
 @pytest.mark.parametrize("encoder", tiny.ENCODERS)
@@ -101,12 +110,24 @@ def test_lengths_agree_with_what_the_encoder_really_makes(encoder):
         assert audio.pooler_output.shape[1] == model.processor.num_audio_tokens(int(length))
 
 
-def test_bare_audio_gives_what_the_library_encoder_gives_on_the_full_window():
-    """The own drive through Whisper's layers against transformers' forward, where that one runs: on 30 s."""
+@torch.no_grad()
+def test_on_the_full_window_whispers_states_are_the_librarys():
+    """Where transformers' own forward runs: on 30 s."""
     model = tiny.model("whisper")
     features = torch.randn(1, 80, 3000)
-    audio = model.get_audio_features(features)
+    audio = model.encode_audio(features)
     torch.testing.assert_close(audio.last_hidden_state, model.encoder(features).last_hidden_state, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_encoding_and_projecting_one_after_the_other_is_both_at_once():
+    model = tiny.model()
+    features = features_of(inputs_of(model))
+    encoded = model.encode_audio(**features)
+    assert encoded.pooler_output is None
+    apart, together = model.project(encoded.last_hidden_state, encoded.frame_mask), model.get_audio_features(**features)
+    for name, value in together.items():
+        torch.testing.assert_close(getattr(apart, name), value)
 
 
 def test_full_window_is_used_when_the_config_asks_for_it():
@@ -116,162 +137,201 @@ def test_full_window_is_used_when_the_config_asks_for_it():
     assert int((inputs["input_ids"] == model.config.audio_token_id).sum()) == 375
 
 
-def test_gated_frames_do_not_exist_for_the_llm():
-    """Hiding frames by the mask equals leaving their placeholders and embeddings out."""
-    model = tiny.model(frame_gate_threshold=0.5)
-    with torch.no_grad():
-        model.projector.gate.weight.copy_(10 * torch.randn(model.projector.gate.weight.shape))
-    inputs = inputs_of(model, seconds=(2.0,))
-    audio = model.get_audio_features(inputs["input_features"], inputs["input_features_mask"])
-    keep = audio.speech_logits[0] > 0
-    assert 0 < int(keep.sum()) < len(keep)
-    is_audio = inputs["input_ids"][0] == model.config.audio_token_id
-    stays = torch.ones_like(is_audio)
-    stays[is_audio] = keep
-    with torch.no_grad():
-        short = model(
-            input_ids=inputs["input_ids"][:, stays],
-            audio_embeds=audio.pooler_output[:, keep],
-            audio_embeds_mask=audio.audio_embeds_mask[:, keep],
-        )
-        torch.testing.assert_close(model(**inputs).logits[0, stays], short.logits[0], atol=1e-5, rtol=0)
-        ids = model.generate(**inputs, max_new_tokens=5, do_sample=False, cache_implementation="static")
-        same = model.generate(**inputs, max_new_tokens=5, do_sample=False, use_cache=False)
-    assert ids.tolist() == same.tolist()
+def test_too_long_audio_for_the_encoder():
+    with pytest.raises(ValueError, match="1550 encoder frames.*1500 positions"):
+        tiny.model().get_audio_features(torch.zeros(1, 80, 3100))
 
 
-def test_token_mixture_of_hand_made_frames():
-    """Three tokens with orthogonal embeddings: a sure frame gives its token, a torn one the mean, a repeat is hidden."""
-    projector = tiny.model(projector_readout="token_mixture", frame_gate_threshold=0.5).projector
-    tokens = torch.eye(3)
-    frames = torch.tensor([[[100.0, 0, 0], [100.0, 0, 0], [0, 100.0, 0], [0, 50.0, 50.0], [0, 100.0, 0]]])
-    speech = torch.tensor([[1.0, 1.0, -1.0, 1.0, 1.0]])
-    mixtures, logits, read = projector.mix_tokens(frames, speech, tokens)
-    expected = torch.tensor([[[1.0, 0, 0], [1.0, 0, 0], [0, 0, 0], [0, 0.5, 0.5], [0, 1.0, 0]]])
-    torch.testing.assert_close(mixtures, expected)
-    assert projector.keep(logits)[0, :4].tolist() == [True, False, False, True]
-    assert read[0, :4].tolist() == [0, -1, -1, 1]
+def test_audio_of_no_frame_is_too_short():
+    with pytest.raises(ValueError, match="of 0 input frames is too short: the encoder makes no frame"):
+        tiny.model().get_audio_features(torch.zeros(1, 80, 10), torch.zeros(1, 10))
 
 
-def test_loss_is_cross_entropy_of_the_text_from_its_first_token_to_eos():
-    model = tiny.model()
-    inputs = inputs_of(model, texts=TEXTS)
-    logits, labels = model(**inputs).logits.double(), inputs["labels"]
-    expected, count = 0.0, 0
-    for row in range(2):
-        for position in range(1, labels.shape[1]):
-            if labels[row, position] != -100:
-                expected -= torch.log_softmax(logits[row, position - 1], -1)[labels[row, position]]
-                count += 1
-    assert float(model(**inputs).loss) == pytest.approx(float(expected / count), abs=1e-5)
-    assert float(model(**inputs, num_items_in_batch=50).loss) == pytest.approx(float(expected / 50), abs=1e-5)
-    texts = [model.processor.tokenizer(text)["input_ids"] for text in TEXTS]
-    for row, ids in enumerate(texts):
-        assert labels[row][labels[row] != -100].tolist() == [*ids, model.config.eos_token_id]
-    short = model(**inputs, logits_to_keep=max(map(len, texts)) + 2)
-    assert float(short.loss) == pytest.approx(float(expected / count), abs=1e-5)
-
-
-def test_generation_strategies_and_outputs():
-    model = tiny.model()
-    inputs = inputs_of(model)
-    length = inputs["input_ids"].shape[1]
-    greedy = model.generate(
-        **inputs, max_new_tokens=5, do_sample=False, return_dict_in_generate=True, output_logits=True
-    )
-    assert torch.equal(greedy.sequences[:, :length], inputs["input_ids"])
-    assert torch.equal(greedy.sequences[:, length], greedy.logits[0].argmax(-1))
-    torch.manual_seed(0)
-    assert model.generate(**inputs, max_new_tokens=5, do_sample=True).shape[0] == 2
-    beams = model.generate(**inputs, max_new_tokens=5, num_beams=3, num_return_sequences=2, do_sample=False)
-    assert beams.shape[0] == 4
-    single = [model.generate(**inputs_of(model, (s,)), max_new_tokens=5, do_sample=False) for s in (1.0,)]
-    assert greedy.sequences[0].tolist()[: single[0].shape[1]] == single[0][0].tolist()
-
-
-def test_the_placeholder_is_never_generated():
-    model = tiny.model(llm="llama")
-    with torch.no_grad():
-        model.get_output_embeddings().weight.zero_()
-        model.get_output_embeddings().weight[model.config.audio_token_id] = model.language_model.model.norm.weight
-    inputs = inputs_of(model)
-    for use_cache in (True, False):
-        ids = model.generate(**inputs, max_new_tokens=4, do_sample=False, use_cache=use_cache)
-        assert not (ids[:, inputs["input_ids"].shape[1] :] == model.config.audio_token_id).any()
-
-
-def test_a_waveform_as_first_argument_is_transcribed():
-    model = tiny.model()
-    result = model.generate(tiny.noise(1), max_new_tokens=4)
-    assert result["text"] == model.transcribe(tiny.noise(1), max_new_tokens=4).text and "words" in result
-    assert model.generate(torch.from_numpy(tiny.noise(1)), max_new_tokens=4)["text"] == result["text"]
-
-
-@pytest.mark.parametrize("llm", ["qwen2", "llama"])
-def test_plain_base_weights_load_into_a_lora_model(llm, tmp_path):
-    plain = tiny.model(llm=llm)
-    plain.save_pretrained(tmp_path)
-    lora_config = tiny.model(llm=llm, lora_config={"r": 2}).config
-    model, info = VoxLMForSpeechSeq2Seq.from_pretrained(tmp_path, config=lora_config, output_loading_info=True)
-    assert info["missing_keys"] and all(".lora_" in key for key in info["missing_keys"])
-    inputs = inputs_of(plain)
-    with torch.no_grad():
-        torch.testing.assert_close(model(**inputs).logits, plain(**inputs).logits, atol=1e-6, rtol=0)
-
-
-def test_lora_can_be_asked_for_when_loading(tmp_path):
-    tiny.model().save_pretrained(tmp_path)
-    model, info = VoxLMForSpeechSeq2Seq.from_pretrained(tmp_path, lora_config={"r": 2}, output_loading_info=True)
-    assert model.config.lora_config["r"] == 2
-    assert info["missing_keys"] and all(".lora_" in key for key in info["missing_keys"])
-
-
-def test_missing_weights_are_an_error(tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    tiny.model().save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
-    tensors = load_file(file)
-    del tensors["projector.linear_in.weight"]
-    save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="projector.linear_in.weight"):
-        VoxLMForSpeechSeq2Seq.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("encoder", ["whisper", "wav2vec2", "parakeet_encoder"])
-def test_half_precision(encoder, dtype, tmp_path):
-    tiny.model(encoder, lora_config={"r": 2}).save_pretrained(tmp_path)
-    model = VoxLMForSpeechSeq2Seq.from_pretrained(tmp_path, dtype=dtype, device_map="auto")
-    model.processor = tiny.model(encoder).processor
-    assert model.dtype == dtype
-    inputs = inputs_of(model)
-    assert model(**inputs).logits.dtype == dtype
-    assert isinstance(model.transcribe(tiny.noise(1), max_new_tokens=3).text, str)
-
-
-def test_dtype_can_be_given_as_text_too(tmp_path):
-    tiny.model().save_pretrained(tmp_path)
-    for options in ({"dtype": "auto"}, {"torch_dtype": "auto"}, {"dtype": "float32"}):
-        assert VoxLMForSpeechSeq2Seq.from_pretrained(tmp_path, **options).dtype == torch.float32
+def test_without_audio_there_is_nothing_to_encode():
+    with pytest.raises(ValueError, match="Audio is missing"):
+        tiny.model().get_audio_features()
 
 
 @pytest.mark.parametrize("encoder", ["whisper", "wav2vec2"])
+@torch.no_grad()
 def test_eager_equals_sdpa(encoder, tmp_path):
     tiny.model(encoder).save_pretrained(tmp_path)
     inputs = inputs_of(tiny.model(encoder))
+    eager, sdpa = (
+        VoxLMForSpeechSeq2Seq.from_pretrained(tmp_path, attn_implementation=name)(**inputs).logits
+        for name in ("eager", "sdpa")
+    )
+    visible = inputs["attention_mask"].bool()
+    torch.testing.assert_close(eager[visible], sdpa[visible], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "encoder, dtype, distance",
+    [
+        ("whisper", torch.bfloat16, 0.02),
+        ("whisper", torch.float16, 0.003),
+        ("wav2vec2", torch.bfloat16, 0.05),
+        ("wav2vec2", torch.float16, 0.02),
+        ("parakeet_encoder", torch.bfloat16, 0.05),  # in float16 the library's own Parakeet gives other states
+    ],
+)
+@torch.no_grad()
+def test_logits_in_16_bits_are_near_those_in_32(encoder, dtype, distance, tmp_path):
+    exact = tiny.randomise_lora(tiny.model(encoder, lora_config={"r": 2}))
+    exact.save_pretrained(tmp_path)
+    model = VoxLMForSpeechSeq2Seq.from_pretrained(tmp_path, dtype=dtype, device_map="auto")
+    assert model.dtype == dtype
+    inputs = inputs_of(exact)
+    expected, found = exact(**inputs).logits, model(**inputs).logits
+    assert found.dtype == dtype
+    visible = inputs["attention_mask"].bool()
+    difference, size = (tensor[visible].pow(2).mean().sqrt() for tensor in (found.float() - expected, expected))
+    assert 0 < float(difference / size) < distance
+
+
+def test_a_model_in_16_bits_transcribes(tmp_path):
+    exact = tiny.model(llm="qwen3")
+    exact.save_pretrained(tmp_path)
+    model = VoxLMForSpeechSeq2Seq.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    model.processor = exact.processor
+    result = model.transcribe(tiny.noise(1), max_new_tokens=6)
+    assert result.words and all(0 <= word["start"] < word["end"] <= 1 for word in result.words)
+
+
+# The frame gate
+
+
+@pytest.fixture
+def gated():
+    """A model whose gate hides some of the frames of a clip; its inputs and its encoded audio."""
+    model = tiny.model(frame_gate_threshold=0.5)
     with torch.no_grad():
-        logits = [
-            VoxLMForSpeechSeq2Seq.from_pretrained(tmp_path, attn_implementation=name)(**inputs).logits[
-                inputs["attention_mask"].bool()
-            ]
-            for name in ("eager", "sdpa")
-        ]
-    torch.testing.assert_close(*logits, atol=1e-5, rtol=0)
+        model.projector.gate.weight.copy_(10 * torch.randn(model.projector.gate.weight.shape))
+        inputs = inputs_of(model, seconds=(2.0,))
+        audio = model.get_audio_features(**features_of(inputs))
+    return model, inputs, audio
+
+
+def test_the_attention_mask_hides_the_placeholders_of_hidden_frames(gated):
+    model, inputs, audio = gated
+    visible = model.visible_positions(inputs["input_ids"], inputs["attention_mask"], audio)
+    is_audio = inputs["input_ids"] == model.config.audio_token_id
+    assert visible[is_audio].tolist() == (audio.gate_logits[0] > 0).long().tolist()
+    assert visible[~is_audio].all() and 0 < int(visible[is_audio].sum()) < int(is_audio.sum())
+
+
+def test_without_a_gate_the_attention_mask_is_left_alone():
+    model = tiny.model()
+    inputs = inputs_of(model)
+    audio = model.get_audio_features(**features_of(inputs))
+    assert model.visible_positions(inputs["input_ids"], inputs["attention_mask"], audio) is inputs["attention_mask"]
+
+
+@torch.no_grad()
+def test_hiding_frames_equals_leaving_them_out(gated):
+    model, inputs, audio = gated
+    keep = audio.gate_logits[0] > 0
+    is_audio = inputs["input_ids"][0] == model.config.audio_token_id
+    stays = torch.ones_like(is_audio)
+    stays[is_audio] = keep
+    short = model(
+        input_ids=inputs["input_ids"][:, stays],
+        audio_embeds=audio.pooler_output[:, keep],
+        audio_embeds_mask=audio.audio_embeds_mask[:, keep],
+    )
+    torch.testing.assert_close(model(**inputs).logits[0, stays], short.logits[0], atol=1e-5, rtol=0)
+
+
+def test_placeholders_must_match_the_audio():
+    model = tiny.model()
+    inputs = inputs_of(model, seconds=(1.0,))
+    for forward in (model, model.generate):
+        with pytest.raises(ValueError, match=r"hold \[12\] audio placeholders.*gives \[13\]"):
+            forward(**{**inputs, "input_ids": inputs["input_ids"][:, 1:], "attention_mask": None})
+
+
+# Loss and training
+
+
+@pytest.fixture(scope="module")
+def learning():
+    """A model, inputs with labels, and the sum and number of the cross-entropies of its text tokens, one by one."""
+    model = tiny.model()
+    inputs = inputs_of(model, texts=TEXTS)
+    with torch.no_grad():
+        logits, labels = model(**inputs).logits.double(), inputs["labels"]
+    total, count = 0.0, 0
+    for row in range(2):
+        for position in range(1, labels.shape[1]):
+            if labels[row, position] != -100:
+                total -= float(torch.log_softmax(logits[row, position - 1], -1)[labels[row, position]])
+                count += 1
+    return model, inputs, total, count
+
+
+def test_labels_are_the_text_from_its_first_token_to_eos(learning):
+    model, inputs, _, _ = learning
+    for row, text in enumerate(TEXTS):
+        ids = model.processor.tokenizer(text)["input_ids"]
+        assert inputs["labels"][row][inputs["labels"][row] != -100].tolist() == [*ids, model.config.eos_token_id]
+
+
+def test_loss_is_the_mean_cross_entropy_of_the_labels(learning):
+    model, inputs, total, count = learning
+    assert float(model(**inputs).loss) == pytest.approx(total / count, abs=1e-5)
+
+
+def test_loss_over_accumulated_batches_is_divided_by_all_their_tokens(learning):
+    model, inputs, total, _ = learning
+    assert float(model(**inputs, num_items_in_batch=50).loss) == pytest.approx(total / 50, abs=1e-5)
+
+
+def test_loss_of_the_last_positions_alone_is_the_same(learning):
+    model, inputs, total, count = learning
+    longest = int((inputs["labels"] != -100).sum(-1).max())
+    output = model(**inputs, logits_to_keep=longest + 1)
+    assert output.logits.shape[1] == longest + 1
+    assert float(output.loss) == pytest.approx(total / count, abs=1e-5)
+
+
+def timed_batch(model):
+    """A batch with word times for the alignment head."""
+    words = [{"word": word, "start": 0.2 * n, "end": 0.2 * n + 0.2} for n, word in enumerate(TEXTS[0].split())]
+    rows = [{"audio": tiny.noise(1.0, 0), "text": TEXTS[0], "words": words}]
+    return model.processor.collate([*rows, {"audio": tiny.noise(0.6, 1), "text": TEXTS[1]}])
+
+
+def test_word_times_add_the_loss_of_the_alignment_head(learning):
+    model, _, total, count = learning
+    output = model(**timed_batch(model))
+    assert float(output.alignment_loss.detach()) > 0
+    assert float(output.loss) == pytest.approx(total / count + float(output.alignment_loss.detach()), abs=1e-5)
+
+
+@pytest.mark.parametrize("lora_config", [{"r": 2}, None], ids=["LoRA", "whole LLM"])
+def test_only_the_alignment_head_learns_from_word_times(lora_config):
+    model = tiny.model(lora_config=lora_config)
+    model(**timed_batch(model)).alignment_loss.backward()
+    trained = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert trained == {"alignment"}
+
+
+def test_a_few_steps_teach_the_alignment_head_where_words_are():
+    model = tiny.model(alignment_hidden_size=32)
+    batch = timed_batch(model)
+    optimizer = torch.optim.Adam(model.alignment.parameters(), lr=0.01)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = model(**batch).alignment_loss
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.5 * losses[0]
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():
-    model = randomise_lora(tiny.model(lora_config={"r": 2})).train()
+    model = tiny.randomise_lora(tiny.model(lora_config={"r": 2})).train()
     inputs = inputs_of(model, texts=TEXTS)
     gradients = []
     for checkpointing in (False, True):
@@ -286,60 +346,36 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 def test_a_frozen_encoder_stays_in_evaluation_mode():
     model = tiny.model("wav2vec2").train()
     assert model.projector.training and not model.encoder.training
-    unfrozen = tiny.model("wav2vec2", freeze_audio_encoder=False).train()
-    assert unfrozen.encoder.training
+    assert not any(parameter.requires_grad for parameter in model.encoder.parameters())
 
 
-def test_placeholders_must_match_the_audio():
+def test_an_encoder_that_is_not_frozen_trains():
+    model = tiny.model("wav2vec2", freeze_audio_encoder=False).train()
+    assert model.encoder.training
+    model(**inputs_of(model, texts=TEXTS)).loss.backward()
+    assert model.encoder.feature_projection.projection.weight.grad.abs().sum() > 0
+
+
+def test_encoder_states_may_be_given_instead_of_features():
     model = tiny.model()
-    inputs = inputs_of(model, seconds=(1.0,))
-    for forward in (model, model.generate):
-        with pytest.raises(ValueError, match=r"hold \[12\] audio placeholders.*gives \[13\]"):
-            forward(**{**inputs, "input_ids": inputs["input_ids"][:, 1:], "attention_mask": None})
+    inputs = inputs_of(model, texts=TEXTS)
+    encoded = model.encode_audio(**features_of(inputs))
+    text = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
+    output = model(**text, audio_states=encoded.last_hidden_state, audio_states_mask=encoded.frame_mask)
+    assert float(output.loss) == pytest.approx(float(model(**inputs).loss), abs=1e-6)
 
 
-def test_too_long_audio_for_the_encoder():
-    with pytest.raises(ValueError, match="1550 encoder frames.*1500 positions"):
-        tiny.model().get_audio_features(torch.zeros(1, 80, 3100))
+# Convenience
 
 
-def test_peft_is_asked_for_by_name(monkeypatch):
-    from voxlm_hf import modeling_voxlm
-
-    monkeypatch.setattr(modeling_voxlm, "is_peft_available", lambda: False)
-    with pytest.raises(ImportError, match="pip install peft"):
-        tiny.model(lora_config={})
-
-
-def test_from_base_models(tmp_path):
-    base = tiny.save_bases(tmp_path, "llama")
-    model = VoxLMForSpeechSeq2Seq.from_base_models(
-        audio=str(tmp_path / "audio"), text=str(tmp_path / "text"), prompt="Write down what you hear:"
-    )
-    tokenizer = model.processor.tokenizer
-    assert tokenizer.pad_token_id != tokenizer.eos_token_id
-    assert model.config.pad_token_id == tokenizer.pad_token_id == model.generation_config.pad_token_id
-    assert model.get_input_embeddings().num_embeddings == max(300, len(tokenizer))
-    assert model.config.audio_token_id == tokenizer.convert_tokens_to_ids("<|audio|>")
-    assert "Write down what you hear:" in model.processor.render_prompt()
-    weights = {name.replace(".base_layer.", "."): value for name, value in model.language_model.state_dict().items()}
-    for name, value in base.state_dict().items():
-        assert torch.equal(weights[name][: len(value)], value), name
-    result = model.transcribe(tiny.noise(1.0), max_new_tokens=3)
-    model.save_pretrained(tmp_path / "made")
-    model.processor.save_pretrained(tmp_path / "made")
-    again = VoxLMForSpeechSeq2Seq.from_pretrained(tmp_path / "made")
-    assert again.transcribe(tiny.noise(1.0), max_new_tokens=3).text == result.text
+def test_a_waveform_as_first_argument_is_transcribed():
+    model = tiny.model()
+    result = model.generate(tiny.noise(1), max_new_tokens=4)
+    assert result["text"] == model.transcribe(tiny.noise(1), max_new_tokens=4).text and "words" in result
+    assert model.generate(torch.from_numpy(tiny.noise(1)), max_new_tokens=4)["text"] == result["text"]
 
 
-def test_from_base_models_needs_both_and_knows_its_presets():
-    with pytest.raises(ValueError, match="Both base models"):
-        VoxLMForSpeechSeq2Seq.from_base_models(audio="x")
-    with pytest.raises(ValueError, match="voxlm-2b"):
-        VoxLMForSpeechSeq2Seq.from_base_models(preset="voxlm-3b")
-
-
-def test_stereo_and_rates_reach_the_model_alike():
+def test_stereo_is_heard_like_mono():
     model = tiny.model()
     mono = tiny.noise(1.0)
     stereo = np.stack([mono, mono])

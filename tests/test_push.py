@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hub_export.export import export
-from hub_export.push import files_to_push, main, push
 from tests import tiny
+from voxlm_hub_export.export import export
+from voxlm_hub_export.push import files_to_push, main, push
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_one_commit_on_a_branch_with_a_tag(folder):
 
 
 def test_a_dry_run_lists_all_files_and_sends_none(folder, capsys, monkeypatch):
-    monkeypatch.setattr("hub_export.push.HfApi", None)
+    monkeypatch.setattr("voxlm_hub_export.push.HfApi", None)
     assert main([str(folder), "me/model", "--dry-run"]) == 0
     listed = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
     assert listed == sorted(path.name for path in folder.iterdir())
@@ -81,7 +81,7 @@ def test_tokens_large_files_and_links_stay_at_home(folder, tmp_path, monkeypatch
     with pytest.raises(ValueError, match="access token"):
         files_to_push(folder)
     (folder / "run.sh").unlink()
-    monkeypatch.setattr("hub_export.push.LARGEST_FILE", 100)
+    monkeypatch.setattr("voxlm_hub_export.push.LARGEST_FILE", 100)
     with pytest.raises(ValueError, match="the Hub takes 100 a file"):
         files_to_push(folder)
     monkeypatch.undo()

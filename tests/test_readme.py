@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from hub_export.legacy import main as convert_legacy
-from tests import tiny
+from tests import HANGS_AFTER_S, tiny
 from voxlm_hf.app.cli import main
+from voxlm_hub_export.legacy import main as convert_legacy
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,7 +46,12 @@ def test_snippets_run(name, number, block, tmp_path):
     if "model." in code and "from_pretrained" not in code and "from_base_models" not in code:
         code = code_of(blocks(ROOT / "README.md", "python")[0]) + code  # goes on with the model of the first one
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=600
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=HANGS_AFTER_S,
     )
     assert done.returncode == 0, done.stderr[-2000:]
 

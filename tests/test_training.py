@@ -14,18 +14,15 @@ import yaml
 from transformers import Trainer, TrainingArguments
 
 from tests import tiny
-from training.augment import Augmentation, misheard
-from training.collator import VoxLMCollator, word_targets
-from training.data import LengthBatchSampler, SpeechDataset, read_rows
-from training.features import FeatureCache, encode_missing
-from training.label_words import read_ctm, read_textgrid, teacher_words
-from training.pieces import encode_pieces, piece_vocabulary, short_piece_tokenizer
-from training.text import match_words
-from training.train import make_dataset, read_recipe, run, run_trainer
-from training.trainer import VoxLMTrainer, leave_out_hidden_frames, prompts_alone, word_time_errors
-from training.warm_start import ctc_loss, greedy_wer, warm_start
 from voxlm_hf import VoxLMForSpeechSeq2Seq
-from voxlm_hf.alignment_voxlm import AlignmentScores, alignment_targets
+from voxlm_hf.timing_voxlm import AlignmentScores, alignment_targets
+from voxlm_training.augment import Augmentation, misheard
+from voxlm_training.data import LengthBatchSampler, SpeechDataset, read_rows
+from voxlm_training.label_words import make_source, read_ctm, read_textgrid, teacher_words
+from voxlm_training.subwords import encode_subwords, subword_tokenizer, subword_vocabulary
+from voxlm_training.train import make_dataset, read_recipe, run, run_trainer
+from voxlm_training.trainer import VoxLMTrainer, leave_out_hidden_frames, prompts_alone, word_time_errors
+from voxlm_training.warm_start import ctc_loss, greedy_wer, warm_start
 
 
 TEXTS = ["the quick brown fox", "over the lazy dog", "he hoped", "stew for dinner", "turnips and carrots", "the fox"]
@@ -205,31 +202,6 @@ def test_wrong_words_are_for_the_alignment_head_alone(manifest, tmp_path):
         run_trainer(toy, dataset, None, tmp_path, 0, parts=["lora"])
 
 
-def test_the_cache_holds_what_the_encoder_gives_and_encodes_nothing_twice(tmp_path, manifest, monkeypatch):
-    toy = model()
-    rows, report = read_rows([{"manifest": manifest}, {"silence": 1}], "lower")
-    (manifest.parent / "broken.wav").touch()
-    rows[2].audio = str(manifest.parent / "broken.wav")
-    plain = [Augmentation()] * len(rows)
-    keys = encode_missing(toy, toy.processor, rows, plain, FeatureCache(tmp_path), report)
-    assert keys[2] is None and "broken.wav" in str(report)
-    cache = FeatureCache(tmp_path)
-    inputs = toy.processor.apply_transcription_request(tiny.noise(0.8, 1))
-    audio = toy.get_audio_features(inputs["input_features"], inputs["input_features_mask"])
-    torch.testing.assert_close(cache[keys[1]], audio.last_hidden_state[0], atol=2e-3, rtol=2e-3)
-    assert cache.frames(keys[1]) == audio.last_hidden_state.shape[1]
-
-    calls = []
-    encode = toy.get_audio_features
-    monkeypatch.setattr(toy, "get_audio_features", lambda **inputs: calls.append(1) or encode(**inputs))
-    assert encode_missing(toy, toy.processor, rows, plain, cache, report) == keys and not calls
-    louder = [Augmentation(gain_db=-6.0)] * len(rows)
-    assert not set(encode_missing(toy, toy.processor, rows, louder, cache, report)) & set(keys[:2]) and calls
-    other = tiny.model()
-    torch.nn.init.normal_(other.encoder.conv1.weight)
-    assert not set(encode_missing(other, toy.processor, rows, plain, cache, report)) & set(keys[:2])
-
-
 def test_batches_are_capped_cover_everything_and_differ_by_epoch():
     lengths = np.random.default_rng(0).integers(10, 300, size=1000).tolist()
     sampler = LengthBatchSampler(lengths, 1000, seed=1)
@@ -245,31 +217,7 @@ def test_batches_are_capped_cover_everything_and_differ_by_epoch():
     assert len(LengthBatchSampler(lengths, 1000, multiple=7)) % 7 == 0
 
 
-def test_words_are_matched_by_alignment_not_by_position():
-    assert match_words("the colour of it".split(), "the color of of it".split()) in (
-        [0, 1, 2, None, 3],
-        [0, 1, None, 2, 3],
-    )
-    assert match_words(["a", "b"], []) == [] and match_words([], ["a"]) == [None]
-
-
-def test_word_targets():
-    timed = [("the", 0.1, 0.2), ("um", 0.3, 0.4), ("Fox", 0.46, 0.6), ("ran", 0.9, 1.0)]
-    timed = [{"word": word, "start": start, "end": end} for word, start, end in timed]
-    times, frames = word_targets(timed, ["the", "fox", "ran", "off"], 0.02)
-    np.testing.assert_allclose(times[:3], [[0.1, 0.2], [0.46, 0.6], [0.9, 1.0]], atol=1e-6)
-    assert times[3].isnan().all() and len(frames) == 100
-    known = ~frames.isnan().numpy()
-    # Not where a word is said that the transcript lacks, nor behind the last word with a time: "off" is said somewhere there.
-    assert np.flatnonzero(~known).tolist() == [*range(15, 20), *range(50, 100)]
-    np.testing.assert_allclose(frames[:3], [0.01, 0.03, 0.05])
-    times, frames = word_targets(None, ["the"], 0.02)
-    assert times.isnan().all() and frames.isnan().all()
-    close = [{"word": "a", "start": 0.0, "end": 0.2}, {"word": "b", "start": 0.26, "end": 0.5}]
-    np.testing.assert_allclose(word_targets(close, ["a", "b"], 0.02)[0], [[0, 0.23], [0.23, 0.5]], atol=1e-6)
-
-
-def test_ctm_and_textgrid(tmp_path):
+def test_ctm(tmp_path):
     (tmp_path / "a.ctm").write_text(";; comment\nrec1 1 0.50 0.25 hello 0.99\nrec1 1 0.80 0.20 world\n")
     assert read_ctm(tmp_path / "a.ctm") == {
         "rec1": [{"word": "hello", "start": 0.5, "end": 0.75}, {"word": "world", "start": 0.8, "end": 1.0}]
@@ -277,38 +225,64 @@ def test_ctm_and_textgrid(tmp_path):
     (tmp_path / "bad.ctm").write_text("rec1 1 0.5\n")
     with pytest.raises(ValueError, match="bad.ctm:1"):
         read_ctm(tmp_path / "bad.ctm")
-    intervals = "".join(
+
+
+# Both formats are described in Praat's manual, "TextGrid file formats".
+INTERVALS = [(0, 0.5, ""), (0.5, 0.75, 'say ""é""'), (0.75, 1, "spn"), (1, 1.25, "<eps>"), (1.25, 1.5, "world")]
+LONG_GRID = (
+    'File type = "ooTextFile"\nObject class = "TextGrid"\n\nxmin = 0\nxmax = 1.5\ntiers? <exists>\nsize = 2\nitem []:\n'
+    '    item [1]:\n        class = "IntervalTier"\n        name = "words"\n        xmin = 0\n        xmax = 1.5\n'
+    "        intervals: size = 5\n"
+    + "".join(
         f'        intervals [{number}]:\n            xmin = {start}\n            xmax = {end}\n            text = "{word}"\n'
-        for number, (start, end, word) in enumerate(
-            [(0, 0.5, ""), (0.5, 0.75, "hello"), (0.75, 1, "spn"), (1, 1.5, "world")], 1
-        )
+        for number, (start, end, word) in enumerate(INTERVALS, 1)
     )
-    (tmp_path / "a.TextGrid").write_text(
-        'File type = "ooTextFile"\nObject class = "TextGrid"\n\nitem []:\n    item [1]:\n        class = "IntervalTier"\n'
-        f'        name = "words"\n        xmin = 0\n        xmax = 1.5\n        intervals: size = 4\n{intervals}'
-    )
-    assert [word["word"] for word in read_textgrid(tmp_path / "a.TextGrid")] == ["hello", "world"]
-    assert read_textgrid(tmp_path / "a.TextGrid")[1] == {"word": "world", "start": 1.0, "end": 1.5}
-    with pytest.raises(ValueError, match="its tiers are 'words'"):
+    + '    item [2]:\n        class = "TextTier"\n        name = "clicks"\n        xmin = 0\n        xmax = 1.5\n'
+    '        points: size = 1\n        points [1]:\n            number = 0.3\n            mark = "click"\n'
+)
+SHORT_GRID = (
+    'File type = "ooTextFile short"\n"TextGrid"\n\n0\n1.5\n<exists>\n2\n"IntervalTier"\n"words"\n0\n1.5\n5\n'
+    + "".join(f'{start}\n{end}\n"{word}"\n' for start, end, word in INTERVALS)
+    + '"TextTier"\n"clicks"\n0\n1.5\n1\n0.3\n"click"\n'
+)
+
+
+@pytest.mark.parametrize("content", [LONG_GRID, SHORT_GRID], ids=["long", "short"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_textgrid(tmp_path, content, encoding):
+    (tmp_path / "a.TextGrid").write_text(content, encoding=encoding)
+    assert read_textgrid(tmp_path / "a.TextGrid") == [
+        {"word": 'say "é"', "start": 0.5, "end": 0.75},
+        {"word": "world", "start": 1.25, "end": 1.5},
+    ]
+    with pytest.raises(ValueError, match="no tier 'phones'; its tiers are 'words', 'clicks'"):
         read_textgrid(tmp_path / "a.TextGrid", tier="phones")
 
 
-def test_pieces_spell_every_text_with_the_llms_own_ids():
+@pytest.mark.parametrize("content", ["", "no grid", LONG_GRID[:60], LONG_GRID.replace("xmax = 0.75", "")])
+def test_a_file_that_is_no_textgrid_is_named(tmp_path, content):
+    (tmp_path / "a.TextGrid").write_text(content)
+    with pytest.raises(ValueError, match=r"a.TextGrid is not a valid TextGrid"):
+        read_textgrid(tmp_path / "a.TextGrid")
+
+
+def test_subwords_spell_every_text_with_the_llms_own_ids():
     tokenizer = tiny.tokenizer()
-    pieces = short_piece_tokenizer(tokenizer, 5)
+    subwords = subword_tokenizer(tokenizer, 5)
     for text in TEXTS:
-        ids = encode_pieces(pieces, text)
+        ids = encode_subwords(subwords, text)
         assert tokenizer.decode(ids) == " " + text
         assert len(ids) > len(tokenizer(" " + text, add_special_tokens=False)["input_ids"])
-    vocabulary = piece_vocabulary(pieces, TEXTS, at_least=1)
+    vocabulary = subword_vocabulary(subwords, TEXTS, at_least=1)
     assert (
-        set(vocabulary) == {token for text in TEXTS for token in encode_pieces(pieces, text)} and len(vocabulary) < 60
+        set(vocabulary) == {token for text in TEXTS for token in encode_subwords(subwords, text)}
+        and len(vocabulary) < 60
     )
     with pytest.raises(ValueError, match="Unigram"):
         from tokenizers import Tokenizer, models
 
         unigram = Tokenizer(models.Unigram([("a", 0.0)]))
-        short_piece_tokenizer(SimpleNamespace(backend_tokenizer=unigram), 5)
+        subword_tokenizer(SimpleNamespace(backend_tokenizer=unigram), 5)
 
 
 def test_ctc_loss_against_the_library_on_the_same_distribution():
@@ -336,7 +310,7 @@ class Rows(list):
 
 
 def tones():
-    """Encoder states that say which of three words is spoken, as anything that learns at all must learn to read them."""
+    """Encoder states that tell three words apart so clearly that any learner must learn them."""
     torch.manual_seed(0)
     words, directions = ["fox", "dog", "stew"], 3 * torch.randn(3, 16)
     rows = []
@@ -351,7 +325,7 @@ def tones():
     return rows, dataset
 
 
-def test_the_warm_start_learns_to_read():
+def test_the_warm_start_learns():
     rows, dataset = tones()
     toy = model(projector_hidden_size=64)
     before = greedy_wer(toy, toy.processor, rows)
@@ -368,22 +342,10 @@ def cached(toy, manifest, folder):
     return make_dataset(toy, [{"manifest": manifest}], normaliser="lower", cache=folder)
 
 
-def test_cached_and_fresh_features_give_the_same_loss(tmp_path, manifest):
-    toy = model()
-    fresh, kept = make_dataset(toy, [{"manifest": manifest}], normaliser="lower"), cached(toy, manifest, tmp_path)
-    collate = VoxLMCollator(toy.processor)
-    with torch.no_grad():
-        losses = [toy(**collate([dataset[index] for index in range(6)])) for dataset in (fresh, kept)]
-    assert float(losses[0].loss) == pytest.approx(float(losses[1].loss), abs=2e-3)
-    assert float(losses[0].alignment_loss) == pytest.approx(float(losses[1].alignment_loss), abs=2e-3)
-    assert len(fresh.lengths) == len(kept.lengths)
-    assert all(abs(one - other) <= 1 for one, other in zip(fresh.lengths, kept.lengths))
-
-
 def test_leaving_out_hidden_frames_changes_no_loss(tmp_path, manifest):
     toy, kept = model(), None
     kept = cached(toy, manifest, tmp_path)
-    batch = VoxLMCollator(toy.processor)([kept[index] for index in range(6)])
+    batch = toy.processor.collate([kept[index] for index in range(6)])
     short = leave_out_hidden_frames(toy, batch)
     assert short["input_ids"].shape[1] < batch["input_ids"].shape[1]
     with torch.no_grad():
@@ -396,7 +358,7 @@ def test_prompts_alone_are_those_of_inference(manifest):
     toy = model()
     rows, _ = read_rows([{"manifest": manifest}], "lower")
     dataset = SpeechDataset(rows, toy.processor)
-    prompt = prompts_alone(VoxLMCollator(toy.processor)([dataset[0], dataset[5]]), toy.config.pad_token_id)
+    prompt = prompts_alone(toy.processor.collate([dataset[0], dataset[5]]), toy.config.pad_token_id)
     inputs = toy.processor.apply_transcription_request([rows[0].audio, rows[5].audio])
     assert torch.equal(prompt["input_ids"], inputs["input_ids"])
     assert torch.equal(prompt["attention_mask"], inputs["attention_mask"])
@@ -406,7 +368,7 @@ def test_word_time_errors_of_a_head_that_knows(tmp_path, manifest, monkeypatch):
     """Scores made from the targets give no error; moved by three frames, 60 ms."""
     toy = model()
     dataset = cached(toy, manifest, tmp_path)
-    batch = VoxLMCollator(toy.processor)([dataset[index] for index in range(6)])
+    batch = toy.processor.collate([dataset[index] for index in range(6)])
 
     def known(states, token_ids, audio, shift=0):
         words, frames = batch["token_words"][:, -token_ids.shape[1] :], audio.frame_mask.shape[1]
@@ -437,12 +399,33 @@ def test_a_teacher_is_believed_where_it_agrees(tmp_path):
     assert teacher_words(teacher, "a.wav", "?") is None
 
 
+def source(**options):
+    """The command line's options, of which one names a source."""
+    names = ("agree", "teacher", "textgrid", "ctm", "original")
+    return make_source(SimpleNamespace(**{**dict.fromkeys(names), "max_wer": 0.1, **options}))
+
+
+def test_word_times_from_textgrids_and_ctm(tmp_path):
+    (tmp_path / "r1.TextGrid").write_text(SHORT_GRID)
+    (tmp_path / "a.ctm").write_text("7 1 0.50 0.25 hello\n")
+    from_grids, from_ctm = source(textgrid=tmp_path), source(ctm=tmp_path / "a.ctm")
+    assert [word["word"] for word in from_grids({"id": "r1"})] == ['say "é"', "world"]
+    assert from_ctm({"id": 7}) == [{"word": "hello", "start": 0.5, "end": 0.75}]
+    assert from_grids({"id": "r2"}) is None and from_ctm({"id": "r2"}) is None
+
+
 def test_word_times_are_added_to_a_manifest(tmp_path, manifest):
     original = [
         {"id": "r0", "timestamps": [{"word": "The", "start": 0.1, "end": 0.2}, {"word": "x", "start": 0.0, "end": 0.0}]}
     ]
     (tmp_path / "timestamps_manifest.json").write_text(json.dumps(original))
-    command = [sys.executable, "-m", "training.label_words", str(manifest), str(manifest.parent / "labelled.jsonl")]
+    command = [
+        sys.executable,
+        "-m",
+        "voxlm_training.label_words",
+        str(manifest),
+        str(manifest.parent / "labelled.jsonl"),
+    ]
     command += ["--original", str(tmp_path / "timestamps_manifest.json")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -465,7 +448,7 @@ def trainer(toy, dataset, folder, **arguments):
         ),
         train_dataset=dataset,
         eval_dataset=dataset,
-        data_collator=VoxLMCollator(toy.processor),
+        data_collator=toy.processor.collate,
         processor=toy.processor,
         max_new_tokens=5,
         **own,
@@ -528,7 +511,7 @@ def _names(file):
         return list(tensors.keys())
 
 
-def test_gradient_accumulation_gives_the_same_loss(tmp_path, manifest):
+def test_gradient_accumulation_gives_the_same_loss_and_step(tmp_path, manifest):
     """The whole data in one batch against batches of one row, accumulated."""
     state = model().state_dict()
     found = []
@@ -548,6 +531,8 @@ def test_gradient_accumulation_gives_the_same_loss(tmp_path, manifest):
         made.train()
         found.append((losses_of(made)[0], toy.alignment.state_proj.weight.detach().clone()))
     assert found[0][0] == pytest.approx(found[1][0], abs=1e-4)
+    torch.testing.assert_close(found[0][1], found[1][1], atol=1e-6, rtol=0)
+    assert not torch.allclose(found[0][1], state["alignment.state_proj.weight"], atol=1e-3), "no step was taken"
 
 
 def test_a_users_own_script_with_plain_trainer(tmp_path, manifest):
@@ -570,7 +555,7 @@ def test_a_users_own_script_with_plain_trainer(tmp_path, manifest):
             disable_tqdm=True,
         ),
         train_dataset=data,
-        data_collator=VoxLMCollator(toy.processor),
+        data_collator=toy.processor.collate,
     )
     plain.train()
     losses = losses_of(plain)
@@ -608,14 +593,74 @@ def test_a_recipe_runs_all_stages_resumes_and_its_model_loads(tmp_path, manifest
             assert torch.equal(one, other), name
 
 
+RECIPE = """
+model: a
+output: b
+data: {train: &sources [{folder: x}, {silence: 2}], dev: *sources}
+stages: [{kind: alignment, parts: [alignment], max_steps: 9}]
+"""
+
+
+def test_a_recipe_is_plain_data_with_its_defaults(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    sources = [{"folder": "x"}, {"silence": 2}]
+    recipe = read_recipe(tmp_path / "recipe.yaml", [])
+    assert recipe == {
+        "model": "a",
+        "output": "b",
+        "data": {"train": sources, "dev": sources},
+        "stages": [{"kind": "alignment", "parts": ["alignment"], "max_steps": 9}],
+        "seed": 0,
+    }
+    assert type(recipe["data"]["train"]) is list and type(recipe["stages"][0]) is dict
+
+
+@pytest.mark.parametrize(
+    "override, place, expected",
+    [
+        ("stages.0.max_steps=4", ("stages", 0, "max_steps"), 4),
+        ("stages.0.learning_rate=1e-3", ("stages", 0, "learning_rate"), 0.001),
+        ("stages.0.parts=[lora]", ("stages", 0, "parts"), ["lora"]),
+        ("stages.0.settings={a: 1}", ("stages", 0, "settings"), {"a": 1}),
+        ("data.train.0.folder=x=y", ("data", "train", 0, "folder"), "x=y"),
+        ("data.cache=runs/f", ("data", "cache"), "runs/f"),
+        ("data.augment=true", ("data", "augment"), True),
+        ("data.cache=null", ("data", "cache"), None),
+        ("seed=5", ("seed",), 5),
+    ],
+)
+def test_overrides(tmp_path, override, place, expected):
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    found = read_recipe(tmp_path / "recipe.yaml", [override])
+    for part in place:
+        found = found[part]
+    assert found == expected and type(found) is type(expected)
+
+
 @pytest.mark.parametrize(
     "override, message",
-    [("stages.7.steps=1", "no place"), ("no_equals", "form key"), ("extra=1", "Unknown keys in the recipe: extra")],
+    [
+        ("stages.7.steps=1", "no place"),
+        ("stages.7=1", "no place"),
+        ("stages.first.steps=1", "no place"),
+        ("model.text=c", "no place"),
+        ("dta.cache=c", "no place 'dta.cache'"),
+        ("no_equals", "form key"),
+        ("extra=1", "Unknown keys in the recipe: extra; known are model, output, data, stages, seed"),
+        ("seed=five", "not a valid recipe: .*seed"),
+        ("stages={kind: reader}", "not a valid recipe"),
+    ],
 )
 def test_bad_overrides(tmp_path, override, message):
-    (tmp_path / "recipe.yaml").write_text("model: a\noutput: b\ndata: {}\nstages: []\n")
-    with pytest.raises(ValueError, match=message):
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    with pytest.raises(ValueError, match="(?s)" + message):
         read_recipe(tmp_path / "recipe.yaml", [override])
+
+
+def test_a_key_that_a_recipe_lacks_is_named(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(RECIPE.replace("output: b\n", ""))
+    with pytest.raises(ValueError, match="not a valid recipe: .*output"):
+        read_recipe(tmp_path / "recipe.yaml", [])
 
 
 def test_unknown_stages_are_refused():

@@ -10,11 +10,13 @@ import pytest
 import soundfile
 import yaml
 
-from tests import tiny
+from tests import HANGS_AFTER_S, tiny
 from voxlm_hf import VoxLMForSpeechSeq2Seq
 
 
-CONFIGS = Path(__file__).resolve().parents[1] / "training" / "accelerate"
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "training" / "accelerate"
+TWO_PROCESSES = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "ddp-2cpu.yaml")]
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +49,16 @@ def recipe(tmp_path_factory):
 
 
 def losses(recipe: Path, name: str, launcher: list[str], kind: str, *overrides: str) -> list[float]:
-    command = [*launcher, "-m", "training.train", str(recipe / "recipe.yaml"), f"output={recipe / name}", *overrides]
+    command = [
+        *launcher,
+        "-m",
+        "voxlm_training.train",
+        str(recipe / "recipe.yaml"),
+        f"output={recipe / name}",
+        *overrides,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=HANGS_AFTER_S)
     assert done.returncode == 0, done.stderr[-3000:]
     assert kind in done.stdout
     log = json.loads((recipe / name / "1-transcription" / "log.json").read_text())
@@ -64,11 +73,22 @@ def alone(recipe):
 
 
 def test_two_processes_have_the_losses_of_one(recipe, alone):
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "ddp-2cpu.yaml")]
-    together = losses(recipe, "two", launcher, "2 process(es), DistributedType.MULTI_CPU")
+    together = losses(recipe, "two", TWO_PROCESSES, "2 process(es), DistributedType.MULTI_CPU")
     assert len(together) == 4 and together[-1] < together[0]
     assert together == pytest.approx(alone, abs=1e-3)
     assert VoxLMForSpeechSeq2Seq.from_pretrained(recipe / "two" / "final").config.lora_config["r"] == 2
+
+
+def test_two_processes_read_a_cache_that_one_has_filled(recipe):
+    """Compared with one process on the same cache, because its float16 states give other losses than encoding does."""
+    cache = f"data.cache={recipe / 'features'}"
+    accumulated = "stages.0.gradient_accumulation_steps=2"
+    alone = losses(recipe, "cached", [sys.executable], "1 process(es), DistributedType.NO", accumulated, cache)
+    shards = {path.name: path.stat().st_mtime_ns for path in (recipe / "features").iterdir()}
+    assert shards
+    together = losses(recipe, "cached-two", TWO_PROCESSES, "2 process(es), DistributedType.MULTI_CPU", cache)
+    assert together == pytest.approx(alone, abs=1e-3)
+    assert {path.name: path.stat().st_mtime_ns for path in (recipe / "features").iterdir()} == shards
 
 
 SHARDED = """
@@ -76,14 +96,13 @@ import json, os, sys
 import torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from tests import tiny
-from training.collator import VoxLMCollator
+from tests import HANGS_AFTER_S, tiny
 
 dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
 toy = tiny.model(lora_config={"r": 2}, projector_readout="token_mixture", frame_gate_threshold=0.2)
 rows = [{"audio": tiny.noise(1.0, number), "text": "the quick brown fox"} for number in range(4)]
-batch = VoxLMCollator(toy.processor)(rows[rank :: world])
+batch = toy.processor.collate(rows[rank :: world])
 mesh = init_device_mesh("cpu", (world,))
 for module in toy.modules():
     if type(module).__name__ in {"WhisperEncoderLayer", *toy._no_split_modules}:
@@ -113,13 +132,17 @@ def test_fsdp2_shards_have_the_losses_of_one_process(tmp_path):
     for processes in (1, 2):
         result = tmp_path / f"{processes}.json"
         command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(CONFIGS.parents[1])}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        }
         done = subprocess.run(
             [*command, str(tmp_path / "sharded.py"), str(result)],
             capture_output=True,
             text=True,
             env=environment,
-            timeout=120,
+            timeout=HANGS_AFTER_S,
         )
         assert done.returncode == 0, done.stderr[-3000:]
         found.append(json.loads(result.read_text()))

@@ -1,5 +1,6 @@
 """The tutorial of training/README.md, followed to the letter but for its size."""
 
+import inspect
 import re
 import shutil
 import subprocess
@@ -7,6 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig, TrainingArguments
+
+from tests import HANGS_AFTER_S
+from voxlm_hf import VoxLMConfig
+from voxlm_training.data import READERS, read_rows
+from voxlm_training.reader import train_reader
+from voxlm_training.train import PARTS, STAGES, TRAINER_OPTIONS, make_dataset, read_recipe, run_reader
+from voxlm_training.warm_start import warm_start
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,32 +44,65 @@ def test_the_tutorial(tmp_path):
             command = f"{bin_folder}/{command}"
         if "voxlm-train" in command:
             command += f" {TINY}"
-        done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=500)
+        done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=HANGS_AFTER_S)
         assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"
     assert "young man" in done.stdout
 
 
-def test_every_recipe_names_what_exists():
-    from training.train import STAGES, read_recipe
-
-    recipes = sorted((ROOT / "training" / "recipes").glob("*.yaml"))
-    assert len(recipes) >= 5
-    for path in recipes:
-        recipe = read_recipe(path, [])
-        assert {stage["kind"] for stage in recipe["stages"]} <= set(STAGES), path
-        if isinstance(recipe["model"], dict):
-            from transformers import AutoConfig
-
-            from voxlm_hf import VoxLMConfig
-
-            fields = {key: value for key, value in recipe["model"].items() if key not in ("audio", "text")}
-            parts = {"audio_config": AutoConfig.for_model("whisper"), "text_config": AutoConfig.for_model("qwen2")}
-            VoxLMConfig(**parts, **fields)
+RECIPES = sorted((ROOT / "training" / "recipes").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("name", ["label_words", "synthesise", "evaluate", "train"])
-def test_every_command_of_the_readme_has_help(name):
-    done = subprocess.run(
-        [sys.executable, "-m", f"training.{name}", "--help"], capture_output=True, text=True, cwd=ROOT
-    )
+def options_of(*functions) -> set[str]:
+    """The names that functions take."""
+    return {name for function in functions for name in inspect.signature(function).parameters}
+
+
+STAGE_OPTIONS = {
+    "warm_start": options_of(warm_start),
+    "reader": options_of(run_reader, train_reader) | {"base", "settings"},
+    "transcription": options_of(TrainingArguments) | {"parts", *TRAINER_OPTIONS},
+    "alignment": options_of(TrainingArguments) | {"parts", *TRAINER_OPTIONS},
+}
+
+
+def test_all_recipes_are_found():
+    assert len(RECIPES) >= 5 and set(STAGE_OPTIONS) == set(STAGES)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_has_options_that_exist(path):
+    recipe = read_recipe(path, [])
+    for stage in recipe["stages"]:
+        assert set(stage) - {"kind"} <= STAGE_OPTIONS[stage["kind"]]
+        assert set(stage.get("parts", ())) <= set(PARTS)
+    assert set(recipe["data"]) <= options_of(make_dataset, read_rows) - {"sources", "model"} | {"train", "dev"}
+    for source in recipe["data"]["train"] + recipe["data"].get("dev", []):
+        assert len(set(source) & set(READERS)) == 1
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_has_a_model_that_can_be_made(path):
+    model = read_recipe(path, [])["model"]
+    if isinstance(model, dict):
+        fields = {key: value for key, value in model.items() if key not in ("audio", "text")}
+        parts = {"audio_config": AutoConfig.for_model("whisper"), "text_config": AutoConfig.for_model("qwen2")}
+        VoxLMConfig(**parts, **fields)
+    else:
+        assert (ROOT / model / "config.json").is_file()
+
+
+README = (ROOT / "training" / "README.md").read_text()
+MODULES = sorted(set(re.findall(r"-m (voxlm_training\.\w+)", README)))
+SCRIPTS = sorted(set(re.findall(r"\bvoxlm-(?:eval|export|push|train)\b", README)))
+
+
+def test_the_readme_names_commands():
+    assert {"voxlm_training.confidence", "voxlm_training.label_words", "voxlm_training.train"} <= set(MODULES)
+    assert set(SCRIPTS) == {"voxlm-eval", "voxlm-export", "voxlm-train"}
+
+
+@pytest.mark.parametrize("command", [*MODULES, *SCRIPTS])
+def test_every_command_of_the_readme_has_help(command):
+    program = [sys.executable, "-m", command] if "." in command else [str(Path(sys.executable).parent / command)]
+    done = subprocess.run([*program, "--help"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and "usage" in done.stdout

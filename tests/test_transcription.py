@@ -1,4 +1,6 @@
-"""Long audio, batches and words, with a tiny random model."""
+"""`transcribe` from end to end with a tiny random model; joining segments; word confidence."""
+
+import math
 
 import numpy as np
 import pytest
@@ -6,8 +8,19 @@ import soundfile
 import torch
 
 from tests import tiny
-from voxlm_hf import transcription_voxlm
-from voxlm_hf.transcription_voxlm import VoxLMTranscription, _as_one, prompt_with_audio, word_confidence
+from voxlm_hf import audio_voxlm
+from voxlm_hf.decoding_voxlm import DecodedText
+from voxlm_hf.transcription_voxlm import (
+    Segment,
+    join_point,
+    join_segments,
+    merge_segments,
+    probability_logit,
+    shift_into_order,
+    trim_overlap,
+    word_confidence,
+    word_scores,
+)
 
 
 @pytest.fixture(scope="module")
@@ -15,39 +28,79 @@ def model():
     return tiny.model(llm="qwen3")  # a random model that does not stop at once
 
 
-def test_words_are_ordered_and_inside_a_long_recording(model):
-    result = model.transcribe(tiny.noise(7.3), chunk_length_s=2, max_new_tokens=8)
-    assert result.duration == 7.3 and result.truncated
-    assert len(result.words) > 3
-    assert " ".join(word["word"] for word in result.words).split() == result.text.split()
-    times = [time for word in result.words for time in (word["start"], word["end"])]
-    assert times == sorted(times) and times[0] >= 0 and times[-1] <= 7.3
-    assert all(0 <= word["confidence"] <= 1 for word in result.words)
-    assert any(word["start"] > 4 for word in result.words)
+def texts_of(results):
+    return [result.text for result in results]
 
 
-def test_the_text_does_not_depend_on_times_batch_or_order(model):
-    clips = [tiny.noise(seconds, seed) for seed, seconds in enumerate((2.0, 0.5, 1.3))]
-    together = model.transcribe(clips, max_new_tokens=6)
-    assert [result.text for result in model.transcribe(clips, max_new_tokens=6, return_timestamps=False)] == [
-        result.text for result in together
-    ]
-    for clip, result in zip(clips, together):
+# Words and batches
+
+
+@pytest.fixture(scope="module")
+def long(model):
+    """The result for 7.3 seconds in segments of at most 2."""
+    return model.transcribe(tiny.noise(7.3), chunk_length_s=2, max_new_tokens=8)
+
+
+def test_a_long_recording_is_transcribed_to_its_end(long):
+    assert long.duration == 7.3 and len(long.segments) >= 4
+    assert any(word["start"] > 6 for word in long.words)
+
+
+def test_words_are_ordered_and_inside_the_recording(long):
+    times = [time for word in long.words for time in (word["start"], word["end"])]
+    assert len(times) > 6 and times == sorted(times) and times[0] >= 0 and times[-1] <= 7.3
+
+
+def test_words_are_those_of_the_text(long):
+    assert " ".join(word["word"] for word in long.words).split() == long.text.split()
+    assert all(0 <= word["confidence"] <= 1 for word in long.words)
+
+
+def test_a_text_that_the_budget_ended_is_truncated(long):
+    assert long.truncated
+
+
+def test_segments_say_everything_about_themselves(long):
+    for segment in long.segments:
+        assert set(segment) == {"start", "end", "text", "mean_logprob", "gates", "fallback", "rejected"}
+
+
+CLIPS = [tiny.noise(seconds, seed) for seed, seconds in enumerate((2.0, 0.5, 1.3))]
+
+
+@pytest.fixture(scope="module")
+def together(model):
+    results = model.transcribe(CLIPS, max_new_tokens=6)
+    assert any(result.words for result in results)
+    return results
+
+
+def test_the_text_does_not_depend_on_the_batch(model, together):
+    assert [model.transcribe(clip, max_new_tokens=6).text for clip in CLIPS] == texts_of(together)
+    assert texts_of(model.transcribe(CLIPS, max_new_tokens=6, batch_size=1)) == texts_of(together)
+
+
+def test_the_text_does_not_depend_on_the_order(model, together):
+    assert texts_of(model.transcribe(CLIPS[::-1], max_new_tokens=6)) == texts_of(together)[::-1]
+
+
+def test_word_times_do_not_depend_on_the_batch(model, together):
+    for clip, result in zip(CLIPS, together):
         alone = model.transcribe(clip, max_new_tokens=6)
-        assert alone.text == result.text
-        for first, second in zip(alone.words, result.words):
+        for first, second in zip(alone.words, result.words, strict=True):
             assert first["word"] == second["word"]
             assert first["start"] == pytest.approx(second["start"], abs=0.021)
             assert first["confidence"] == pytest.approx(second["confidence"], abs=1e-3)
-    assert model.transcribe(clips, max_new_tokens=6, return_timestamps=False)[0].words == []
-    small = model.transcribe(clips, max_new_tokens=6, batch_size=1)
-    assert [result.text for result in small] == [result.text for result in together]
+
+
+def test_the_text_does_not_depend_on_timestamps(model, together):
+    plain = model.transcribe(CLIPS, max_new_tokens=6, return_timestamps=False)
+    assert texts_of(plain) == texts_of(together)
+    assert all(result.words == [] and result.word_scores == [] for result in plain)
 
 
 def test_word_confidence_is_the_probability_of_its_tokens(model):
     """Against the scores that stock `generate` returns."""
-    import torch
-
     clip = tiny.noise(1.5, 3)
     result = model.transcribe(clip, max_new_tokens=6)
     inputs = model.processor.apply_transcription_request(clip)
@@ -57,7 +110,7 @@ def test_word_confidence_is_the_probability_of_its_tokens(model):
     ids = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
     logprobs = [float(torch.log_softmax(step[0], -1)[token]) for step, token in zip(output.logits, ids)]
     words = model.processor.split_words(ids)
-    assert [word.text for word in words] == [word["word"] for word in result.words]
+    assert [word.text for word in words] == [word["word"] for word in result.words] != []
     for word, timed in zip(words, result.words):
         assert timed["confidence"] == pytest.approx(np.exp(sum(logprobs[token] for token in word.tokens)), abs=2e-4)
 
@@ -69,13 +122,48 @@ def test_words_of_a_model_on_the_full_window_end_with_the_recording():
     assert all(0 <= word["start"] < word["end"] <= 1.5 for word in result.words)
 
 
-def test_beams_and_sampling_go_through(model):
-    beams = model.transcribe(tiny.noise(1), num_beams=2, max_new_tokens=4)
-    sampled = model.transcribe(tiny.noise(1), do_sample=True, temperature=2.0, max_new_tokens=4)
-    assert beams.words is not None and sampled.words is not None
+def test_the_token_budget_is_each_recordings_own():
+    """A model that never stops is cut at the same place alone and in a batch, and says so."""
+    model = tiny.model(llm="phi3")
+    model.generation_config.eos_token_id = None
+    clips = [tiny.noise(0.3), tiny.noise(1.0)]
+    together = model.transcribe(clips, return_timestamps=False)
+    assert all(result.text and result.truncated for result in together)
+    assert model.transcribe(clips[0], return_timestamps=False).text == together[0].text
+    assert len(together[0].text) < len(together[1].text)
 
 
-def test_only_word_times_cost_a_second_pass(model):
+# Beams and sampling
+
+
+def total_logprob(result):
+    return sum(score["logprob"] for score in result.word_scores)
+
+
+def test_beams_find_a_text_at_least_as_likely_as_greedy(model):
+    """By the model's own scores of the words; texts of eight tokens, none of which ends."""
+    clip, options = tiny.noise(1, 2), {"max_new_tokens": 8, "length_penalty": 0.0}
+    greedy, beams = (model.transcribe(clip, num_beams=count, **options) for count in (1, 6))
+    assert greedy.words and beams.words and greedy.truncated and beams.truncated
+    assert total_logprob(beams) >= total_logprob(greedy) - 1e-3
+
+
+def test_one_beam_is_greedy(model):
+    clip = tiny.noise(1, 2)
+    assert model.transcribe(clip, num_beams=1, max_new_tokens=6) == model.transcribe(clip, max_new_tokens=6)
+
+
+def test_samples_follow_the_seed_and_the_temperature(model):
+    def sample(seed, temperature):
+        torch.manual_seed(seed)
+        options = {"do_sample": True, "temperature": temperature, "top_k": 0, "max_new_tokens": 8}
+        return model.transcribe(tiny.noise(1), **options).text
+
+    assert sample(0, 2.0) == sample(0, 2.0) != sample(1, 2.0)
+    assert sample(0, 1e-4) == model.transcribe(tiny.noise(1), max_new_tokens=8).text
+
+
+def test_words_of_beams_cost_a_second_pass_and_their_text_none(model):
     passes, counts = [], []
     hook = model.language_model.register_forward_hook(lambda *_: passes.append(1))
     for times in (False, "word"):
@@ -86,35 +174,18 @@ def test_only_word_times_cost_a_second_pass(model):
     assert counts[1] == counts[0] + 1
 
 
-def test_the_token_budget_is_each_recordings_own():
-    """A model that never stops is cut at the same place alone and in a batch, and says so."""
-    model = tiny.model(llm="phi3")
-    model.generation_config.eos_token_id = None
-    clips = [tiny.noise(0.3), tiny.noise(1.0)]
-    together = model.transcribe(clips, return_timestamps=False)
-    assert [len(result.text) > 0 and result.truncated for result in together] == [True, True]
-    assert model.transcribe(clips[0], return_timestamps=False).text == together[0].text
-    assert len(together[0].text) < len(together[1].text)
+def test_words_of_greedy_search_cost_no_pass(model):
+    passes, counts = [], []
+    hook = model.language_model.register_forward_hook(lambda *_: passes.append(1))
+    for times in (False, "word"):
+        passes.clear()
+        model.transcribe(tiny.noise(1), max_new_tokens=4, return_timestamps=times)
+        counts.append(len(passes))
+    hook.remove()
+    assert counts[0] == counts[1] > 0
 
 
-def test_confidence_is_monotone_and_the_probability_by_default():
-    values = [1e-4, 0.01, 0.3, 0.5, 0.99, 1 - 1e-4]
-
-    def confidence(logprob, entropy, scale, weight, bias, **reader):
-        calibration = {"scale": scale, "entropy": weight, "bias": bias, "reader": 0.3}
-        return word_confidence({"logprob": logprob, "entropy": entropy, **reader}, calibration)
-
-    plain = [confidence(np.log(value), 3.0, 1.0, 0.0, 0.0) for value in values]
-    assert plain == pytest.approx(values, abs=1e-9)
-    mapped = [confidence(np.log(value), 1.0, 0.6, 0.2, -0.5) for value in values]
-    assert mapped == sorted(mapped) and mapped[0] >= 0 and mapped[-1] <= 1
-    spread = [confidence(np.log(0.8), entropy, 0.6, 0.2, -0.5) for entropy in (0.0, 0.5, 3.0)]
-    assert spread == sorted(spread, reverse=True)
-    assert spread[1] == pytest.approx(1 / (1 + np.exp(-(0.6 * np.log(4) - 0.1 - 0.5))))  # by hand
-    assert confidence(-1000.0, 8.0, 1.0, 1.0, 0.0) >= 0
-    read = [confidence(np.log(0.8), 0.5, 0.6, 0.2, -0.5, reader=np.log(value)) for value in values]
-    assert read == sorted(read)
-    assert read[4] == pytest.approx(1 / (1 + np.exp(-(0.6 * np.log(4) + 0.3 * np.log(99) - 0.1 - 0.5))))  # by hand
+# Recordings good and bad
 
 
 @pytest.mark.parametrize(
@@ -124,143 +195,254 @@ def test_confidence_is_monotone_and_the_probability_by_default():
         ({"chunk_length_s": 0.5}, "chunk_length_s"),
         ({"prompt": ["a", "b"]}, "2 prompts for 1 recordings"),
         ({"max_new_tokenz": 3}, "max_new_tokenz"),
+        ({"vad": "loud"}, "`vad` must be one of"),
     ],
-)
-def test_bad_options(model, options, message):
-    with pytest.raises(ValueError, match=message):
-        model.transcribe(tiny.noise(1), **options)
-
-
-def test_a_model_without_a_checkpoint_says_where_its_processor_should_come_from():
-    model = tiny.model()
-    model.processor, model.config._name_or_path = None, ""
-    with pytest.raises(ValueError, match="model.processor"):
-        model.transcribe(tiny.noise(1))
-
-
-def test_a_bad_recording_spoils_no_other(model, tmp_path):
-    (tmp_path / "text.wav").write_text("this is no audio")
-    clip = tiny.noise(1.2, 4)
-    nan = np.where(np.arange(16000) == 500, np.nan, 0.1)
-    results = model.transcribe([clip, tmp_path / "text.wav", nan, tmp_path / "missing.wav", clip], max_new_tokens=6)
-    assert results[0].text == results[4].text == model.transcribe(clip, max_new_tokens=6).text
-    assert [result.error is None for result in results] == [True, False, False, False, True]
-    assert "Cannot read" in results[1].error and "NaN" in results[2].error and "No such audio file" in results[3].error
-    assert results[1].text == "" and results[1].words == []
-    for bad, error in ((tmp_path / "text.wav", ValueError), (nan, ValueError), (tmp_path / "missing.wav", OSError)):
-        with pytest.raises(error):
-            model.transcribe(bad)
-
-
-def test_a_stream_yields_what_the_whole_holds(model, tmp_path):
-    recording = np.concatenate(
-        [tiny.noise(3, 0), np.zeros(8000, np.float32), tiny.noise(3, 1), np.zeros(50000, np.float32)]
-    )
-    recording = np.concatenate([recording, tiny.noise(4, 2)])
-    soundfile.write(tmp_path / "long.wav", recording, 16000, subtype="FLOAT")
-    options = {"chunk_length_s": 4, "max_new_tokens": 5}
-    whole = model.transcribe(tmp_path / "long.wav", **options)
-    segments = list(model.transcribe(tmp_path / "long.wav", stream=True, batch_size=2, **options))
-    assert len(segments) == len(whole.segments) > 2
-    assert [segment.text for segment in segments] == [segment["text"] for segment in whole.segments]
-    assert [word["word"] for part in segments for word in part.words] == [word["word"] for word in whole.words]
-    assert not any(6.8 < word["start"] < 9.3 for word in whole.words)  # the pause
-    both = list(model.transcribe([recording, recording[:32000]], stream=True, **options))
-    assert both[0].text == whole.text and len(both) == 2
-
-
-def test_the_text_does_not_depend_on_the_rate_of_the_file(model, tmp_path):
-    eight_channels = np.stack([tiny.noise(1.5, seed) for seed in range(8)], axis=1)
-    soundfile.write(tmp_path / "many.wav", eight_channels, 16000, subtype="FLOAT")
-    assert model.transcribe(tmp_path / "many.wav", max_new_tokens=5).text == (
-        model.transcribe(eight_channels.T, max_new_tokens=5).text
-    )
-    for rate in (8000, 192000):
-        soundfile.write(tmp_path / "rate.wav", tiny.noise(25, 3), rate, subtype="FLOAT")
-        samples, _ = soundfile.read(tmp_path / "rate.wav", dtype="float32")
-        array = {"array": samples, "sampling_rate": rate}
-        assert model.transcribe(tmp_path / "rate.wav", max_new_tokens=5).text == (
-            model.transcribe(array, max_new_tokens=5).text
-        )
-
-
-def test_a_file_that_ends_early_is_transcribed_with_a_warning(model, tmp_path, caplog):
-    soundfile.write(tmp_path / "whole.wav", tiny.noise(4, 1), 16000)
-    content = (tmp_path / "whole.wav").read_bytes()
-    (tmp_path / "cut.wav").write_bytes(content[: len(content) // 2])
-    result = model.transcribe(tmp_path / "cut.wav", max_new_tokens=5)
-    assert result.duration == pytest.approx(2.0, abs=0.01)
-
-
-def test_silence_gives_nothing(model):
-    for waveform in (np.zeros(16000, np.float32), np.zeros(100 * 16000, np.float32)):
-        result = model.transcribe(waveform)
-        assert (result.text, result.words, result.segments) == ("", [], []) and result.duration == len(waveform) / 16000
-
-
-def test_a_gate_that_fires_leads_to_a_fallback():
-    """A random model never stops by itself, so the budget fires; its samples do not pass either."""
-    fields = {"projector_readout": "token_mixture", "frame_gate_threshold": 0.3}
-    gates = {"compression_ratio": 2.4, "mean_logprob": -100.0}
-    model = tiny.model(llm="qwen3", quality_gates=gates, fallback_temperatures=[0.5], **fields)
-    clips = [tiny.noise(1.5, seed) for seed in range(4)]
-    texts = [model.transcribe(clip) for clip in clips]
-    assert {result.segments[0]["fallback"] for result in texts} == {"projector"}
-    assert not any(result.truncated for result in texts)
-    assert [result.text for result in model.transcribe(clips)] == [result.text for result in texts]
-    assert [result.text for result in model.transcribe(clips, return_timestamps=False)] == [
-        result.text for result in texts
-    ]
-    plain = tiny.model(llm="qwen3", quality_gates={"mean_logprob": -0.5}, fallback_temperatures=[0.5, 1.0])
-    first, again = plain.transcribe(clips[0]), plain.transcribe(clips)[0]
-    assert first.text == again.text and "mean_logprob" in first.segments[0]["gates"]
-
-
-def test_hidden_frames_are_left_out_without_a_difference():
-    model = tiny.model(llm="qwen3", projector_readout="token_mixture", frame_gate_threshold=0.5)
-    clips = [tiny.noise(seconds, 5) for seconds in (2.0, 0.8)]
-    inputs = model.processor.apply_transcription_request(clips)
-    audio = model.get_audio_features(
-        input_features=inputs["input_features"], input_features_mask=inputs["input_features_mask"]
-    )
-    prompt = prompt_with_audio(model, inputs, audio)
-    assert prompt["input_ids"].shape[1] < inputs["input_ids"].shape[1]
-    torch.testing.assert_close(model(**prompt).logits[:, -1], model(**inputs).logits[:, -1], atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize(
-    "options, message", [({"vad": "loud"}, "`vad` must be one of"), ({"batch_size": 0}, "batch_size")]
 )
 def test_arguments_out_of_range(model, options, message):
     with pytest.raises(ValueError, match=message):
         model.transcribe(tiny.noise(1), **options)
 
 
-def test_parts_that_were_rejected_are_no_part_of_the_whole():
-    def part(start, text, gates, **more):
-        segment = {"start": start, "end": start + 2.0, "text": text, "mean_logprob": -start, "gates": gates, **more}
-        return VoxLMTranscription(text, [{"word": text}] if text else [], 2.0, False, [{}], [segment])
+NAN = np.where(np.arange(16000) == 500, np.nan, 0.1)
 
-    music = part(0.0, "", ["no_speech"], rejected="you", fallback=None)
-    whole = _as_one([music, part(2.0, "so", [], fallback=None), part(4.0, "be it", ["loop"], fallback=None)])
-    assert (whole.text, whole.duration, [word["word"] for word in whole.words]) == ("so be it", 6.0, ["so", "be it"])
-    assert whole.segments == [
-        {"start": 0.0, "end": 6.0, "text": "so be it", "mean_logprob": -4.0, "gates": ["loop"], "fallback": None}
+
+@pytest.fixture
+def bad(tmp_path):
+    """What cannot be read, the error when it is the only recording, and what it says."""
+    (tmp_path / "text.wav").write_text("this is no audio")
+    return [
+        (tmp_path / "text.wav", ValueError, "Cannot read"),
+        (NAN, ValueError, "NaN"),
+        (tmp_path / "missing.wav", FileNotFoundError, "No such audio file"),
     ]
-    assert _as_one([music]).segments[0]["rejected"] == "you"
 
 
-def test_a_piece_of_which_something_was_left_out_is_read_in_halves(monkeypatch):
-    """Three readings, of the whole and of both halves; the gate fires for the first one alone."""
-    model = tiny.model(llm="qwen3", projector_readout="token_mixture", frame_gate_threshold=0.3)
-    gates = iter([["left_out"], [], []])
-    monkeypatch.setattr(transcription_voxlm, "fired_gates", lambda *inputs: next(gates))
-    clip = np.concatenate([tiny.noise(1.5, 1), np.zeros(8000, np.float32), tiny.noise(1.0, 2)])
-    result = model.transcribe(clip)
-    (segment,) = result.segments
-    assert (segment["fallback"], segment["start"], segment["end"]) == ("halves", 0.0, 3.0)
-    assert result.text and result.text == segment["text"] and result.duration == 3.0
-    times = [time for word in result.words for time in (word["start"], word["end"])]
-    assert times == sorted(times) and times[-1] <= 3.0 and len(result.word_scores) == len(result.words)
-    assert any(end <= 2.0 for end in times[1::2]) and any(start >= 1.5 for start in times[::2])
-    assert next(gates, None) is None
+def test_a_bad_recording_spoils_no_other(model, bad):
+    clip = tiny.noise(1.2, 4)
+    first, *others, last = model.transcribe([clip, *(item for item, _, _ in bad), clip], max_new_tokens=6)
+    assert first == last == model.transcribe(clip, max_new_tokens=6) and first.error is None
+    for result, (_, _, message) in zip(others, bad, strict=True):
+        assert message in result.error and (result.text, result.words) == ("", [])
+
+
+def test_a_bad_recording_by_itself_is_an_error(model, bad):
+    for item, error, message in bad:
+        with pytest.raises(error, match=message):
+            model.transcribe(item)
+
+
+@pytest.fixture
+def paused(tmp_path):
+    """A file with pauses at 3 to 3.5 s and 6.5 to 9.6 s."""
+    parts = [tiny.noise(3, 0), np.zeros(8000), tiny.noise(3, 1), np.zeros(50000), tiny.noise(4, 2)]
+    soundfile.write(tmp_path / "long.wav", np.concatenate(parts), 16000, subtype="FLOAT")
+    return tmp_path / "long.wav"
+
+
+OPTIONS = {"chunk_length_s": 4, "max_new_tokens": 5}
+
+
+def test_a_stream_yields_the_segments_of_the_whole(model, paused):
+    whole = model.transcribe(paused, **OPTIONS)
+    segments = list(model.transcribe(paused, stream=True, batch_size=2, **OPTIONS))
+    assert len(segments) == len(whole.segments) > 2
+    assert texts_of(segments) == [segment["text"] for segment in whole.segments]
+    assert [word["word"] for segment in segments for word in segment.words] == [word["word"] for word in whole.words]
+
+
+def test_nothing_is_said_in_a_pause(model, paused):
+    result = model.transcribe(paused, **OPTIONS)
+    assert result.words and not any(6.8 < word["start"] < 9.3 for word in result.words)
+
+
+def test_a_stream_of_a_list_yields_recordings(model, paused):
+    samples, _ = soundfile.read(paused, dtype="float32")
+    both = list(model.transcribe([samples, samples[:32000]], stream=True, **OPTIONS))
+    assert texts_of(both) == texts_of(model.transcribe([samples, samples[:32000]], **OPTIONS))
+
+
+def test_eight_channels_of_a_file_are_mixed(model, tmp_path):
+    channels = np.stack([tiny.noise(1.5, seed) for seed in range(8)], axis=1)
+    soundfile.write(tmp_path / "many.wav", channels, 16000, subtype="FLOAT")
+    expected = model.transcribe(channels.mean(axis=1), max_new_tokens=5)
+    assert model.transcribe(tmp_path / "many.wav", max_new_tokens=5).text == expected.text
+
+
+@pytest.mark.parametrize("rate", [8000, 192000])
+def test_a_file_is_resampled_like_an_array(model, tmp_path, rate):
+    soundfile.write(tmp_path / "rate.wav", tiny.noise(25, 3), rate, subtype="FLOAT")
+    samples, _ = soundfile.read(tmp_path / "rate.wav", dtype="float32")
+    expected = model.transcribe({"array": samples, "sampling_rate": rate}, max_new_tokens=5)
+    assert model.transcribe(tmp_path / "rate.wav", max_new_tokens=5).text == expected.text
+
+
+def first_half(path):
+    """A file of four seconds without the second half of its bytes."""
+    soundfile.write(path, tiny.noise(4, 1), 16000)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    return path
+
+
+def test_a_file_that_ends_before_its_header_says_is_transcribed_with_a_warning(model, tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(audio_voxlm.logger, "warning", warnings.append)
+    result = model.transcribe(first_half(tmp_path / "cut.mp3"), max_new_tokens=5)
+    assert result.duration == pytest.approx(2.0, abs=0.2) and result.text
+    (warning,) = warnings
+    assert f"cut.mp3 ends after {result.duration:.2f} s, but its header promises 4.00 s" in warning
+
+
+def test_a_cut_wav_is_transcribed_as_far_as_it_goes(model, tmp_path):
+    """libsndfile corrects the length in the header by itself, so nothing is left to warn of."""
+    result = model.transcribe(first_half(tmp_path / "cut.wav"), max_new_tokens=5)
+    assert result.duration == pytest.approx(2.0, abs=0.01) and result.text
+
+
+@pytest.mark.parametrize("seconds", [1, 100])
+def test_silence_gives_nothing(model, seconds):
+    result = model.transcribe(np.zeros(seconds * 16000, np.float32))
+    assert (result.text, result.words, result.segments, result.duration) == ("", [], [], seconds)
+
+
+# Joining segments
+
+
+def timed(*items):
+    """Words of 0.2 s from pairs of text and start."""
+    return [{"word": word, "start": start, "end": start + 0.2} for word, start in items]
+
+
+def test_overlapping_segments_are_joined_by_the_words_that_both_contain():
+    left = timed(("we", 7.0), ("saw", 8.1), ("the", 8.5), ("river", 9.0), ("b", 9.8))
+    right = timed(("he", 8.0), ("the", 8.52), ("river", 9.05), ("bank", 9.8), ("again", 10.4))
+    assert join_point(left, right, 8.0, 10.0) == (4, 3)
+
+
+def test_the_same_words_far_apart_are_a_repetition():
+    left, right = timed(("no", 8.1)), timed(("no", 9.5))
+    assert join_point(left, right, 8.0, 10.0) == (1, 0)
+
+
+def test_overlapping_segments_without_a_word_in_common_are_joined_in_the_middle():
+    left = timed(("one", 7.0), ("two", 8.2), ("tree", 9.4))
+    right = timed(("too", 8.2), ("three", 9.4), ("four", 10.4))
+    assert join_point(left, right, 8.0, 10.0) == (2, 1)
+    assert join_point([], right, 8.0, 10.0) == (0, 1)
+    assert join_point(left, [], 8.0, 10.0) == (2, 0)
+
+
+def test_trimming_keeps_text_and_words_together():
+    left = Segment(0.0, 3.0, "so, we saw the...", timed(("so,", 0.2), ("we", 1.0), ("saw", 2.2), ("the...", 2.6)))
+    right = Segment(2.0, 5.0, "saw the fox", timed(("saw", 2.2), ("the", 2.6), ("fox", 3.4)))
+    left.word_scores, right.word_scores = [{"n": n} for n in range(4)], [{"n": n} for n in range(3)]
+    trim_overlap(left, right)
+    assert (left.text, right.text) == ("so, we saw", "the fox")
+    for segment in (left, right):
+        assert " ".join(word["word"] for word in segment.words) == segment.text
+        assert len(segment.word_scores) == len(segment.words)
+    assert left.end == right.start
+
+
+def test_words_that_overlap_make_room_for_one_another():
+    words = [{"start": 1.0, "end": 1.5}, {"start": 1.2, "end": 1.3}, {"start": 2.0, "end": 2.5}]
+    shift_into_order(words, 1.4)
+    assert [(word["start"], word["end"]) for word in words] == [(1.4, 1.5), (1.5, 1.52), (2.0, 2.5)]
+
+
+def part(start, text, gates=(), mean_logprob=-1.0, **fields):
+    words = timed((text, start)) if text else []
+    return Segment(start, start + 2, text, words, [{}] * len(words), mean_logprob, gates=list(gates), **fields)
+
+
+def test_a_recording_is_the_sum_of_its_segments():
+    whole = join_segments([part(0.0, "so"), part(2.0, "be it", truncated=True)], 4.00049)
+    assert (whole.text, whole.duration, whole.truncated) == ("so be it", 4.0, True)
+    assert [word["start"] for word in whole.words] == [0.0, 2.0]
+    assert [(segment["start"], segment["end"], segment["text"]) for segment in whole.segments] == [
+        (0.0, 2.0, "so"),
+        (2.0, 4.0, "be it"),
+    ]
+
+
+def test_merged_segments_are_as_doubtful_as_the_most_doubtful():
+    merged = merge_segments([part(0.0, "so", ["loop"], -0.5), part(2.0, "be it", ["mean_logprob"], -3.0)])
+    assert (merged.start, merged.end, merged.text) == (0.0, 4.0, "so be it")
+    assert (merged.gates, merged.mean_logprob) == (["loop", "mean_logprob"], -3.0)
+
+
+def test_rejected_segments_do_not_count_unless_all_are():
+    music = part(0.0, "", ["no_speech"], -9.0, rejected="you")
+    merged = merge_segments([music, part(2.0, "so"), part(4.0, "be it", ["loop"])])
+    assert (merged.start, merged.end, merged.text) == (0.0, 6.0, "so be it")
+    assert (merged.gates, merged.mean_logprob, merged.rejected) == (["loop"], -1.0, None)
+    assert merge_segments([music]).rejected == "you"
+
+
+# Confidence
+
+PLAIN = {"scale": 1.0, "entropy": 0.0, "bias": 0.0}
+CALIBRATED = {"scale": 0.6, "entropy": 0.2, "bias": -0.5, "reader": 0.3}
+PROBABILITIES = [1e-4, 0.01, 0.3, 0.5, 0.99, 1 - 1e-4]
+
+
+def confidence(probability, entropy, calibration, **reader):
+    return word_confidence({"logprob": math.log(probability), "entropy": entropy, **reader}, calibration)
+
+
+def test_word_scores_are_sums_and_maxima_over_a_words_tokens():
+    text = DecodedText(
+        [7, 8, 9],
+        True,
+        logprobs=torch.tensor([-1.0, -0.5, -0.25]),
+        entropies=torch.tensor([0.1, 2.0, 0.3]),
+        words=["ab", "c"],
+        token_words=np.array([0, 0, 1]),
+        reader_logprobs=[-4.0, -5.0],
+    )
+    assert word_scores(text) == [
+        {"logprob": -1.5, "entropy": 2.0, "reader": -4.0},
+        {"logprob": -0.25, "entropy": pytest.approx(0.3), "reader": -5.0},
+    ]
+
+
+def test_confidence_is_the_probability_by_default():
+    assert [confidence(p, 3.0, PLAIN) for p in PROBABILITIES] == pytest.approx(PROBABILITIES, abs=1e-9)
+
+
+def test_confidence_grows_with_the_llms_probability():
+    mapped = [confidence(p, 1.0, CALIBRATED) for p in PROBABILITIES]
+    assert mapped == sorted(set(mapped)) and mapped[0] >= 0 and mapped[-1] <= 1
+
+
+def test_confidence_grows_with_the_readers_probability():
+    mapped = [confidence(0.8, 0.5, CALIBRATED, reader=math.log(p)) for p in PROBABILITIES]
+    assert mapped == sorted(set(mapped))
+
+
+def test_confidence_falls_with_entropy():
+    mapped = [confidence(0.8, entropy, CALIBRATED) for entropy in (0.0, 0.5, 3.0)]
+    assert mapped == sorted(set(mapped), reverse=True)
+
+
+@pytest.mark.parametrize(
+    "reader, log_odds",
+    [({}, 0.6 * math.log(4) - 0.1 - 0.5), ({"reader": math.log(0.99)}, 0.6 * math.log(4) + 0.3 * math.log(99) - 0.6)],
+    ids=["LLM", "LLM and reader"],
+)
+def test_confidence_by_hand(reader, log_odds):
+    """p = 0.8, so odds of 4; q = 0.99, so odds of 99; entropy 0.5."""
+    assert confidence(0.8, 0.5, CALIBRATED, **reader) == pytest.approx(1 / (1 + math.exp(-log_odds)))
+
+
+@pytest.mark.parametrize("logprob, expected", [(-1000.0, math.log(1e-4 / (1 - 1e-4))), (0.0, math.log(9999))])
+def test_log_odds_stay_finite(logprob, expected):
+    assert probability_logit(logprob) == pytest.approx(expected)
+
+
+def test_a_word_inside_another_words_token_has_that_tokens_score():
+    """Two characters in one token, as in scripts without spaces."""
+    logprobs, entropies = torch.tensor([-1.0, -2.0]), torch.tensor([0.1, 0.2])
+    text = DecodedText([5, 6], True, logprobs=logprobs, entropies=entropies, words=["你", "好", "a"])
+    text.token_words = np.array([1, 2])
+    assert [score["logprob"] for score in word_scores(text)] == [-1.0, -1.0, -2.0]

@@ -9,16 +9,20 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    GenerationConfig,
     ParakeetFeatureExtractor,
     PreTrainedTokenizerFast,
     SeamlessM4TFeatureExtractor,
     Wav2Vec2FeatureExtractor,
     WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
     WhisperModel,
 )
 
 from voxlm_hf import VoxLMConfig, VoxLMForSpeechSeq2Seq, VoxLMProcessor
+from voxlm_hf.decoding_voxlm import EncodedBatch, encode
 from voxlm_hf.processing_voxlm import AUDIO_TOKEN, PAD_TOKEN
+from voxlm_hf.segmentation_voxlm import AudioSegment
 
 
 RATE = 16000
@@ -200,6 +204,90 @@ def model(encoder: str = "whisper", llm: str = "qwen2", **fields) -> VoxLMForSpe
     made.processor = VoxLMProcessor(feature_extractor(encoder), tokenizer()).configure(made)
     made.generation_config.eos_token_id = 1
     made.generation_config.pad_token_id = 2
+    return made
+
+
+@torch.no_grad()
+def encoded(made: VoxLMForSpeechSeq2Seq, *clips: np.ndarray, prompt: str | None = None) -> EncodedBatch:
+    """Clips on their way through the model: encoded and projected, with their prompts."""
+    segments = [AudioSegment(clip, RATE, active_s=len(clip) / RATE) for clip in clips]
+    return encode(made, made.processor, segments, [made.processor.render_prompt(prompt)] * len(clips))
+
+
+# Tokens of the tiny Whisper in `with_reader`: what texts begin and end with; words begin at 3.
+READER_START, READER_END = 1, 2
+
+
+def with_reader(letters: str = "", **settings) -> VoxLMForSpeechSeq2Seq:
+    """
+    A tiny model with a random reader.
+
+    Args:
+        letters: the reader's token 3 + i stands for the i-th of them; by default 40 words of the LLM's tokenizer.
+        **settings: override those of `config.reader_config`.
+    """
+    tokens = tokenizer()
+    words = tokens(list(letters), add_special_tokens=False)["input_ids"] if letters else [[n] for n in range(260, 300)]
+    settings = {
+        "prompt_ids": [READER_START],
+        "eos_token_id": READER_END,
+        "end_frames": 3,
+        "num_beams": 4,
+        "spelling_size": sum(map(len, words)),
+        **settings,
+    }
+    made = model(llm="qwen3", projector_readout="token_mixture", frame_gate_threshold=0.3, reader_config=settings)
+    lengths = [0, 0, 0] + [len(word) for word in words]
+    lengths += [0] * (made.config.audio_config.vocab_size - len(lengths))
+    made.reader.spelling = torch.tensor([token for word in words for token in word], dtype=torch.int32)
+    made.reader.spelling_offsets = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    torch.manual_seed(1)
+    for parameter in made.reader.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return made
+
+
+def encoder_states(*lengths: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random encoder states of a batch of so many frames each, and their mask."""
+    torch.manual_seed(2)
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)).long()
+    return torch.randn(len(lengths), max(lengths), 16), mask
+
+
+def save_whisper(folder: Path) -> WhisperForConditionalGeneration:
+    """Write `folder/audio`, a tiny Whisper as the Hub has them (weights, tokenizer, generation config), and `folder/text`."""
+    save_bases(folder, "qwen2")
+    special = ["<|startoftranscript|>", "<|en|>"]
+    backend = _bpe([*special, "<|endoftext|>"], 300)
+    whisper_tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|endoftext|>", extra_special_tokens=special
+    )
+    audio_config = config().audio_config
+    audio_config.vocab_size, audio_config.eos_token_id, audio_config.decoder_start_token_id = 300, 2, 0
+    torch.manual_seed(3)
+    made = WhisperForConditionalGeneration(audio_config)
+    with torch.no_grad():  # a random one would never end a text; this one does
+        made.model.decoder.embed_tokens.weight[2] *= 40
+    made.save_pretrained(folder / "audio")
+    whisper_tokenizer.save_pretrained(folder / "audio")
+    GenerationConfig(
+        decoder_start_token_id=0,
+        no_timestamps_token_id=0,
+        is_multilingual=True,
+        lang_to_id={"<|en|>": 1},
+        task_to_id={"transcribe": 0},
+        suppress_tokens=[10],
+    ).save_pretrained(folder / "audio")
+    return made
+
+
+def randomise_lora(made: VoxLMForSpeechSeq2Seq) -> VoxLMForSpeechSeq2Seq:
+    """LoRA starts as the identity; give it weights that matter."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if ".lora_B." in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
     return made
 
 

@@ -1,1 +1,1 @@
-"""From recordings to a trained model. Run from the checkout: `python -m training.NAME`."""
+"""From recordings to a trained model: `python -m voxlm_training.NAME`."""

@@ -1,26 +1,26 @@
-"""Other people's forced aligners, as teachers of word times and as peers to be measured beside."""
+"""Forced aligners of other projects: teachers of word times, and baselines in an evaluation."""
 
 import functools
 import re
 
 import numpy as np
+import torch
+from pocketsphinx import Decoder
 
-from voxlm_hf.alignment_voxlm import dtw_word_times
-from voxlm_hf.forced_alignment_voxlm import read_text
+from voxlm_hf.forced_alignment_voxlm import known_text, score_text
+from voxlm_hf.legacy_voxlm import dtw_word_times
 
 from .text import normalise
 
 
-# What PocketSphinx's acoustic model was trained on, and the length of its frames.
+# Sampling rate that PocketSphinx's English model was trained on, and the length of its frames, 100 a second by default.
 SPHINX_RATE, SPHINX_FRAME_S = 16000, 0.01
-# The original VoxLM's grid: projected frames of 80 ms, the width of its median filter in them.
+# As in the original VoxLM: the length of its projected frames, and the width of its median filter in frames.
 ORIGINAL_FRAME_S, ORIGINAL_MEDIAN = 0.08, 7
 
 
 @functools.cache
 def _sphinx():
-    from pocketsphinx import Decoder
-
     return Decoder(lm=None, samprate=SPHINX_RATE, loglevel="FATAL")
 
 
@@ -29,10 +29,10 @@ def sphinx_words(waveform: np.ndarray, text: str) -> list[dict] | None:
     Word times by PocketSphinx's forced alignment (PyPI `pocketsphinx`, which ships its English model).
 
     Args:
-        waveform: `(samples,)` float32 at 16 kHz; text: what is said in it.
+        waveform: `(samples,)` float32 at 16 kHz; text: its transcript.
 
     Returns:
-        `{"word", "start", "end"}` in seconds, or `None` where a word is not in its dictionary or it finds no path.
+        `{"word", "start", "end"}` in seconds, or `None` where its dictionary lacks a word or it finds no alignment.
     """
     decoder, words = _sphinx(), normalise(text).split()
     if not words or any(decoder.lookup_word(word) is None for word in words):
@@ -53,33 +53,39 @@ def sphinx_words(waveform: np.ndarray, text: str) -> list[dict] | None:
     return found if [word["word"] for word in found] == words else None
 
 
+@torch.no_grad()
 def original_words(model, waveform: np.ndarray, text: str) -> list[dict]:
     """
-    Word times by the original VoxLM's recipe on our alignment head's scores: attention on frames of 80 ms, median filter, plain DTW.
+    Word times by the original VoxLM's method from our alignment head's scores: attention over frames of 80 ms, median
+    filter, plain DTW.
 
     Args:
-        model ([`VoxLMForSpeechSeq2Seq`]); waveform: `(samples,)` at the model's rate, of at most its window; text: what is said.
+        model ([`VoxLMForSpeechSeq2Seq`]); waveform: `(samples,)` at the model's rate, of at most its window; text: its
+            transcript.
 
     Returns:
         `{"word", "start", "end"}` in seconds.
     """
     processor = model.get_processor()
-    read = read_text(model, processor, waveform, text)
-    scores = read.scores.tokens[0, :, : read.num_frames].cpu().numpy()
+    scored = score_text(model, processor, waveform, known_text(processor, text))
+    ids = torch.tensor([scored.decoded.ids], device=model.device)
+    tokens = model.align_scores(scored.decoded.states.unsqueeze(0), ids, scored.audio).tokens
+    scores = tokens[0, :, : scored.num_frames].cpu().numpy()
     weights = np.exp(scores - np.logaddexp.reduce(scores, axis=1, keepdims=True))
-    together = round(ORIGINAL_FRAME_S / read.frame_s)
+    together = round(ORIGINAL_FRAME_S / (processor.frame_s * model.alignment.frames_per_key))
     weights = np.add.reduceat(weights, np.arange(0, weights.shape[1], together), axis=1)
     duration_s = len(waveform) / processor.sampling_rate
-    times = dtw_word_times(weights, read.token_words, ORIGINAL_FRAME_S, duration_s, ORIGINAL_MEDIAN)
-    return [{"word": word, "start": start, "end": end} for word, (start, end) in zip(read.words, times)]
+    times = dtw_word_times(weights, scored.decoded.token_words, ORIGINAL_FRAME_S, duration_s, ORIGINAL_MEDIAN)
+    return [{"word": word, "start": start, "end": end} for word, (start, end) in zip(scored.decoded.words, times)]
 
 
 def agreed_words(ours: list[dict], theirs: list[dict] | None, within_s: float = 0.05) -> list[dict]:
     """
-    The words on whose start and end two aligners of one text agree, edges in the middle between the two.
+    The words on whose start and end two aligners of one text agree, with the mean of both as their times.
 
     Args:
         ours, theirs: `{"word", "start", "end"}` of the same words; `None` where an aligner found nothing.
+        within_s: largest difference in seconds that counts as agreement; chosen by hand, not tuned.
     """
     if theirs is None or len(ours) != len(theirs):
         return []

@@ -1,8 +1,9 @@
 """
-Augmentation of waveforms for a frozen encoder: pauses, speed, gain, noise, a simple room, codecs, silence at both ends; and of texts.
+Augmentation of waveforms for a frozen encoder: pauses, speed, gain, noise, a simple room, codecs, silence at both ends;
+and of texts.
 
-What is done to a recording is drawn first, as an [`Augmentation`], and then done, so that word times can be moved without
-touching the audio.
+An [`Augmentation`] is drawn first and applied later, so that word times can be moved without touching the audio. All
+ranges and probabilities were chosen by hand and not tuned, where no source is named.
 """
 
 import io
@@ -13,37 +14,42 @@ import soundfile
 import soxr
 from numpy.random import Generator
 
-from .text import match_words
+from voxlm_hf.words_voxlm import match_words
 
 
-# Lossy formats that libsndfile writes and that keep every sample in its place.
+# Lossy formats that libsndfile writes and that shift no sample. The compression level goes up to 1, the
+# strongest; chosen by hand, not tuned.
 CODECS = {
     "mp3": {"format": "MP3", "subtype": "MPEG_LAYER_III", "compression_level": 0.99},
     "vorbis": {"format": "OGG", "subtype": "VORBIS", "compression_level": 0.99},
     "gsm": {"format": "WAV", "subtype": "GSM610"},
     "telephone": {"format": "WAV", "subtype": "ULAW"},
 }
+# Sampling rate of narrow-band telephony (ITU-T G.711 and GSM).
 TELEPHONE_RATE = 8000
-# Level of the near silence that is put in: nothing that was recorded is all zeros.
+# Standard deviation of inserted silence, -80 dB of full scale: no recording is all zeros. Chosen by hand, not tuned.
 SILENCE_LEVEL = 1e-4
-# Of words that are changed, so many become one other word; the others become two.
+# Share of the replaced words that become one other word; the others become two. Chosen by hand, not tuned.
 BECOMES_ONE = 0.7
+# Decay of a reverberation's amplitude over its length, 60 dB: ln(1000), the definition of RT60.
+DECAY = 6.9
 
 
 @dataclass(frozen=True)
 class Augmentation:
     """
-    What is done to one recording, in this order; the defaults do nothing.
+    Changes to one recording, applied in this order; the defaults change nothing.
 
     Args:
-        pauses (`tuple[tuple[float, float], ...]`): near silence put in at these moments, each for so many seconds, in order.
-        speed (`float`): played so many times as fast, pitch and all (Ko et al. 2015).
-        room_s (`float`), room_level (`float`): length of the reverberation in seconds and its energy against the direct sound.
+        pauses (`tuple[tuple[float, float], ...]`): near silence to insert, as (moment, length) in seconds, in order.
+        speed (`float`): factor of the playing speed, which changes the pitch too (Ko et al. 2015).
+        room_s (`float`), room_level (`float`): length of the reverberation in seconds, and its level relative to the
+            direct sound.
         snr_db (`float`, *optional*), tilt (`float`): noise at this signal-to-noise ratio; 0 is white, 0.5 pink.
         lead_s (`float`), tail_s (`float`): seconds of near silence before and after.
         codec (`str`, *optional*): one of `CODECS`.
-        gain_db (`float`): level afterwards; never above full scale.
-        seed (`int`): of the noise itself.
+        gain_db (`float`): gain at the end; the peak stays within full scale.
+        seed (`int`): of the noise.
     """
 
     pauses: tuple[tuple[float, float], ...] = ()
@@ -61,11 +67,12 @@ class Augmentation:
     @classmethod
     def draw(cls, rng: Generator, words: list[dict] | None = None) -> "Augmentation":
         """
-        A louder world around a clean recording, each part by chance.
+        Random changes that a clean recording could meet in the world, each with a probability of its own.
 
         Args:
-            words (`list[dict]`, *optional*): `{"word", "start", "end"}` in seconds; where they are known, pauses may come between
-                them and the silence before them may be long, so that the alignment head learns neither pace nor place by heart.
+            words (`list[dict]`, *optional*): `{"word", "start", "end"}` in seconds; where they are known, pauses may be
+                inserted between them and the silence before them may be long, so that the alignment head cannot rely on
+                a steady pace or an early start.
         """
         has = rng.random(8) < (0.4, 0.3, 0.6, 0.5, 0.4, 0.7, 0.4, 0.2)
         edges = word_boundaries(words or [])
@@ -87,16 +94,19 @@ class Augmentation:
 
     @property
     def key(self) -> str:
-        """The same text for the same augmentation, to name cached features by."""
+        """A text that is the same for equal augmentations; it names cached features."""
         return repr(sorted(asdict(self).items()))
 
     def move(self, seconds: float, is_end: bool = False) -> float:
-        """Where a moment of the original recording lies in the augmented one, both in seconds; an end stays before a pause."""
+        """
+        A moment of the original recording in the time of the augmented one, both in seconds; the end of a word stays
+        before a pause.
+        """
         paused = sum(length for moment, length in self.pauses if moment < seconds or moment == seconds and not is_end)
         return (seconds + paused) / self.speed + self.lead_s
 
     def move_words(self, words: list[dict]) -> list[dict]:
-        """`{"word", "start", "end"}` of the original recording where they are in the augmented one."""
+        """`{"word", "start", "end"}` of the original recording in the time of the augmented one."""
         return [
             {**word, "start": self.move(word["start"]), "end": self.move(word["end"], is_end=True)} for word in words
         ]
@@ -121,7 +131,7 @@ class Augmentation:
 
 
 def word_boundaries(words: list[dict]) -> list[float]:
-    """Moments in seconds between neighbouring words, in the middle of the gap if there is one."""
+    """Moments between neighbouring words in seconds, in the middle of the gap if there is one."""
     return [
         (left["end"] + right["start"]) / 2
         for left, right in zip(words[:-1], words[1:])
@@ -130,18 +140,21 @@ def word_boundaries(words: list[dict]) -> list[float]:
 
 
 def draw_pauses(edges: list[float], most: int, length_s: tuple[float, float], rng: Generator) -> tuple:
-    """`Augmentation.pauses` at `most` of the moments `edges`, or at all if there are no more; lengths between two in seconds."""
+    """
+    `Augmentation.pauses` at up to `most` of the moments `edges`, each with a length from the range `length_s` in
+    seconds.
+    """
     chosen = rng.choice(len(edges), size=min(most, len(edges)), replace=False) if edges else []
     return tuple((edges[number], float(rng.uniform(*length_s))) for number in sorted(chosen))
 
 
 def silence(seconds: float, rng: Generator, sampling_rate: int) -> np.ndarray:
-    """Faint noise."""
+    """Noise at `SILENCE_LEVEL`."""
     return SILENCE_LEVEL * rng.standard_normal(int(seconds * sampling_rate))
 
 
 def put_in_silence(waveform, pauses, rng: Generator, sampling_rate: int) -> np.ndarray:
-    """The waveform with near silence at each moment of `pauses`, `(moment, length)` in seconds and in order."""
+    """The waveform with near silence inserted at each of `pauses`, `(moment, length)` in seconds and in order."""
     cuts = [round(moment * sampling_rate) for moment, _ in pauses]
     parts = np.split(waveform, cuts)
     gaps = [silence(length, rng, sampling_rate) for _, length in pauses]
@@ -149,9 +162,9 @@ def put_in_silence(waveform, pauses, rng: Generator, sampling_rate: int) -> np.n
 
 
 def reverberate(waveform, decay_s: float, level: float, rng: Generator, sampling_rate: int) -> np.ndarray:
-    """Convolve with an exponentially decaying noise tail of the given length and energy relative to the direct sound."""
+    """Convolve with an exponentially decaying noise tail; `level` is the tail's norm relative to the direct sound."""
     tail = rng.standard_normal(int(sampling_rate * decay_s))
-    tail *= np.exp(-6.9 * np.arange(len(tail)) / len(tail))
+    tail *= np.exp(-DECAY * np.arange(len(tail)) / len(tail))
     tail *= level / np.sqrt((tail**2).sum())
     tail[0] = 1.0
     size = len(waveform) + len(tail)
@@ -168,7 +181,7 @@ def add_noise(waveform, snr_db: float, tilt: float, rng: Generator) -> np.ndarra
 
 
 def through_codec(waveform, codec: str, sampling_rate: int) -> np.ndarray:
-    """Write a waveform in a lossy format and read it back; "telephone" and "gsm" are narrow-band."""
+    """Encode and decode a waveform in a lossy format; "telephone" and "gsm" are narrow-band."""
     narrow = codec in ("telephone", "gsm")
     rate = TELEPHONE_RATE if narrow else sampling_rate
     coded = soxr.resample(waveform, sampling_rate, rate) if narrow else waveform
@@ -180,7 +193,9 @@ def through_codec(waveform, codec: str, sampling_rate: int) -> np.ndarray:
 
 
 def non_speech(rng: Generator, sampling_rate: int = 16000) -> np.ndarray:
-    """A clip of 0.3 to 12 s without words, to be labelled with nothing: silence, noise, hum, tones, clicks, or a mixture."""
+    """
+    A clip of 0.3 to 12 s without words, for an empty transcript: silence, noise, hum, tones, clicks, or a mixture.
+    """
     size = int(rng.uniform(0.3, 12) * sampling_rate)
     time_s, waveform = np.arange(size) / sampling_rate, 1e-5 * rng.standard_normal(size)
     if rng.random() < 0.6:
@@ -205,12 +220,15 @@ def non_speech(rng: Generator, sampling_rate: int = 16000) -> np.ndarray:
 
 def misheard(text: str, words: list[dict], others: list[str], share: float, rng: Generator) -> tuple[str, list[dict]]:
     """
-    A text in which some words are wrong, as in a transcription, and its words with times: the alignment head has to find words that
-    the LLM did not expect.
+    Replace some words of a text by wrong ones, as in a transcription with errors, so that the alignment head learns to
+    find words that the LLM does not expect.
 
     Args:
-        text: words separated by spaces; words: `{"word", "start", "end"}` in seconds, of all or some of them; others: words to put
-            in; share: of the words with times that are changed.
+        text: words separated by spaces; words: `{"word", "start", "end"}` in seconds, of all or some of them; others:
+            words to choose replacements from; share: of the words with times to replace.
+
+    Returns:
+        the changed text, and its words with times.
     """
     places = match_words(text.split(), [word["word"] for word in words])
     timed, tokens = dict(zip(places, words)), []

@@ -1,9 +1,9 @@
 """
-Word confidences: how good they are, and the map that calibrates them.
+Word confidences: measures of their quality, and the map that calibrates them.
 
-    python -m training.confidence MODEL --manifest FILE [--speakers A B ...]    fit and save the map in MODEL/config.json
+    python -m voxlm_training.confidence MODEL --manifest FILE [--speakers A B ...]
 
-Fit on speech that the model neither learnt from nor is reported on.
+fits the map and saves it in MODEL/config.json. Fit it on speech that is neither in the training data nor in the data that results are reported on.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jiwer
 import numpy as np
+from matplotlib.figure import Figure
 from scipy.optimize import minimize
 from sklearn.metrics import average_precision_score, roc_auc_score
 
@@ -23,7 +24,10 @@ from .data import read_rows
 from .text import normalise, whisper_normaliser
 
 
+# Of the expected calibration error, which depends on their number. Chosen by hand, not tuned.
 BINS = 10
+# Confidences of exactly 0 or 1 would have an infinite cross-entropy. Chosen by hand, not tuned.
+SMALLEST = 1e-6
 
 
 @dataclass
@@ -32,10 +36,11 @@ class ConfidenceScores:
     How well confidences tell right words from wrong ones.
 
     Args:
-        words (`int`), right (`float`): written words, and the share of them that is right.
-        nce (`float`): normalised cross-entropy (NIST): 1 is perfect, 0 as good as always saying the share of right words.
+        words (`int`), right (`float`): words of the hypotheses, and the share of them that is right.
+        nce (`float`): normalised cross-entropy (NIST): 1 is perfect, 0 is as good as the share of right words as a
+            constant confidence.
         ece (`float`): expected calibration error over ten bins of equal width (Guo et al. 2017).
-        auroc (`float`): chance that a right word has a higher confidence than a wrong one.
+        auroc (`float`): probability that a right word has a higher confidence than a wrong one.
         error_auprc (`float`): area under the precision-recall curve of finding the wrong words.
     """
 
@@ -49,20 +54,20 @@ class ConfidenceScores:
 
 def right_words(reference: str, words: list[str]) -> np.ndarray:
     """
-    Which of the written `words` are right, `(words,)` of bool: those that an edit-distance alignment finds in `reference`, spelt out
-    or in figures. What holds no letter and no figure is no word, and cannot be wrong.
+    Which of the `words` of a hypothesis are right, `(words,)` of bool: those that an edit-distance alignment finds in
+    `reference`, spelt out or in figures. An item without letters and figures is not a word and always counts as right.
     """
     spoken = np.array([any(char.isalnum() for char in word) for word in words], dtype=bool)
     figures = np.array([any(char.isdigit() for char in word) for word in words], dtype=bool)
     hits = _found(reference, words, normalise)
     if figures.any():
-        # They mean what the reference spells out only after Whisper's normaliser, which makes one number of several words.
+        # Whisper's normaliser turns numbers in words into figures, so that "twenty five" and "25" match.
         hits |= figures & _found(reference, words, whisper_normaliser())
     return ~spoken | hits
 
 
 def _found(reference: str, words: list[str], normaliser) -> np.ndarray:
-    """`(words,)` of bool: whether all parts that a word has after the normaliser, and at least one, are where they belong."""
+    """`(words,)` of bool: whether all parts of a word after the normaliser, and at least one, match the reference."""
     parts = [normaliser(word).split() for word in words]
     flat = [part for group in parts for part in group]
     hits = np.zeros(len(flat), dtype=bool)
@@ -76,13 +81,13 @@ def _found(reference: str, words: list[str], normaliser) -> np.ndarray:
 
 
 def all_right_words(references: list[str], words: list[list[dict]]) -> np.ndarray:
-    """`right_words` of many results one after another, `words` being the `{"word", ...}` of each."""
+    """`right_words` of many results, joined; `words` holds the `{"word", ...}` of each result."""
     each = [right_words(text, [word["word"] for word in result]) for text, result in zip(references, words)]
     return np.concatenate([np.zeros(0, dtype=bool), *each])
 
 
 def calibration_bins(confidences: np.ndarray, right: np.ndarray) -> list[tuple[float, float, int]]:
-    """Mean confidence, share of right words and number of words of each bin of equal width that has any."""
+    """Mean confidence, share of right words and number of words of each bin of equal width that is not empty."""
     number = np.minimum((confidences * BINS).astype(int), BINS - 1)
     return [
         (float(confidences[number == bin].mean()), float(right[number == bin].mean()), int((number == bin).sum()))
@@ -96,11 +101,11 @@ def score_confidences(confidences: np.ndarray, right: np.ndarray) -> ConfidenceS
         confidences: `(words,)` in 0..1; right: `(words,)` of bool.
 
     Raises:
-        ValueError: without both right and wrong words, which the measures need.
+        ValueError: when all words are right or all are wrong; the measures need both.
     """
     if right.all() or not right.any():
         raise ValueError(f"{right.sum()} of {len(right)} words are right; both right and wrong ones are needed")
-    probabilities, share = confidences.clip(1e-6, 1 - 1e-6), right.mean()
+    probabilities, share = confidences.clip(SMALLEST, 1 - SMALLEST), right.mean()
     entropy = -(right * np.log(probabilities) + ~right * np.log(1 - probabilities)).mean()
     baseline = -(share * np.log(share) + (1 - share) * np.log(1 - share))
     ece = sum(count * abs(mean - hit) for mean, hit, count in calibration_bins(confidences, right)) / len(right)
@@ -116,14 +121,14 @@ def score_confidences(confidences: np.ndarray, right: np.ndarray) -> ConfidenceS
 
 def fit_calibration(scores: list[dict], right: np.ndarray) -> dict[str, float]:
     """
-    `config.confidence_calibration` that makes the right words likeliest (logistic regression with all weights kept at 0 or
-    above, so that the map stays monotone).
+    Fit `config.confidence_calibration` by logistic regression with all weights at 0 or above, so that the map is
+    monotone.
 
     Args:
         scores: `word_scores` of transcriptions; right: `(words,)` of bool.
     """
     logits = np.array([probability_logit(score["logprob"]) for score in scores])
-    # Where there is no reader, its weight has nothing to learn from and stays at 0.
+    # Without a reader there is nothing to fit its weight to, so it stays at 0.
     by_reader = np.array([probability_logit(score["reader"]) if "reader" in score else 0.0 for score in scores])
     entropies = np.array([score["entropy"] for score in scores])
     signs = np.where(right, 1.0, -1.0)
@@ -133,6 +138,7 @@ def fit_calibration(scores: list[dict], right: np.ndarray) -> dict[str, float]:
         return np.logaddexp(0, -signs * (scale * logits + reader * by_reader - entropy * entropies + bias)).mean()
 
     bounds = [(0, None), (0, None if by_reader.any() else 0), (0, None), (None, None)]
+    # Starts as the raw logit with a small weight on the entropy; the problem is convex, so the start does not matter.
     fitted = minimize(loss, [1.0, 0.0, 0.1, 0.0], bounds=bounds, method="L-BFGS-B")
     calibration = dict(zip(("scale", "reader", "entropy", "bias"), (round(float(value), 4) for value in fitted.x)))
     if not by_reader.any():
@@ -141,14 +147,16 @@ def fit_calibration(scores: list[dict], right: np.ndarray) -> dict[str, float]:
 
 
 def raw_confidences(scores: list[dict]) -> np.ndarray:
-    """What the probabilities of `word_scores` are as they come: the reader's, or the LLM's where there is no reader, `(words,)`."""
+    """
+    The uncalibrated probabilities in `word_scores`, `(words,)`: the reader's, or the LLM's where there is no reader.
+    """
     return np.exp([score.get("reader", score["logprob"]) for score in scores])
 
 
 def plot_reliability(curves: dict[str, tuple[np.ndarray, np.ndarray]], path: Path):
-    """A reliability diagram as PNG: share of right words against confidence, for each named `(confidences, right)`."""
-    from matplotlib.figure import Figure
-
+    """
+    Write a reliability diagram as PNG: share of right words against confidence, for each named `(confidences, right)`.
+    """
     figure = Figure(figsize=(6, 7), layout="constrained")
     top, bottom = figure.subplots(2, sharex=True, height_ratios=(3, 1))
     top.plot([0, 1], [0, 1], color="0.7", linewidth=1, label="perfect")

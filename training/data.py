@@ -1,4 +1,6 @@
-"""Rows of speech to train or measure on, from manifests, folders, LibriSpeech or `datasets`, through one reader."""
+"""
+Rows of speech to train or evaluate on, from manifests, folders, LibriSpeech or `datasets`, all read by `read_rows`.
+"""
 
 import functools
 import json
@@ -10,15 +12,24 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
+from datasets import Audio, load_dataset
+
+from voxlm_hf.decoding_voxlm import padded_batches
 
 from .augment import Augmentation, misheard, non_speech
 from .text import NORMALISERS
 
 
+# Examples of each reason in a report; a few are enough to recognise a pattern. Chosen by hand, not tuned.
+EXAMPLES = 3
+# Seconds that a row without a known duration is taken to last when batches are made. Chosen by hand, not tuned.
+UNKNOWN_DURATION_S = 10.0
+
+
 @dataclass
 class Row:
     """
-    One recording and what is said in it.
+    One recording and its transcript.
 
     Args:
         id (`str`): unique within its source.
@@ -27,8 +38,10 @@ class Row:
         duration (`float`, *optional*): seconds.
         words (`list[dict]`, *optional*): `{"word", "start", "end"}` in seconds.
         speaker (`str`, *optional*)
-        anchors (`list[dict]`, *optional*): times of some words, with "index", the word's place in the text; to measure by only.
-        place (`tuple[int, int]`): number of its source and its own number there, whoever else is left out.
+        anchors (`list[dict]`, *optional*): times of some words, with "index", the word's place in the text; for
+            evaluation only.
+        place (`tuple[int, int]`): number of its source and its own number there, the same whichever other rows are left
+            out.
     """
 
     id: str
@@ -43,7 +56,7 @@ class Row:
 
 @dataclass
 class Report:
-    """What was left out and why: counts by reason, and the first few examples of each."""
+    """What was left out and why: counts by reason, and the first few examples of each reason."""
 
     kept: int = 0
     left_out: Counter = field(default_factory=Counter)
@@ -52,7 +65,7 @@ class Report:
     def leave_out(self, reason: str, what: str):
         self.left_out[reason] += 1
         self.examples.setdefault(reason, [])
-        if len(self.examples[reason]) < 3:
+        if len(self.examples[reason]) < EXAMPLES:
             self.examples[reason].append(what)
 
     def __str__(self) -> str:
@@ -64,9 +77,10 @@ class Report:
 
 def manifest_rows(path: Path, report: Report) -> Iterator[dict]:
     """
-    Rows of a JSONL manifest: "audio" (relative to it) and "text", optionally "duration", "words", "word_anchors", "speaker", "id".
+    Rows of a JSONL manifest: "audio" (relative to it) and "text", optionally "duration", "words", "word_anchors",
+    "speaker", "id".
 
-    A line that is no JSON object, or lacks a field, is reported and left out.
+    A line that is not a JSON object or lacks a field goes into the report and is left out.
     """
     path = Path(path)
     with path.open() as lines:
@@ -86,7 +100,10 @@ def manifest_rows(path: Path, report: Report) -> Iterator[dict]:
 
 
 def folder_rows(folder: Path, report: Report) -> Iterator[dict]:
-    """Rows of a folder of recordings, each with its transcript beside it: NAME.wav (or .flac, .mp3, .ogg, .opus) and NAME.txt."""
+    """
+    Rows of a folder of recordings, each with its transcript beside it: NAME.wav (or .flac, .mp3, .ogg, .opus) and
+    NAME.txt.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
@@ -122,13 +139,11 @@ def dataset_rows(
     """
     Rows of a `datasets` dataset: a Hub name, a folder of audio, or "parquet" with `data_files`.
 
-    Audio stays as bytes or path until it is needed, so no decoder of `datasets` is asked for.
+    Audio stays as bytes or path until it is needed, so `datasets` needs no audio decoder.
 
     Args:
         **options: for `datasets.load_dataset`.
     """
-    from datasets import Audio, load_dataset
-
     dataset = load_dataset(name, split=split, streaming=streaming, **options)
     columns = dataset.column_names or list(next(iter(dataset)))
     for column in (audio_column, text_column):
@@ -142,7 +157,10 @@ def dataset_rows(
 
 
 def silent_rows(count: int, report: Report, seed: int = 0) -> Iterator[dict]:
-    """Clips without speech, labelled with nothing, so that silence and noise are learnt to mean no words."""
+    """
+    Synthetic clips without speech and with empty transcripts, from which the model learns that silence and noise
+    contain no words.
+    """
     for number in range(count):
         waveform = non_speech(np.random.default_rng([seed, number]))
         yield {"id": f"silent-{seed}-{number}", "audio": waveform, "text": "", "duration": len(waveform) / 16000}
@@ -166,18 +184,19 @@ def read_rows(
     max_characters_per_s: float = 40.0,
 ) -> tuple[list[Row], Report]:
     """
-    All usable rows of some sources, in order.
+    All usable rows of some sources, in order. The default limits were chosen by hand, not tuned.
 
     Args:
         sources: each names its kind and place, `{"manifest": PATH}`, `{"folder": FOLDER}`, `{"librispeech": FOLDER}`,
-            `{"dataset": NAME, ...}` or `{"silence": COUNT}`, with the reader's own options and, for any: "first" and "count" (a slice), "every" (each
-            N-th only), "exclude_speakers" or "only_speakers".
-        normaliser: name in `training.text.NORMALISERS`, applied to transcripts and words.
+            `{"dataset": NAME, ...}` or `{"silence": COUNT}`, with the options of that kind (see the functions in
+            `READERS`) and, for any kind: "first" and "count" (a slice), "every" (only each N-th), "exclude_speakers" or
+            "only_speakers".
+        normaliser: name in `voxlm_training.text.NORMALISERS`, applied to transcripts and words.
         min_s, max_s: shortest and longest recording in seconds; max_characters: longest transcript;
-        max_characters_per_s: more than can be spoken, so text and audio do not belong together.
+        max_characters_per_s: nobody speaks faster, so where the transcript has more, it belongs to other audio.
 
     Returns:
-        the rows, and the report of what was left out.
+        the rows, and a report of what was left out.
 
     Raises:
         ValueError: for a source of an unknown kind.
@@ -186,32 +205,33 @@ def read_rows(
     for source_number, source in enumerate(sources):
         for number, raw in _slice(source, report):
             reason = unusable(raw, min_s, max_s, max_characters, max_characters_per_s)
+            if not reason and raw["text"].strip() and not normalise(raw["text"]):
+                reason = "nothing left of the text after normalisation"
             if reason:
                 report.leave_out(reason, str(raw["id"]))
-                continue
-            words = [{**word, "word": normalise(word["word"])} for word in raw.get("words") or []]
-            text = normalise(raw["text"])
-            if raw["text"].strip() and not text:
-                report.leave_out("nothing left of the text after normalisation", str(raw["id"]))
-                continue
-            rows.append(
-                Row(
-                    id=str(raw["id"]),
-                    audio=raw["audio"],
-                    text=text,
-                    duration=raw.get("duration"),
-                    words=words or None,
-                    speaker=raw.get("speaker"),
-                    anchors=raw.get("word_anchors"),
-                    place=(source_number, number),
-                )
-            )
+            else:
+                rows.append(_make_row(raw, normalise, (source_number, number)))
     report.kept = len(rows)
     return rows, report
 
 
+def _make_row(raw: dict, normalise: Callable[[str], str], place: tuple[int, int]) -> Row:
+    """A usable raw row with its text and words normalised."""
+    words = [{**word, "word": normalise(word["word"])} for word in raw.get("words") or []]
+    return Row(
+        id=str(raw["id"]),
+        audio=raw["audio"],
+        text=normalise(raw["text"]),
+        duration=raw.get("duration"),
+        words=words or None,
+        speaker=raw.get("speaker"),
+        anchors=raw.get("word_anchors"),
+        place=place,
+    )
+
+
 def _slice(source: dict, report: Report) -> Iterator[tuple[int, dict]]:
-    """The rows of one source that its "first", "count", "every" and speaker options leave, each with its number."""
+    """The rows of one source that its "first", "count", "every" and speaker options select, each with its number."""
     options = dict(source)
     kinds = [kind for kind in READERS if kind in options]
     if len(kinds) != 1:
@@ -252,16 +272,16 @@ def unusable(row: dict, min_s, max_s, max_characters, max_characters_per_s) -> s
 
 class SpeechDataset(torch.utils.data.Dataset):
     """
-    Rows ready for [`VoxLMCollator`]: "audio" (augmented waveform) or "states" (from a [`FeatureCache`]), "text", "words" moved
-    with the augmentation.
+    Rows for `VoxLMProcessor.collate`: "audio" (augmented waveform) or "states" (from a [`FeatureCache`]), "text", and "words"
+    with their times in the augmented audio.
 
     Args:
         rows (`list[Row]`), processor ([`VoxLMProcessor`])
-        augmentations (`list[Augmentation]`, *optional*): one for each row; the same in every epoch, so that a cache can hold
-            what the encoder made of it. More variety comes from more copies of the rows.
-        cache ([`FeatureCache`], *optional*), keys (`list[str]`): where the encoder states of each row are.
-        misheard (`float`): share of the words with times that are exchanged for others of the dataset's, the same in every epoch
-            (see `augment.misheard`). Only where the LLM itself is not trained.
+        augmentations (`list[Augmentation]`, *optional*): one for each row; the same in every epoch, so that a cache can
+            hold the encoder states. For more variety, use more copies of the rows.
+        cache ([`FeatureCache`], *optional*), keys (`list[str]`): the cache of encoder states, and each row's key in it.
+        misheard (`float`): share of the words with times that other words of the dataset replace, the same in every
+            epoch (see `augment.misheard`). Only for stages that do not train the LLM.
     """
 
     def __init__(self, rows: list[Row], processor, augmentations=None, cache=None, keys=None, misheard: float = 0.0):
@@ -284,11 +304,11 @@ class SpeechDataset(torch.utils.data.Dataset):
 
     @functools.cached_property
     def lengths(self) -> list[int]:
-        """Encoder frames of each row, about: from the cache, or from its duration."""
+        """Encoder frames of each row: exact from the cache, otherwise estimated from the duration."""
         if self.cache is not None:
             return [self.cache.frames(key) for key in self.keys]
         seconds = [
-            augmentation.move(row.duration or 10.0) + augmentation.tail_s
+            augmentation.move(row.duration or UNKNOWN_DURATION_S) + augmentation.tail_s
             for row, augmentation in zip(self.rows, self.augmentations)
         ]
         return [max(1, round(item / self.processor.frame_s)) for item in seconds]
@@ -308,27 +328,23 @@ class SpeechDataset(torch.utils.data.Dataset):
 
 def length_batches(lengths: dict[int, int], limit: float) -> list[list[int]]:
     """
-    Group items of like length so that each group, padded to its longest, stays within `limit`.
+    Group items of similar length so that each group, padded to its longest, stays within `limit`.
 
     Args:
         lengths: item -> length; limit: in the same unit. An item longer than the limit is a group of its own.
     """
-    batches: list[list[int]] = []
-    for item in sorted(lengths, key=lengths.get):
-        if batches and (len(batches[-1]) + 1) * lengths[item] <= limit:
-            batches[-1].append(item)
-        else:
-            batches.append([item])
-    return batches
+    return list(padded_batches(sorted(lengths, key=lengths.get), lengths.get, limit))
 
 
 class LengthBatchSampler(torch.utils.data.Sampler):
     """
-    Batches of rows of like length, capped by their padded length and not by their number; shuffled anew each epoch.
+    Batches of rows of similar length, limited by their padded length and not by their number; shuffled again in each
+    epoch.
 
     Args:
-        lengths (`list[int]`): of each row; limit (`float`): the most that a batch may add up to, padding included.
-        seed (`int`): of the order. pool (`int`): rows that are sorted among each other.
+        lengths (`list[int]`): of each row; limit (`float`): largest padded length of a whole batch.
+        seed (`int`): of the order. pool (`int`): so many rows of the shuffled order are sorted by length together;
+            chosen by hand, not tuned.
         multiple (`int`): the number of batches is cut to a multiple of this, the number of processes.
     """
 
@@ -337,7 +353,7 @@ class LengthBatchSampler(torch.utils.data.Sampler):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int):
-        """Draw the order of an epoch; called by accelerate's data loader."""
+        """Draw the order of an epoch; accelerate's data loader calls it."""
         rng = np.random.default_rng([self.seed, epoch])
         order = rng.permutation(len(self.lengths)).tolist()
         self.batches = []

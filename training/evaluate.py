@@ -1,10 +1,11 @@
 """
 Score models on recordings: `voxlm-eval --model FOLDER [--reference WHISPER] --manifest FILE --output DIR`.
 
-Word and character error rates are pooled over all words, after the normaliser of Whisper's paper (Radford et al. 2022), as
-the Open ASR Leaderboard has it. Rows with "words" or "word_anchors" in the manifest also score word times, of what was
-transcribed and with the text given; `--aligners` adds other people's forced aligners, `--hard-cases` recordings made harder on the
-spot. Confidences are scored raw and calibrated. Writes results.json, results.md, hypotheses.jsonl and reliability.png.
+Word and character error rates are pooled over all words, after the normaliser of Whisper's paper (Radford et al. 2022),
+as on the Open ASR Leaderboard. Where the manifest has "words" or "word_anchors", word times are scored too, of the
+transcription and with the text given; `--aligners` adds forced aligners of other projects, `--hard-cases` recordings
+made harder. Confidences are scored raw and calibrated. Writes results.json, results.md, hypotheses.jsonl and
+reliability.png.
 """
 
 import argparse
@@ -32,25 +33,30 @@ from .data import Row, read_rows
 from .text import normalise, whisper_normaliser
 
 
-# A text of more than this many times its reference's words is a loop.
+# A text with more than this many times its reference's words counts as a loop. Chosen by hand, not tuned.
 RUNAWAY = 2
+# Longest recording in seconds: an hour, so that a broken duration does not go unnoticed. Chosen by hand, not tuned.
+LONGEST_S = 3600
+# The two conditions that word times are scored in, and the key of each condition's words in the results.
+CONDITIONS = (("transcribed", "words"), ("text given", "given"))
 
 
 @dataclass
 class Scores:
     """
-    What was measured of one model on one set of recordings.
+    Text scores of one model on one set of recordings.
 
     Args:
-        model, data (`str`): what was scored on what.
+        model, data (`str`): names of the model and the data.
         utterances (`int`), hours (`float`), reference_words (`int`): size of the set.
         wer, cer (`float`): pooled errors over reference words and characters.
-        mean_utterance_wer (`float`): the mean of each utterance's WER, as the original VoxLM counts it.
+        mean_utterance_wer (`float`): the mean of the utterances' WERs, as the original VoxLM reports it.
         substitutions, deletions, insertions (`int`)
-        end_of_speech_rate (`float`, *optional*): share of texts that ended by themselves within the token budget; not
-            known of other people's pipelines.
+        end_of_speech_rate (`float`, *optional*): share of texts that ended with eos within the token budget; unknown
+            for transformers' own pipelines.
         runaways (`int`): texts with more than twice the words of their reference.
-        real_time_factor (`float`): seconds of computing per second of audio. machine (`str`): on what.
+        real_time_factor (`float`): seconds of computing per second of audio. machine (`str`): the machine that
+            computed.
     """
 
     model: str
@@ -72,7 +78,8 @@ class Scores:
 
 def score_texts(references: list[str], hypotheses: list[str]) -> dict:
     """
-    The text measures of [`Scores`], and "utterance_errors": errors and reference words of each utterance.
+    The text scores of [`Scores`], and "utterance_errors": the numbers of errors and of reference words of each
+    utterance.
 
     Raises:
         ValueError: when the numbers of texts differ, or no reference has a word.
@@ -81,7 +88,7 @@ def score_texts(references: list[str], hypotheses: list[str]) -> dict:
         raise ValueError(f"{len(references)} references, but {len(hypotheses)} hypotheses")
     normalise = whisper_normaliser()
     pairs = [(normalise(reference), normalise(hypothesis)) for reference, hypothesis in zip(references, hypotheses)]
-    # jiwer refuses empty references; there, all that was written is an insertion.
+    # jiwer refuses empty references; every word of their hypotheses is an insertion.
     spoken = [pair for pair in pairs if pair[0]]
     if not spoken:
         raise ValueError("No reference has a word, so there is no error rate")
@@ -112,16 +119,16 @@ def score_texts(references: list[str], hypotheses: list[str]) -> dict:
 
 def transcribe_rows(model: str, rows: list[Row], batch_size: int, is_reference: bool) -> tuple[list[dict], float]:
     """
-    What a model makes of each row, in order, and the seconds it took. Where rows have known word times, a reference is asked
-    for its own.
+    Transcribe the rows. Where any row has known word times, a reference model is asked for word times too.
 
     Args:
-        model (`str`): folder or Hub id; a VoxLM checkpoint, or with `is_reference` any model of the stock
+        model (`str`): folder or Hub id of a VoxLM checkpoint, or with `is_reference` of any model for transformers'
             `automatic-speech-recognition` pipeline.
 
     Returns:
-        dicts with "text", "words" and, for VoxLM, "truncated", "word_scores" and, where times are known, "given", the words
-        with times that it finds when it is given the reference.
+        for each row a dict with "text", "words" and, for VoxLM, "truncated", "word_scores" and, where times are known,
+        "given": the reference text's words with the times that the model finds for them; and the seconds that
+        transcribing took.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with_times = any(row.words or row.anchors for row in rows)
@@ -133,7 +140,7 @@ def transcribe_rows(model: str, rows: list[Row], batch_size: int, is_reference: 
         def run(files):
             return [dict(result) for result in voxlm.transcribe(files, batch_size=batch_size)]
 
-    # Like lengths share a batch, for every model alike.
+    # Recordings of similar length share a batch, for every model alike.
     order = sorted(range(len(rows)), key=lambda index: rows[index].duration or 0)
     results, seconds = [{}] * len(rows), 0.0
     for first in tqdm(range(0, len(order), batch_size), desc=Path(model).name, unit="batch"):
@@ -150,14 +157,14 @@ def transcribe_rows(model: str, rows: list[Row], batch_size: int, is_reference: 
 
 
 def stock_runner(model: str, device: str, with_times: bool, batch_size: int) -> Callable:
-    """A function from recordings to "text" and "words", by the stock pipeline, greedily and in English."""
+    """A function from recordings to "text" and "words", by transformers' own pipeline, greedily and in English."""
     stock = pipeline("automatic-speech-recognition", model=model, device=device, dtype=torch.float32)
     greedy = {"num_beams": 1, "language": "en", "task": "transcribe"}
     asked = {"return_timestamps": "word"} if with_times else {}
     rate = stock.feature_extractor.sampling_rate
 
     def run(recordings):
-        # Decoded here, as for VoxLM: the stock pipeline needs ffmpeg for files.
+        # Audio files are decoded here, as for VoxLM, because the stock pipeline needs ffmpeg for files.
         clips = [{"raw": waveform_of(recording, rate), "sampling_rate": rate} for recording in recordings]
         outputs = stock(clips, batch_size=batch_size, generate_kwargs=greedy, **asked)
         return [{"text": output["text"], "words": stock_words(output.get("chunks", []))} for output in outputs]
@@ -166,13 +173,13 @@ def stock_runner(model: str, device: str, with_times: bool, batch_size: int) -> 
 
 
 def waveform_of(audio, rate: int) -> np.ndarray:
-    """`(samples,)` float32 at `rate` Hz of any kind of audio; bare arrays have that rate already."""
+    """Audio of any kind as `(samples,)` float32 at `rate` Hz; a bare array must have that rate."""
     samples, source_rate = read_audio(audio)
     return to_waveform(samples, source_rate or rate, rate)
 
 
 def stock_words(chunks: list[dict]) -> list[dict]:
-    """Words as VoxLM writes them, from the chunks of the stock pipeline."""
+    """Words in VoxLM's format from the chunks of the stock pipeline."""
     return [
         {"word": chunk["text"].strip(), "start": chunk["timestamp"][0], "end": chunk["timestamp"][1]}
         for chunk in chunks
@@ -180,17 +187,17 @@ def stock_words(chunks: list[dict]) -> list[dict]:
 
 
 def score_all_times(results: list[tuple], rows: list[Row], data: str) -> list[timing.TimingScores]:
-    """Word-time errors of all models, `results` being what `evaluate` returned of each; none without known times."""
+    """Word-time errors of all models from the `results` of `evaluate` for each; empty where no times are known."""
     scores = []
     for text_scores, utterances in results:
-        for condition, key in (("transcribed", "words"), ("text given", "given")):
+        for condition, key in CONDITIONS:
             words = [item.get(key) or [] for item in utterances]
             scores.append(timing.score_times(rows, words, Path(text_scores.model).name, data, condition))
     return [item for item in scores if item is not None]
 
 
 def score_aligners(model: str, rows: list[Row], data: str) -> list[timing.TimingScores]:
-    """Word-time errors of other people's forced aligners with the text given: PocketSphinx, and the original VoxLM's recipe."""
+    """Word-time errors of PocketSphinx and the original VoxLM's method (see `aligners`), with the text given."""
     voxlm = VoxLMForSpeechSeq2Seq.from_pretrained(model)
     processor = voxlm.get_processor()
     rows = [row for row in rows if timing.known_times(row) and row.duration <= voxlm.config.audio_window_s]
@@ -206,21 +213,21 @@ def score_aligners(model: str, rows: list[Row], data: str) -> list[timing.Timing
 def score_hard_cases(
     models: list[tuple[str, bool]], results: list[tuple], rows: list[Row], data: str, batch_size: int
 ) -> list[hard_cases.Robustness]:
-    """What becomes of the words that each model places right, in recordings made harder; `results` as in `score_all_times`."""
+    """Robustness of each model's right word times in harder recordings; `results` as in `score_all_times`."""
     timed = [number for number, row in enumerate(rows) if timing.known_times(row)]
     plain_rows = [rows[number] for number in timed]
-    conditions, scores = (("transcribed", "words"), ("text given", "given")), []
+    scores = []
     before = [
         {
             key: [timing.word_errors(rows[number], plain[number].get(key) or []) for number in timed]
-            for _, key in conditions
+            for _, key in CONDITIONS
         }
         for _, plain in results
     ]
     for case in hard_cases.hard_cases(plain_rows, lambda audio: waveform_of(audio, hard_cases.SAMPLING_RATE)):
         for (model, stock), errors in zip(models, before):
             harder, _ = transcribe_rows(model, case.rows, batch_size, stock)
-            for condition, key in conditions:
+            for condition, key in CONDITIONS:
                 if key not in harder[0]:
                     continue
                 counts = hard_cases.compare(errors[key], case.rows, [item[key] for item in harder], case)
@@ -229,7 +236,9 @@ def score_hard_cases(
 
 
 def word_confidence_curves(utterances: list[dict]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Confidences "raw" and "calibrated" of all written words, each with which of them are right; empty if all are or none."""
+    """
+    Confidences "raw" and "calibrated" of all words, each with a flag per right word; empty if all or none are right.
+    """
     words = [word for item in utterances for word in item["words"]]
     right = all_right_words([item["reference"] for item in utterances], [item["words"] for item in utterances])
     if right.all() or not right.any():
@@ -239,7 +248,7 @@ def word_confidence_curves(utterances: list[dict]) -> dict[str, tuple[np.ndarray
 
 
 def confidence_markdown(curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> str:
-    """A table of the confidence measures."""
+    """A table of the scores of confidences."""
     lines = ["| confidence | words | right | NCE | ECE | AUROC | AUPRC of errors |", "|---|---|---|---|---|---|---|"]
     for name, (confidences, right) in curves.items():
         scores = score_confidences(confidences, right)
@@ -255,7 +264,8 @@ def evaluate(model: str, rows: list[Row], data: str, batch_size: int = 8, is_ref
     Score one model.
 
     Returns:
-        [`Scores`], and a list of `{"id", "reference", "text", "errors", "words_spoken", ...}` of the utterances.
+        [`Scores`], and for each utterance `{"id", "reference", "errors", "reference_words", ...}` with its result (see
+        `transcribe_rows`).
     """
     results, seconds = transcribe_rows(model, rows, batch_size, is_reference)
     texts = score_texts([row.text for row in rows], [result["text"] for result in results])
@@ -281,9 +291,10 @@ def evaluate(model: str, rows: list[Row], data: str, batch_size: int = 8, is_ref
 
 
 def markdown(all_scores: list[Scores], worst: list[dict]) -> str:
-    """The table that the model card takes over, and the worst utterances of the first model."""
+    """The table of text scores, and the worst utterances of the first model."""
     lines = [
-        "| model | WER | CER | mean utterance WER | sub / del / ins | ended | over twice as long | real-time factor |",
+        "| model | WER | CER | mean utterance WER | sub / del / ins | ended with eos | over twice as long | "
+        "real-time factor |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for scores in all_scores:
@@ -304,58 +315,93 @@ def markdown(all_scores: list[Scores], worst: list[dict]) -> str:
     ]
     lines += [
         f"- {item['id']}: {item['errors']} errors in {item['reference_words']} words. "
-        f"Said: {item['reference']!r}. Written: {item['text']!r}"
+        f"Reference: {item['reference']!r}. Hypothesis: {item['text']!r}"
         for item in worst
     ]
     return "\n".join(lines) + "\n"
 
 
+@dataclass
+class Results:
+    """
+    Everything measured in one run.
+
+    Args:
+        texts (`list[tuple[Scores, list[dict]]]`): what `evaluate` returned for each model.
+        times (`list[timing.TimingScores]`), hard_cases (`list[hard_cases.Robustness]`)
+        curves (`dict`): of the first model, see `word_confidence_curves`.
+    """
+
+    texts: list[tuple[Scores, list[dict]]]
+    times: list[timing.TimingScores]
+    hard_cases: list[hard_cases.Robustness]
+    curves: dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+def report_markdown(results: Results, num_worst: int) -> str:
+    """All tables of a run, and the `num_worst` utterances of the first model with the most errors."""
+    worst = sorted(results.texts[0][1], key=lambda item: -item["errors"])[:num_worst]
+    report = markdown([scores for scores, _ in results.texts], worst)
+    if results.times:
+        report += "\nWord times:\n\n" + timing.markdown(results.times)
+    if results.hard_cases:
+        report += "\nWords with right times, in harder recordings:\n\n" + hard_cases.markdown(results.hard_cases)
+    if results.curves:
+        report += "\nConfidences of the first model's words:\n\n" + confidence_markdown(results.curves)
+    return report
+
+
+def write_results(results: Results, folder: Path, num_worst: int):
+    """Write hypotheses.jsonl, results.md, results.json and, where confidences can be scored, reliability.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "hypotheses.jsonl").open("w") as file:
+        for scores, items in results.texts:
+            for item in items:
+                file.write(json.dumps({"model": scores.model, **item}) + "\n")
+    if results.curves:
+        plot_reliability(results.curves, folder / "reliability.png")
+    (folder / "results.md").write_text(report_markdown(results, num_worst))
+    measured = {
+        "texts": [asdict(scores) for scores, _ in results.texts],
+        "times": [asdict(scores) for scores in results.times],
+        "hard_cases": [asdict(scores) for scores in results.hard_cases],
+        "confidences": {name: asdict(score_confidences(*curve)) for name, curve in results.curves.items()},
+    }
+    (folder / "results.json").write_text(json.dumps(measured, indent=2))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hub id of a VoxLM checkpoint")
-    parser.add_argument("--reference", nargs="*", default=[], help="models of the stock pipeline, scored beside it")
+    parser.add_argument(
+        "--reference", nargs="*", default=[], help="models for transformers' own pipeline, to compare with"
+    )
     parser.add_argument("--manifest", type=Path, required=True)
-    parser.add_argument("--data-name", help="what to call the recordings, by default the manifest's folder")
+    parser.add_argument("--data-name", help="name of the data in the results (default: the manifest's folder)")
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--every", type=int, default=1, help="take every N-th row only")
-    parser.add_argument("--aligners", action="store_true", help="score PocketSphinx and the original's recipe as well")
-    parser.add_argument("--hard-cases", action="store_true", help="score word times in recordings made harder as well")
-    parser.add_argument("--worst", type=int, default=10, help="how many of the worst utterances to list")
+    parser.add_argument("--every", type=int, default=1, help="score only every N-th row")
+    parser.add_argument(
+        "--aligners", action="store_true", help="also score PocketSphinx and the original VoxLM's method"
+    )
+    parser.add_argument("--hard-cases", action="store_true", help="also score word times in recordings made harder")
+    parser.add_argument("--worst", type=int, default=10, help="how many of the utterances with the most errors to list")
     parser.add_argument("--output", type=Path, required=True, help="folder for the results")
     arguments = parser.parse_args()
-    rows, report = read_rows([{"manifest": arguments.manifest, "every": arguments.every}], max_s=3600)
+    rows, report = read_rows([{"manifest": arguments.manifest, "every": arguments.every}], max_s=LONGEST_S)
     print(report)
     data = arguments.data_name or arguments.manifest.resolve().parent.name
     models = [(arguments.model, False), *((reference, True) for reference in arguments.reference)]
     results = [evaluate(model, rows, data, arguments.batch_size, stock) for model, stock in models]
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    with (arguments.output / "hypotheses.jsonl").open("w") as file:
-        for scores, items in results:
-            for item in items:
-                file.write(json.dumps({"model": scores.model, **item}) + "\n")
-    utterances = results[0][1]
-    worst = sorted(utterances, key=lambda item: -item["errors"])[: arguments.worst]
-    table = markdown([scores for scores, _ in results], worst)
-    times, curves = score_all_times(results, rows, data), word_confidence_curves(utterances)
+    measured = Results(
+        texts=results,
+        times=score_all_times(results, rows, data),
+        hard_cases=score_hard_cases(models, results, rows, data, arguments.batch_size) if arguments.hard_cases else [],
+        curves=word_confidence_curves(results[0][1]),
+    )
     if arguments.aligners:
-        times += score_aligners(arguments.model, rows, data)
-    robustness = score_hard_cases(models, results, rows, data, arguments.batch_size) if arguments.hard_cases else []
-    if times:
-        table += "\nWord times:\n\n" + timing.markdown(times)
-    if robustness:
-        table += "\nWords that were right, in recordings made harder:\n\n" + hard_cases.markdown(robustness)
-    if curves:
-        table += "\nConfidences of the first model's words:\n\n" + confidence_markdown(curves)
-        plot_reliability(curves, arguments.output / "reliability.png")
-    (arguments.output / "results.md").write_text(table)
-    measured = {
-        "texts": [asdict(scores) for scores, _ in results],
-        "times": [asdict(scores) for scores in times],
-        "hard_cases": [asdict(scores) for scores in robustness],
-        "confidences": {name: asdict(score_confidences(*curve)) for name, curve in curves.items()},
-    }
-    (arguments.output / "results.json").write_text(json.dumps(measured, indent=2))
-    print(table)
+        measured.times += score_aligners(arguments.model, rows, data)
+    write_results(measured, arguments.output, arguments.worst)
+    print(report_markdown(measured, arguments.worst))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Encoder states of recordings, kept on disk: a frozen encoder needs to see each recording once per augmentation."""
+"""Encoder states of recordings on disk, so that a frozen encoder encodes each augmented recording only once."""
 
 import hashlib
 import os
@@ -16,15 +16,16 @@ from .augment import Augmentation
 from .data import Report, Row, length_batches
 
 
+# What an interrupted run loses at most; more recordings a shard make fewer files. Chosen by hand, not tuned.
 RECORDINGS_PER_SHARD = 256
 
 
 class FeatureCache:
     """
-    Encoder states by key, in a folder of safetensors shards that are only ever added.
+    Encoder states by key, in a folder of safetensors shards; shards are added and never changed.
 
     Args:
-        folder (`Path`): made if it does not exist; several caches may not write to one at a time.
+        folder (`Path`): created if it does not exist; only one process at a time may write to it.
     """
 
     def __init__(self, folder: Path):
@@ -47,11 +48,11 @@ class FeatureCache:
         return self._open[self.files[key]].get_tensor(key).float()
 
     def frames(self, key: str) -> int:
-        """Number of frames under a key, read from the shard's header."""
+        """Number of frames under a key, from the shard's header."""
         return self._open[self.files[key]].get_slice(key).get_shape()[0]
 
     def add(self, states: dict[str, torch.Tensor]):
-        """Write `{key: (frames, audio_size)}` as one new shard in float16, whole or not at all."""
+        """Write `{key: (frames, audio_size)}` as one new shard in float16, either completely or not at all."""
         number = len(list(self.folder.glob("*.safetensors")))
         path, unfinished = self.folder / f"{number:05d}.safetensors", self.folder / f"{number:05d}.unfinished"
         save_file({key: tensor.to(torch.float16).contiguous() for key, tensor in states.items()}, unfinished)
@@ -60,7 +61,7 @@ class FeatureCache:
 
 
 def encoder_key(encoder: torch.nn.Module) -> str:
-    """A name for an encoder by its weights, so that features of another one are never taken for its own."""
+    """A name for an encoder made from its weights, so that encoders never share cached states."""
     digest = hashlib.sha1()
     for name, tensor in sorted(encoder.state_dict().items()):
         digest.update(name.encode())
@@ -69,7 +70,9 @@ def encoder_key(encoder: torch.nn.Module) -> str:
 
 
 def audio_key(audio) -> str:
-    """A name for a recording: of a file its path, size and time of change, of anything else its content."""
+    """
+    A name for a recording, made from a file's path, size and modification time, or from the content of anything else.
+    """
     if isinstance(audio, (str, os.PathLike)):
         status = os.stat(audio)
         content = f"{os.path.realpath(audio)}|{status.st_size}|{status.st_mtime_ns}".encode()
@@ -97,18 +100,36 @@ def encode_missing(
     seconds_per_batch: float = 60.0,
 ) -> list[str | None]:
     """
-    Encode what the cache lacks. Safe to kill: what is in a finished shard is not encoded again.
+    Encode the recordings that the cache lacks. An interrupted run resumes and skips the recordings in finished shards.
 
     Args:
         model ([`VoxLMForSpeechSeq2Seq`]), processor ([`VoxLMProcessor`])
         rows, augmentations: of the same length.
-        report: a recording that cannot be read, or is longer than the window, is put down here.
-        seconds_per_batch: audio that goes through the encoder at once.
+        report: gets the recordings that cannot be read or are longer than the window.
+        seconds_per_batch: audio that the encoder takes at once; chosen by hand, not tuned.
 
     Returns:
         the key of each row, `None` for those that were left out.
     """
-    encoder = encoder_key(model.encoder)
+    keys = _feature_keys(encoder_key(model.encoder), rows, augmentations, report)
+    missing = [number for number, key in enumerate(keys) if key is not None and key not in cache]
+    blocks = range(0, len(missing), RECORDINGS_PER_SHARD)
+    for first in tqdm(blocks, desc="encoding", unit=f"{RECORDINGS_PER_SHARD} clips", disable=not missing):
+        waveforms = {}
+        for number in missing[first : first + RECORDINGS_PER_SHARD]:
+            try:
+                waveforms[number] = _augmented(processor, rows[number], augmentations[number])
+            except (OSError, ValueError) as error:
+                report.leave_out(f"unreadable audio ({type(error).__name__})", f"{rows[number].id}: {error}")
+                keys[number] = None
+        states = _encode(model, processor, waveforms, seconds_per_batch)
+        if states:
+            cache.add({keys[number]: frames for number, frames in states.items()})
+    return keys
+
+
+def _feature_keys(encoder: str, rows: list[Row], augmentations: list[Augmentation], report: Report) -> list[str | None]:
+    """The key of each row, `None` for a recording that cannot be read, which goes into the report."""
     keys: list[str | None] = []
     for row, augmentation in zip(rows, augmentations):
         try:
@@ -116,31 +137,29 @@ def encode_missing(
         except (OSError, ValueError) as error:
             report.leave_out(f"unreadable audio ({type(error).__name__})", f"{row.id}: {error}")
             keys.append(None)
-    missing = [number for number, key in enumerate(keys) if key is not None and key not in cache]
-    blocks = range(0, len(missing), RECORDINGS_PER_SHARD)
-    for first in tqdm(blocks, desc="encoding", unit=f"{RECORDINGS_PER_SHARD} clips", disable=not missing):
-        waveforms = {}
-        for number in missing[first : first + RECORDINGS_PER_SHARD]:
-            try:
-                waveform = augmentations[number](processor.load_audio(rows[number].audio), processor.sampling_rate)
-                if len(waveform) > processor.audio_window_s * processor.sampling_rate:
-                    raise ValueError(
-                        f"{len(waveform) / processor.sampling_rate:.1f} s of audio, more than the window of "
-                        f"{processor.audio_window_s} s"
-                    )
-            except (OSError, ValueError) as error:
-                report.leave_out(f"unreadable audio ({type(error).__name__})", f"{rows[number].id}: {error}")
-                keys[number] = None
-                continue
-            waveforms[number] = waveform
-        states = {}
-        for batch in length_batches(
-            {n: len(w) for n, w in waveforms.items()}, seconds_per_batch * processor.sampling_rate
-        ):
-            inputs, _ = processor._process_audio([waveforms[number] for number in batch])
-            audio = model.get_audio_features(**inputs)
-            for number, frames, mask in zip(batch, audio.last_hidden_state, audio.frame_mask):
-                states[keys[number]] = frames[mask.bool()].cpu()
-        if states:
-            cache.add(states)
     return keys
+
+
+def _augmented(processor, row: Row, augmentation: Augmentation) -> np.ndarray:
+    """
+    The augmented waveform `(samples,)` of a row.
+
+    Raises:
+        OSError, ValueError: when it cannot be read, or is longer than the window.
+    """
+    waveform = augmentation(processor.load_audio(row.audio), processor.sampling_rate)
+    if len(waveform) > processor.audio_window_s * processor.sampling_rate:
+        seconds = len(waveform) / processor.sampling_rate
+        raise ValueError(f"{seconds:.1f} s of audio, more than the window of {processor.audio_window_s} s")
+    return waveform
+
+
+def _encode(model, processor, waveforms: dict[int, np.ndarray], seconds_per_batch: float) -> dict[int, torch.Tensor]:
+    """Encoder states `(frames, audio_size)` of waveforms, by the same numbers, in batches of similar length."""
+    states = {}
+    lengths = {number: len(waveform) for number, waveform in waveforms.items()}
+    for batch in length_batches(lengths, seconds_per_batch * processor.sampling_rate):
+        audio = model.encode_audio(**processor.extract_features([waveforms[number] for number in batch]))
+        for number, frames, mask in zip(batch, audio.last_hidden_state, audio.frame_mask):
+            states[number] = frames[mask.bool()].cpu()
+    return states

@@ -1,6 +1,6 @@
 """
-What word times most often break on, made on the spot from recordings whose times are known: long silence before the speech, pauses
-between words, several utterances in a row, noise.
+Conditions that word times most often fail in, made from recordings whose word times are known: long silence before the
+speech, pauses between words, several utterances in one recording, noise.
 """
 
 from collections.abc import Callable
@@ -14,14 +14,16 @@ from .text import normalise
 from .timing import RIGHT_WITHIN_S, word_errors
 
 
-SAMPLING_RATE = 16000
-# Pauses that are spliced in: how many at most, and how long.
+SAMPLING_RATE = 16000  # of Whisper
+# All of the following, and the cases in AUGMENTED, were chosen by hand, not tuned.
+# Inserted pauses: largest number, and range of lengths in seconds.
 PAUSES, PAUSE_S = 3, (0.3, 1.5)
+# Utterances that are joined to one recording.
 IN_A_ROW = 3
 
 
 def _with_pauses(row: Row, rng: np.random.Generator) -> Augmentation:
-    # Of single words with a time only their own edges are known to be boundaries.
+    # Where only some words have times, their starts are the only known boundaries.
     edges = [word["start"] for word in row.anchors or [] if word["index"]]
     pauses = draw_pauses(word_boundaries(row.words) if row.words else edges, PAUSES, PAUSE_S, rng)
     return Augmentation(pauses=pauses, seed=int(rng.integers(2**31)))
@@ -38,13 +40,13 @@ AUGMENTED: dict[str, Callable[[Row, np.random.Generator], Augmentation]] = {
 @dataclass
 class HardCase:
     """
-    Recordings made harder.
+    Recordings made harder in one way.
 
     Args:
         name (`str`)
-        rows (`list[Row]`): with times moved to where the words are now.
-        origins (`list[list[tuple[int, int]]]`): for each row, from which rows it was made and where in its text they begin, in
-            words.
+        rows (`list[Row]`): with the word times in the harder recording.
+        origins (`list[list[tuple[int, int]]]`): for each row, the numbers of the plain rows it was made from, each with
+            the place of its first word in the harder row's text.
     """
 
     name: str
@@ -54,10 +56,10 @@ class HardCase:
 
 def hard_cases(rows: list[Row], load: Callable, seed: int = 0) -> list[HardCase]:
     """
-    All hard cases of some recordings with known word times.
+    All hard cases made from some recordings with known word times.
 
     Args:
-        load: from a row's audio to `(samples,)` float32 at 16 kHz.
+        load: a function from a row's audio to `(samples,)` float32 at 16 kHz.
     """
     waveforms = [load(row.audio) for row in rows]
     cases = []
@@ -82,7 +84,9 @@ def _moved(row: Row, change: Augmentation, waveform: np.ndarray) -> Row:
 
 
 def _joined(rows: list[Row], waveforms: list[np.ndarray]) -> tuple[Row, list[int]]:
-    """Rows spoken one after another, and the place of each one's first word in the text of all, normalised as timing does."""
+    """
+    Rows joined to one recording, and the place of each row's first word in the joined text, normalised as in `timing`.
+    """
     starts, words, anchors, place, seconds = [], [], [], 0, 0.0
     for row, waveform in zip(rows, waveforms):
         change = Augmentation(lead_s=seconds)
@@ -106,13 +110,13 @@ def _joined(rows: list[Row], waveforms: list[np.ndarray]) -> tuple[Row, list[int
 @dataclass
 class Robustness:
     """
-    What became of the words that were right in the plain recordings.
+    How many of the words with right times in the plain recordings still have right times in a hard case.
 
     Args:
-        model, data, condition, case (`str`): whose words, of what, "transcribed" or "text given", and which hard case.
-        right (`int`): words that were at most 200 ms off, at start and end, in the plain recordings and that the hard case has too.
+        model, data, condition, case (`str`): the model, the data, "transcribed" or "text given", and the hard case.
+        right (`int`): words whose start and end were at most 200 ms off in the plain recordings.
         moved (`int`): of those, words that are more than 200 ms off in the hard case.
-        lost (`int`): of those, words that are not in the text any more.
+        lost (`int`): of those, words that the text of the hard case does not contain.
     """
 
     model: str
@@ -125,7 +129,7 @@ class Robustness:
 
     @property
     def kept(self) -> float:
-        """Share of the words still in the text that stayed within 200 ms."""
+        """Share of the words that are still in the text whose times are still within 200 ms."""
         return 1 - self.moved / max(1, self.right - self.lost)
 
 
@@ -136,7 +140,10 @@ def compare(
     Count right, moved and lost words.
 
     Args:
-        plain: `word_errors` of each plain recording; rows, words: of the hard case, with what a model made of them.
+        plain: `word_errors` of each plain recording; rows: of the hard case; words: a model's result for each of them.
+
+    Returns:
+        the numbers of right, moved and lost words.
     """
     right = moved = lost = 0
     for row, result, origins in zip(rows, words, case.origins):
@@ -158,14 +165,15 @@ def _is_right(error: tuple[float, float]) -> bool:
 
 
 def markdown(scores: list[Robustness]) -> str:
-    """A table of how word times stand hard cases."""
+    """A table of the robustness of word times."""
     lines = [
-        "| model | data | words | case | right without | more than 200 ms off with | kept | not in the text any more |",
+        "| model | data | words | case | right in the plain recordings | more than 200 ms off | kept | "
+        "no longer in the text |",
         "|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {item.model} | {item.data} | {item.condition} | {item.case} | {item.right:,} | {item.moved:,} | {100 * item.kept:.1f} % | "
-        f"{item.lost:,} |"
+        f"| {item.model} | {item.data} | {item.condition} | {item.case} | {item.right:,} | {item.moved:,} | "
+        f"{100 * item.kept:.1f} % | {item.lost:,} |"
         for item in scores
     ]
     return "\n".join(lines) + "\n"

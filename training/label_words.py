@@ -1,22 +1,25 @@
 """
-Word times for training: `python -m training.label_words` adds "words" to a manifest.
+Add word times to a manifest for training: `python -m voxlm_training.label_words MANIFEST OUTPUT --SOURCE ...`.
 
-    --agree MODEL       from a VoxLM checkpoint and PocketSphinx, where the two aligners agree
+    --agree MODEL       times on which a VoxLM checkpoint and PocketSphinx agree
     --teacher MODEL     from the cross-attention of a Whisper model, where its text agrees with the transcript
-    --textgrid FOLDER   from FOLDER/ID.TextGrid, as the Montreal Forced Aligner writes them
-    --ctm FILE          from a CTM file whose recordings are the manifest's ids
-    --original FILE     from timestamps_manifest.json of the original VoxLM, by id
+    --textgrid FOLDER   from FOLDER/ID.TextGrid, for example those of the Montreal Forced Aligner
+    --ctm FILE          from a CTM file that names recordings by the manifest's ids
+    --original FILE     from the original VoxLM's timestamps_manifest.json, by id
 
-Exact times come with synthetic speech (`words` in the manifest that made it). Words are matched to the transcript by alignment
-when they are used, so spelling and punctuation need not agree.
+Manifests of synthetic speech already have exact times in "words". Training matches the words to the transcript by
+alignment, so spelling and punctuation may differ.
 """
 
 import argparse
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import jiwer
+from praatio import textgrid
+from praatio.utilities.errors import PraatioException
 from tqdm import tqdm
 from transformers import pipeline
 
@@ -25,6 +28,11 @@ from voxlm_hf import VoxLMForSpeechSeq2Seq
 from .aligners import agreed_words, sphinx_words
 from .data import Report, manifest_rows
 from .text import normalise
+
+
+# What the Montreal Forced Aligner and Kaldi's recipes write where no word is: silence, short pause, spoken noise,
+# <eps>, <unk>.
+NOT_A_WORD = re.compile(r"<.*>|sil|sp|spn")
 
 
 def read_ctm(path: Path) -> dict[str, list[dict]]:
@@ -43,29 +51,33 @@ def read_ctm(path: Path) -> dict[str, list[dict]]:
 
 def read_textgrid(path: Path, tier: str = "words") -> list[dict]:
     """
-    Words of an interval tier of a Praat TextGrid (long format, as the Montreal Forced Aligner writes), times in seconds.
+    Words of an interval tier of a Praat TextGrid (long or short format, UTF-8 or UTF-16), times in seconds.
+
+    Empty intervals and the Montreal Forced Aligner's marks of silence and noise are left out.
 
     Raises:
-        ValueError: when there is no such tier; those there are, are named.
+        ValueError: when the file is not a valid TextGrid, or has no such tier; the message names those it has.
     """
-    text = Path(path).read_text()
-    tiers = re.split(r"item \[\d+\]:", text)[1:]
-    names = [match[1] if (match := re.search(r'name = "(.*?)"', part)) else "" for part in tiers]
-    if tier not in names:
-        raise ValueError(f"{path} has no tier {tier!r}; its tiers are {', '.join(map(repr, names)) or 'none'}")
-    interval = re.compile(r'xmin = ([\d.]+)\s+xmax = ([\d.]+)\s+text = "((?:[^"]|"")*)"')
+    try:
+        grid = textgrid.openTextgrid(str(path), includeEmptyIntervals=False, duplicateNamesMode="rename")
+    except (PraatioException, IndexError, ValueError) as error:
+        raise ValueError(f"{path} is not a valid TextGrid: {error}") from error
+    if tier not in grid.tierNames:
+        names = ", ".join(map(repr, grid.tierNames)) or "none"
+        raise ValueError(f"{path} has no tier {tier!r}; its tiers are {names}")
     return [
-        {"word": word.replace('""', '"').strip(), "start": float(start), "end": float(end)}
-        for start, end, word in interval.findall(tiers[names.index(tier)])
-        if word.strip() and not re.fullmatch(r"<.*>|sil|sp|spn", word.strip())
+        {"word": interval.label, "start": interval.start, "end": interval.end}
+        for interval in grid.getTier(tier).entries
+        if not NOT_A_WORD.fullmatch(interval.label)
     ]
 
 
 def read_original(path: Path) -> dict[str, list[dict]]:
     """
-    Words of the original VoxLM's `timestamps_manifest.json` (a list of {"id", "timestamps": [{"word", "start", "end"}]}).
+    Words in the original VoxLM's `timestamps_manifest.json` (a list of {"id", "timestamps": [{"word", "start",
+    "end"}]}), by id.
 
-    It writes 0.0 for what its aligner did not know; words without a length are left out.
+    The original gives words that its aligner did not know the times 0.0; words without a duration are left out.
     """
     return {
         str(item["id"]): [
@@ -79,11 +91,12 @@ def read_original(path: Path) -> dict[str, list[dict]]:
 
 def teacher_words(teacher, audio, text: str, max_wer: float = 0.1) -> list[dict] | None:
     """
-    Word times from a Whisper model's cross-attention, or `None` where it heard something else.
+    Word times from a Whisper model's cross-attention, or `None` where its text differs too much from the transcript.
 
     Args:
-        teacher: a stock `automatic-speech-recognition` pipeline over a Whisper model.
-        audio: what the pipeline takes; text: the transcript; max_wer: most word errors of the teacher's text against it.
+        teacher: transformers' `automatic-speech-recognition` pipeline with a Whisper model.
+        audio: anything that the pipeline takes; text: the transcript; max_wer: largest word error rate of the teacher's
+            text; the default was chosen by hand, not tuned.
     """
     output = teacher(audio, return_timestamps="word")
     words = [
@@ -91,19 +104,19 @@ def teacher_words(teacher, audio, text: str, max_wer: float = 0.1) -> list[dict]
         for chunk in output["chunks"]
         if None not in chunk["timestamp"]
     ]
-    reference, heard = normalise(text), normalise(output["text"])
-    if not reference or jiwer.wer(reference, heard) > max_wer:
+    reference, hypothesis = normalise(text), normalise(output["text"])
+    if not reference or jiwer.wer(reference, hypothesis) > max_wer:
         return None
     return words
 
 
 def agreeing_words(model, audio: str, text: str) -> list[dict] | None:
     """
-    Words of a recording on whose start and end the model's alignment head and PocketSphinx agree; those on which they do not have
-    no time, and train nothing.
+    Words of a recording on whose start and end the model's alignment head and PocketSphinx agree. Training ignores the
+    other words, which have no times.
 
     Returns:
-        `{"word", "start", "end"}` in seconds, or `None` where they agree on none.
+        `{"word", "start", "end"}` in seconds, or `None` where the two agree on no word.
     """
     waveform = model.get_processor().load_audio(audio)
     theirs = sphinx_words(waveform, text)
@@ -112,11 +125,32 @@ def agreeing_words(model, audio: str, text: str) -> list[dict] | None:
     return agreed_words(model.align(waveform, normalise(text)).words, theirs) or None
 
 
+def make_source(arguments: argparse.Namespace) -> Callable[[dict], list[dict] | None]:
+    """
+    A function from a row of the manifest to its words with times, or to `None`, from the source that the command line
+    names.
+    """
+    if arguments.agree:
+        model = VoxLMForSpeechSeq2Seq.from_pretrained(arguments.agree)
+        return lambda row: agreeing_words(model, row["audio"], row["text"])
+    if arguments.teacher:
+        teacher = pipeline("automatic-speech-recognition", model=arguments.teacher)
+        return lambda row: teacher_words(teacher, row["audio"], row["text"], arguments.max_wer)
+    if arguments.textgrid:
+        return lambda row: _grid_words(arguments.textgrid / f"{row['id']}.TextGrid")
+    known = read_ctm(arguments.ctm) if arguments.ctm else read_original(arguments.original)
+    return lambda row: known.get(str(row["id"]))
+
+
+def _grid_words(path: Path) -> list[dict] | None:
+    return read_textgrid(path) if path.exists() else None
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("manifest", type=Path)
     parser.add_argument(
-        "output", type=Path, help="the manifest with words; put it beside the other, paths stay as they are"
+        "output", type=Path, help="the manifest with words, in the same folder, because paths in it stay relative"
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--agree", help="folder or Hub id of a VoxLM checkpoint")
@@ -124,28 +158,20 @@ def main():
     source.add_argument("--textgrid", type=Path)
     source.add_argument("--ctm", type=Path)
     source.add_argument("--original", type=Path)
-    parser.add_argument("--max-wer", type=float, default=0.1, help="of the teacher's text against the transcript")
+    parser.add_argument(
+        "--max-wer",
+        type=float,
+        default=0.1,
+        help="skip recordings where the teacher's text has a higher word error rate",
+    )
     arguments = parser.parse_args()
-    if arguments.agree:
-        model = VoxLMForSpeechSeq2Seq.from_pretrained(arguments.agree)
-    elif arguments.teacher:
-        teacher = pipeline("automatic-speech-recognition", model=arguments.teacher)
-    elif not arguments.textgrid:
-        known = read_ctm(arguments.ctm) if arguments.ctm else read_original(arguments.original)
+    words_of = make_source(arguments)
     report = Report()
     with arguments.output.open("w") as file:
         for row in tqdm(list(manifest_rows(arguments.manifest, report)), unit="recording"):
-            if arguments.agree:
-                words = agreeing_words(model, row["audio"], row["text"])
-            elif arguments.teacher:
-                words = teacher_words(teacher, row["audio"], row["text"], arguments.max_wer)
-            elif arguments.textgrid:
-                grid = arguments.textgrid / f"{row['id']}.TextGrid"
-                words = read_textgrid(grid) if grid.exists() else None
-            else:
-                words = known.get(str(row["id"]))
+            words = words_of(row)
             if words is None:
-                report.leave_out("no word times (the row is kept without)", str(row["id"]))
+                report.leave_out("no word times (row kept without them)", str(row["id"]))
             else:
                 row["words"] = words
             row["audio"] = str(Path(row["audio"]).relative_to(arguments.manifest.parent))

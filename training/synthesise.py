@@ -1,12 +1,14 @@
 """
-Read sentences aloud with many free voices, one drawn for each sentence, as a folder of FLAC files and a manifest.
+Synthesise sentences with many free voices, one drawn at random for each sentence, into a folder of FLAC files with a
+manifest.
 
-    python -m training.synthesise SENTENCES.txt OUT [--first N] [--count N] [--seed N] [--workers N] [--engines NAME ...]
+    python -m voxlm_training.synthesise SENTENCES.txt OUT [--first N] [--count N] [--seed N] [--workers N]
+                                        [--engines NAME ...]
 
 Needs Debian's packages flite, festival with festvox-us-slt-hts, festvox-kallpc16k and festvox-kdlpc16k, espeak-ng and
-libttspico-utils (non-free section; its own licence is Apache-2.0). The rate varies by the engine's own duration control,
-pitch and vocal-tract length together by resampling. Festival tells where it put each word; those rows have "words" with exact
-times. Resumable.
+libttspico-utils (non-free section; its own licence is Apache-2.0). The engines' own duration control varies the
+speaking rate, resampling varies pitch and vocal-tract length together. Festival reports the time of each word; its rows
+have "words" with exact times. An interrupted run resumes and skips finished sentences.
 """
 
 import argparse
@@ -25,7 +27,8 @@ from tqdm import tqdm
 from voxlm_hf.audio_voxlm import to_waveform
 
 
-RATE = 16000
+RATE = 16000  # of Whisper
+# The shares, the voices and all ranges below were chosen by hand, not tuned.
 ESPEAK = [f"{accent}+{variant}" for accent in ("en-us", "en-gb") for variant in ("m1", "m3", "m7", "f1", "f2", "f4", "max", "anika", "steph3")]  # fmt: skip
 # engine -> (share of the sentences, its voices)
 VOICES = {
@@ -35,7 +38,13 @@ VOICES = {
     "espeak": (0.12, ESPEAK),
 }
 
-# Speaks into a file and prints one line for each word: the token it was written as, start and end in seconds.
+# Words a minute (-s) that espeak-ng speaks at the average rate. Chosen by hand, not tuned.
+ESPEAK_RATE = 165
+# Seconds after which an engine is taken to hang. Chosen by hand, not tuned.
+HANGS_AFTER_S = 60
+
+# Writes the speech to a file and prints one line for each word: the token of the text it belongs to, start and end in
+# seconds.
 FESTIVAL_SCRIPT = """
 (voice_{voice})
 (Parameter.set 'Duration_Stretch {stretch:.3f})
@@ -50,7 +59,7 @@ FESTIVAL_SCRIPT = """
 
 
 def command(engine: str, voice: str, text: str, stretch: float, wav: Path) -> tuple[list[str], str]:
-    """The command line that speaks `text` into `wav`, `stretch` times as slowly as usual, and its standard input."""
+    """The command that speaks `text` into `wav`, `stretch` times as slowly as by default, and its standard input."""
     if engine == "flite":
         return ["flite", "-voice", voice, "--setf", f"duration_stretch={stretch:.3f}", "-t", text, "-o", str(wav)], ""
     if engine == "pico":
@@ -59,16 +68,16 @@ def command(engine: str, voice: str, text: str, stretch: float, wav: Path) -> tu
     if engine == "festival":
         quoted = text.replace("\\", "").replace('"', "")
         return ["festival", "--pipe"], FESTIVAL_SCRIPT.format(voice=voice, stretch=stretch, text=quoted, wav=wav)
-    return ["espeak-ng", "-v", voice, "-s", str(round(165 / stretch)), "-w", str(wav), "--stdin"], text
+    return ["espeak-ng", "-v", voice, "-s", str(round(ESPEAK_RATE / stretch)), "-w", str(wav), "--stdin"], text
 
 
 def festival_words(printed: str, stretch: float) -> list[dict]:
     """
-    Words from what `FESTIVAL_SCRIPT` printed, `stretch` times as long; a number spoken as several words is one again, and an "'s",
-    which festival holds for a word without sounds, is left to the word before it.
+    Words from the output of `FESTIVAL_SCRIPT`. A number that is spoken as several words becomes one word again, and an
+    "'s", which festival treats as a word without sounds, becomes part of the word before it.
 
     Args:
-        printed: lines of token, start and end in seconds, separated by tabs.
+        printed: lines of token, start and end in seconds, separated by tabs; stretch: factor to multiply the times by.
     """
     words: list[dict] = []
     for line in printed.splitlines():
@@ -85,14 +94,14 @@ def festival_words(printed: str, stretch: float) -> list[dict]:
 
 def speak(text: str, rng: np.random.Generator, engines: list[str]) -> tuple[np.ndarray, str, list[dict] | None]:
     """
-    One sentence by a voice of one of the `engines`, rate and pitch drawn from `rng`.
+    Synthesise one sentence with a voice of one of the `engines`, at a rate and pitch drawn from `rng`.
 
     Returns:
-        the waveform `(samples,)` at 16 kHz, its peak between 0.2 and 0.9, the voice as "engine/voice", and words with times
-        where the engine tells them.
+        the waveform `(samples,)` at 16 kHz, its peak between 0.2 and 0.9, the voice as "engine/voice", and words with
+        times where the engine reports them.
 
     Raises:
-        subprocess.CalledProcessError, ValueError: when the engine fails or writes nothing.
+        subprocess.SubprocessError, ValueError: when the engine fails, hangs or writes no audio.
     """
     shares = np.array([VOICES[engine][0] for engine in engines])
     engine = rng.choice(engines, p=shares / shares.sum())
@@ -101,47 +110,62 @@ def speak(text: str, rng: np.random.Generator, engines: list[str]) -> tuple[np.n
     with tempfile.TemporaryDirectory() as folder:
         wav = Path(folder) / "speech.wav"
         line, stdin = command(engine, voice, text, rate * pitch, wav)
-        printed = subprocess.run(line, input=stdin, text=True, check=True, capture_output=True, timeout=60).stdout
+        printed = subprocess.run(
+            line, input=stdin, text=True, check=True, capture_output=True, timeout=HANGS_AFTER_S
+        ).stdout
         samples, source_rate = soundfile.read(wav, dtype="float32", always_2d=True)
-    # Resampled as if it had been recorded at `pitch` times its rate: higher, and with a shorter vocal tract.
+    # Resampled as if recorded at `pitch` times its rate, which raises the pitch and shortens the vocal tract.
     waveform = to_waveform(samples.T, source_rate, source_rate)
     waveform = soxr.resample(waveform, source_rate * pitch, RATE)
     waveform = rng.uniform(0.2, 0.9) * waveform / max(1e-6, float(np.abs(waveform).max()))
     return waveform, f"{engine}/{voice}", festival_words(printed, 1 / pitch) if engine == "festival" else None
 
 
+def unfinished_sentences(path: Path, manifest: Path, seed: int, first: int, count: int | None) -> list[tuple[int, str]]:
+    """
+    Number and text of `count` lines of a file from `first` on (all without a count), without empty lines and those in
+    the manifest.
+    """
+    done = {json.loads(line)["id"] for line in manifest.open()} if manifest.exists() else set()
+    last = None if count is None else first + count
+    sentences = list(enumerate(line.strip() for line in path.open()))[first:last]
+    return [(number, text) for number, text in sentences if text and sentence_id(seed, number) not in done]
+
+
+def sentence_id(seed: int, number: int) -> str:
+    return f"{seed}-{number:06d}"
+
+
+def make_row(number: int, text: str, output: Path, seed: int, engines: list[str]) -> dict | None:
+    """Synthesise one sentence into `output/audio`; its row for the manifest, or `None` where the engine failed."""
+    name = sentence_id(seed, number)
+    try:
+        waveform, voice, words = speak(text, np.random.default_rng([seed, number]), engines)
+    except (subprocess.SubprocessError, ValueError, soundfile.LibsndfileError) as error:
+        tqdm.write(f"left out: {name}: {error}")
+        return None
+    soundfile.write(output / "audio" / f"{name}.flac", waveform, RATE)
+    duration = round(len(waveform) / RATE, 4)
+    row = {"id": name, "audio": f"audio/{name}.flac", "text": text, "duration": duration, "speaker": voice}
+    return row | ({"words": words} if words else {})
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sentences", type=Path)
-    parser.add_argument("output", type=Path)
-    parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--count", type=int)
+    parser.add_argument("sentences", type=Path, help="a text file with one sentence a line")
+    parser.add_argument("output", type=Path, help="folder for the manifest and the audio")
+    parser.add_argument("--first", type=int, default=0, help="number of the first line to synthesise")
+    parser.add_argument("--count", type=int, help="how many lines to synthesise (default: all)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--engines", nargs="+", choices=list(VOICES), default=list(VOICES), help="those installed")
+    parser.add_argument("--engines", nargs="+", choices=list(VOICES), default=list(VOICES), help="the installed ones")
     arguments = parser.parse_args()
-    (arguments.output / "audio").mkdir(parents=True, exist_ok=True)
-    manifest = arguments.output / "manifest.jsonl"
-    done = {json.loads(line)["id"] for line in manifest.open()} if manifest.exists() else set()
-    last = None if arguments.count is None else arguments.first + arguments.count
-    sentences = list(enumerate(line.strip() for line in arguments.sentences.open()))[arguments.first : last]
-    sentences = [(number, text) for number, text in sentences if text and f"{arguments.seed}-{number:06d}" not in done]
-
-    def make(item):
-        number, text = item
-        name = f"{arguments.seed}-{number:06d}"
-        try:
-            waveform, voice, words = speak(text, np.random.default_rng([arguments.seed, number]), arguments.engines)
-        except (subprocess.SubprocessError, ValueError, soundfile.LibsndfileError) as error:
-            tqdm.write(f"left out: {name}: {error}")
-            return None
-        soundfile.write(arguments.output / "audio" / f"{name}.flac", waveform, RATE)
-        duration = round(len(waveform) / RATE, 4)
-        row = {"id": name, "audio": f"audio/{name}.flac", "text": text, "duration": duration, "speaker": voice}
-        return row | ({"words": words} if words else {})
-
+    output, seed, manifest = arguments.output, arguments.seed, arguments.output / "manifest.jsonl"
+    (output / "audio").mkdir(parents=True, exist_ok=True)
+    sentences = unfinished_sentences(arguments.sentences, manifest, seed, arguments.first, arguments.count)
     with manifest.open("a") as rows, ThreadPoolExecutor(arguments.workers) as pool:
-        for row in tqdm(pool.map(make, sentences), total=len(sentences), unit="sentence"):
+        made = pool.map(lambda item: make_row(*item, output, seed, arguments.engines), sentences)
+        for row in tqdm(made, total=len(sentences), unit="sentence"):
             if row:
                 rows.write(json.dumps(row) + "\n")
 

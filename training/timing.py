@@ -1,36 +1,42 @@
-"""Word-time errors, by the definitions that aligners are compared with (fa-bench, CrisperWhisper, Qwen3-ASR, Rousso et al. 2024)."""
+"""
+Word-time errors, by the definitions used to compare aligners (fa-bench, CrisperWhisper, Qwen3-ASR, Rousso et al. 2024).
+"""
 
 import re
 from dataclasses import dataclass
 
 import numpy as np
 
+from voxlm_hf.words_voxlm import match_words
+
 from .data import Row
-from .text import match_words, normalise
+from .text import normalise
 
 
-# Tolerances of word segmentation in seconds: CrisperWhisper's table has the first, WhisperX's the second.
+# Tolerances of word segmentation in seconds: CrisperWhisper's table uses the first, WhisperX's the second.
 COLLARS_S = (0.05, 0.2)
-# A word this far off is at another place; one that is nearer is right.
+# A word whose start or end is further off is in the wrong place; the same as WhisperX's tolerance.
 RIGHT_WITHIN_S = 0.2
+# Tolerances in ms for which the share of boundaries is reported. Chosen by hand, not tuned.
+WITHIN_MS = (20, 50, 100, 200)
 
 
 @dataclass
 class TimingScores:
     """
-    Errors of word starts and ends against known ones, in milliseconds.
+    Errors of word starts and ends against known times, in milliseconds.
 
     Args:
-        model, data, condition (`str`): what was scored on what, and "transcribed" (words matched to the reference; those it has
-            not leave the average) or "text given".
-        matched, known (`int`): words compared, of those with a known time.
-        mean_ms (`float`): over starts and ends together: word boundary error (fa-bench), and, as all slots are pooled, the
-            accumulated average shift (AAS) of Qwen3-ASR and Granite. start_mean_ms, end_mean_ms, start_bias_ms, end_bias_ms
-            (positive: too late), median_ms, p95_ms (`float`).
+        model, data, condition (`str`): the model, the data, and "transcribed" (words without a counterpart in the
+            reference are not in the averages) or "text given".
+        matched, known (`int`): words compared, and words with a known time.
+        mean_ms (`float`): over starts and ends together: word boundary error (fa-bench), and, since all boundaries are
+            pooled, the accumulated average shift (AAS) of Qwen3-ASR and Granite. start_mean_ms, end_mean_ms,
+            start_bias_ms, end_bias_ms (positive: too late), median_ms, p95_ms (`float`).
         within_20_ms, within_50_ms, within_100_ms, within_200_ms (`float`): shares of boundaries.
-        f1_50_ms, iou_50_ms, f1_200_ms, iou_200_ms (`float`, *optional*): word segmentation at these collars (see `segmentation`);
-            not known where only some words have a time.
-        empty, out_of_order (`int`): words without a length, and words that start before the one before them ends.
+        f1_50_ms, iou_50_ms, f1_200_ms, iou_200_ms (`float`, *optional*): word segmentation at these collars (see
+            `segmentation`); unknown where only some words have a time.
+        empty, out_of_order (`int`): words without a duration, and words that start before the previous word ends.
     """
 
     model: str
@@ -58,9 +64,12 @@ class TimingScores:
 
 
 def known_times(row: Row) -> dict[int, tuple[float, float]]:
-    """Start and end in seconds of the reference's words, by their place in it: of all ("words") or some ("anchors")."""
+    """
+    Known start and end in seconds of the reference's words, by their place in it: of all words ("words") or some
+    ("anchors").
+    """
     if row.anchors:
-        # Some have no place in the text, where its wording is not the aligner's.
+        # An anchor has no place where the text has other words than the aligner's.
         return {item["index"]: (item["start"], item["end"]) for item in row.anchors if item["index"] is not None}
     if not row.words:
         return {}
@@ -75,15 +84,15 @@ def known_times(row: Row) -> dict[int, tuple[float, float]]:
 
 def word_errors(row: Row, words: list[dict]) -> dict[int, tuple[float, float]]:
     """
-    Signed errors (start, end) in seconds of those words that are the same in reference and result, by their place in the
+    Signed errors (start, end) in seconds of the words that reference and result have in common, by their place in the
     reference.
 
     Args:
-        words: `{"word", "start", "end"}` of the result, a start or end of `None` where a system knows none.
+        words: `{"word", "start", "end"}` of the result; a start or end may be `None`.
     """
-    reference, heard = normalise(row.text).split(), [normalise(word["word"]) for word in words]
+    reference, hypothesis = normalise(row.text).split(), [normalise(word["word"]) for word in words]
     known, errors = known_times(row), {}
-    for place, word, text in zip(match_words(reference, heard), words, heard):
+    for place, word, text in zip(match_words(reference, hypothesis), words, hypothesis):
         if place in known and text == reference[place] and None not in (word["start"], word["end"]):
             errors[place] = (word["start"] - known[place][0], word["end"] - known[place][1])
     return errors
@@ -91,14 +100,14 @@ def word_errors(row: Row, words: list[dict]) -> dict[int, tuple[float, float]]:
 
 def segmentation(reference: list[dict], words: list[dict], collar_s: float) -> tuple[int, int, int, list[float]]:
     """
-    Word segmentation as CrisperWhisper's evaluation defines it: a reference word is found when a predicted word that no other has
-    taken is the same, and starts and ends within the collar of it; the first such word is taken, whatever the order.
+    Word segmentation as CrisperWhisper's evaluation defines it: a reference word is found when an unused predicted word
+    is the same and starts and ends within the collar of it; the first such word is used, whatever the order.
 
     Args:
-        reference, words: `{"word", "start", "end"}` in seconds; words are compared in lower case and by their letters alone.
+        reference, words: `{"word", "start", "end"}` in seconds; the comparison is by lower-case letters alone.
 
     Returns:
-        words found, words missed, words too many, and the intersection over union of each word found.
+        the numbers of words found, missed and inserted, and the intersection over union of each word found.
     """
     found, overlaps, free = 0, [], [word for word in words if None not in (word["start"], word["end"])]
     for known in reference:
@@ -119,7 +128,9 @@ def _letters(word: str) -> str:
 
 
 def score_segmentation(rows: list[Row], words: list[list[dict]], collar_s: float) -> tuple[float, float] | None:
-    """F1 and mean intersection over union of all rows together; `None` where not all words of the rows have known times."""
+    """
+    F1 and mean intersection over union, pooled over all rows; `None` unless all words of the rows have known times.
+    """
     if not all(row.words for row in rows if row.text) or not any(row.words for row in rows):
         return None
     counts = [segmentation(row.words or [], result, collar_s) for row, result in zip(rows, words)]
@@ -129,13 +140,11 @@ def score_segmentation(rows: list[Row], words: list[list[dict]], collar_s: float
 
 
 def score_times(rows: list[Row], words: list[list[dict]], model: str, data: str, condition: str) -> TimingScores | None:
-    """
-    Score the words of each row's result; `None` when nothing can be compared.
-    """
+    """Score the words of each row's result; `None` when no word can be compared."""
     errors = [error for row, result in zip(rows, words) for error in word_errors(row, result).values()]
     if not errors:
         return None
-    # To the microsecond: an error of exactly 20 ms is within 20 ms.
+    # Rounded to microseconds, so that an error of exactly 20 ms is within 20 ms.
     signed = (1000 * np.array(errors)).round(3)
     off = np.abs(signed)
     timed = [[word for word in result if None not in (word["start"], word["end"])] for result in words]
@@ -153,7 +162,7 @@ def score_times(rows: list[Row], words: list[list[dict]], model: str, data: str,
         end_bias_ms=float(signed[:, 1].mean()),
         median_ms=float(np.median(off)),
         p95_ms=float(np.percentile(off, 95)),
-        **{f"within_{limit}_ms": float((off <= limit).mean()) for limit in (20, 50, 100, 200)},
+        **{f"within_{limit}_ms": float((off <= limit).mean()) for limit in WITHIN_MS},
         f1_50_ms=f1[0],
         iou_50_ms=iou[0],
         f1_200_ms=f1[1],

@@ -1,21 +1,21 @@
-"""[`VoxLMTrainer`]: what transcription and alignment need beyond transformers' Trainer."""
+"""[`VoxLMTrainer`]: transformers' Trainer with what transcription and alignment need."""
 
 import jiwer
 import numpy as np
 import torch
 from accelerate.utils import DistributedType
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalPrediction
 
-from voxlm_hf.alignment_voxlm import word_times
+from voxlm_hf.decoding_voxlm import pack_inputs, pack_left
+from voxlm_hf.timing_voxlm import word_times
 
 from .data import LengthBatchSampler
 
 
 def trained_share(model) -> str:
-    """A plain summary of what is trained: parameters by part, and their share of all."""
+    """A summary to print: trained parameters of each part of the model, and their share of all."""
     total = sum(parameter.numel() for parameter in model.parameters())
     lines = []
     for name, part in model.named_children():
@@ -28,63 +28,39 @@ def trained_share(model) -> str:
 
 def leave_out_hidden_frames(model, inputs: dict) -> dict:
     """
-    The same batch without the placeholders of frames that the projector's gate hides: a third of the work, the same loss.
+    The same batch without the placeholders of frames that the projector's gate hides from the LLM: a third of the work,
+    the same loss.
 
     Args:
         inputs: of the model's `forward`, with `labels` and `audio_states`.
     """
     audio = model.project(inputs["audio_states"], inputs["audio_states_mask"])
-    keep = audio.audio_embeds_mask.bool() & model.projector.keep(audio.speech_logits)
-    seen = inputs["attention_mask"].bool()
-    placeholders = inputs["input_ids"] == model.config.audio_token_id
-    seen[placeholders] = keep[audio.audio_embeds_mask.bool()]
-    fill = {"input_ids": model.config.pad_token_id, "attention_mask": 0, "labels": -100, "token_words": -100}
-    packed = {
-        name: pad_sequence(
-            [row[flags] for row, flags in zip(inputs[name], seen)],
-            batch_first=True,
-            padding_value=value,
-            padding_side="left",
-        )
-        for name, value in fill.items()
-        if name in inputs
-    }
-    kept = [row[flags] for row, flags in zip(audio.pooler_output, keep)]
-    masks = [torch.ones(len(row), dtype=torch.long, device=row.device) for row in kept]
-    return {
-        **inputs,
-        **packed,
-        "audio_embeds": pad_sequence(kept, batch_first=True),
-        "audio_embeds_mask": pad_sequence(masks, batch_first=True),
-    }
+    columns = {name: (inputs[name], -100) for name in ("labels", "token_words") if name in inputs}
+    return {**inputs, **pack_inputs(model, audio, inputs["input_ids"], inputs["attention_mask"], **columns)}
 
 
 def prompts_alone(inputs: dict, pad_token_id: int) -> dict:
     """`input_ids` and `attention_mask` of a training batch without the answers, padded on the left."""
     is_prompt = inputs["attention_mask"].bool() & (inputs["labels"] == -100)
-    rows = [ids[flags] for ids, flags in zip(inputs["input_ids"], is_prompt)]
-    masks = [torch.ones_like(row) for row in rows]
-    pad = {"batch_first": True, "padding_side": "left"}
-    return {
-        "input_ids": pad_sequence(rows, padding_value=pad_token_id, **pad),
-        "attention_mask": pad_sequence(masks, **pad),
-    }
+    columns = {"input_ids": (inputs["input_ids"], pad_token_id), "attention_mask": (inputs["attention_mask"], 0)}
+    return pack_left(is_prompt, columns)
 
 
 class VoxLMTrainer(Trainer):
     """
-    [`Trainer`] for [`VoxLMForSpeechSeq2Seq`] on a [`SpeechDataset`] with a [`VoxLMCollator`].
+    [`Trainer`] for [`VoxLMForSpeechSeq2Seq`] on a [`SpeechDataset`], collated by its processor.
 
-    Batches are capped by seconds of audio; checkpoints hold only what is trained; evaluation writes the text from the prompt
-    alone and reports WER, CER and the share of texts that end by themselves.
+    Seconds of audio limit the size of a batch; checkpoints hold only what is trained; evaluation generates the text
+    from the prompt alone and reports WER, CER and the share of texts that end with eos.
 
     Args:
         processor ([`VoxLMProcessor`]): of the model.
-        seconds_per_batch (`float`): audio in one batch of one process, padding included; in the place of
+        seconds_per_batch (`float`): audio in one batch of one process, padding included; replaces
             `per_device_train_batch_size`.
-        state_noise (`float`): largest standard deviation of noise on the encoder states while training (each row draws its
-            own), so that the LLM sees the projector err as it does on recordings it was not trained on.
-        max_new_tokens (`int`): budget of a text in evaluation.
+        state_noise (`float`): largest standard deviation of the noise that training adds to the encoder states (each
+            row draws its own), so that the projector makes the errors that it makes on new recordings and the LLM
+            learns to cope with them.
+        max_new_tokens (`int`): token budget of a text in evaluation; the default was chosen by hand, not tuned.
     """
 
     def __init__(self, *args, processor, seconds_per_batch: float, state_noise=0.0, max_new_tokens=200, **kwargs):
@@ -93,7 +69,7 @@ class VoxLMTrainer(Trainer):
         super().__init__(*args, compute_metrics=kwargs.pop("compute_metrics", self.text_metrics), **kwargs)
 
     def train(self, *args, **kwargs):
-        """As [`Trainer.train`], with noise on the encoder states; the model is left without it."""
+        """As [`Trainer.train`], with noise on the encoder states; a trained model adds none."""
         hook = self.model.projector.register_forward_pre_hook(
             lambda projector, inputs: disturb(projector, inputs, self.state_noise)
         )
@@ -103,7 +79,7 @@ class VoxLMTrainer(Trainer):
             hook.remove()
 
     def get_train_dataloader(self) -> DataLoader:
-        """Batches of like length, of at most `seconds_per_batch`."""
+        """Batches of rows of similar length, of at most `seconds_per_batch`."""
         sampler = LengthBatchSampler(
             self.train_dataset.lengths,
             self.seconds_per_batch / self.processor.frame_s,
@@ -121,7 +97,7 @@ class VoxLMTrainer(Trainer):
         return self.accelerator.prepare(loader)
 
     def _save_checkpoint(self, model, trial):
-        """Checkpoints to resume from leave out what is frozen; a model that is saved otherwise is whole."""
+        """As in [`Trainer`], without the frozen weights; `save_model` and `save_pretrained` still save all of them."""
         frozen = [
             name.replace(".base_layer.", ".")
             for name, parameter in self.model.named_parameters(remove_duplicate=False)
@@ -138,7 +114,7 @@ class VoxLMTrainer(Trainer):
         if alone and "audio_states" in inputs and model.projector.gate is not None:
             inputs = leave_out_hidden_frames(model, inputs)
         if model.training:
-            # Logits only where there is text, which stands at the end of every row.
+            # Logits are needed for the text alone, which is at the end of every row.
             first = int((inputs["labels"] != -100).any(0).int().argmax())
             inputs = {**inputs, "logits_to_keep": inputs["labels"].shape[1] - first + 1, "use_cache": False}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
@@ -154,8 +130,8 @@ class VoxLMTrainer(Trainer):
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """
-        Loss of the reference text; the text that the model writes from the prompt alone; and the word-time errors on the
-        reference text.
+        Loss of the reference text; the text that the model generates from the prompt alone; and the word-time errors on
+        the reference text.
         """
         inputs = self._prepare_inputs(inputs)
         loss = self.compute_loss(model, inputs).detach()
@@ -171,8 +147,11 @@ class VoxLMTrainer(Trainer):
 
     def text_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """
-        Pooled word and character error rates and the share of texts that end with eos, of ids padded with -100; mean errors of
-        word starts and ends in milliseconds where times are known.
+        Pooled word and character error rates, and the share of texts that end with eos; mean errors of word starts and
+        ends in milliseconds where times are known.
+
+        Args:
+            prediction: what `prediction_step` returned for all rows, ids padded with -100.
         """
         ids, errors = prediction.predictions
         texts, references = self._decode(ids), self._decode(prediction.label_ids)
@@ -194,7 +173,7 @@ class VoxLMTrainer(Trainer):
 @torch.no_grad()
 def word_time_errors(model, inputs: dict, frame_s: float) -> torch.Tensor:
     """
-    How far the alignment head is off, given the reference text.
+    Errors of the alignment head's word times, given the reference text.
 
     Args:
         inputs: a training batch; frame_s: seconds per encoder frame.
@@ -221,7 +200,9 @@ def word_time_errors(model, inputs: dict, frame_s: float) -> torch.Tensor:
 
 
 def disturb(projector, inputs: tuple, noise: float) -> tuple | None:
-    """Forward pre-hook of the projector: noise on its frames while the model trains."""
+    """
+    Forward pre-hook of the projector: adds noise of up to this standard deviation to its input frames in training mode.
+    """
     frames, *rest = inputs
     if not projector.training or not noise:
         return None

@@ -6,7 +6,7 @@ from .configuration_voxlm import PRESETS, VoxLMConfig
 from .modeling_voxlm import VoxLMForSpeechSeq2Seq
 from .pipeline_voxlm import VoxLMASRPipeline
 from .processing_voxlm import VoxLMProcessor
-from .transcription_voxlm import VoxLMTranscription, transcribe
+from .transcription_voxlm import VoxLMTranscription
 
 
 __version__ = "0.1.0"
@@ -23,5 +23,4 @@ __all__ = [
     "VoxLMForSpeechSeq2Seq",
     "VoxLMProcessor",
     "VoxLMTranscription",
-    "transcribe",
 ]

@@ -1,31 +1,30 @@
 """
-Faster arithmetic on CPUs, for models that are done with training: packed weights (exact) and 8 bits (nearly).
+Faster inference on CPUs, after training: packed weights (exact) and 8 bits (nearly).
 
-One step of a search multiplies a handful of rows with every weight, which a general matrix product does slowly: oneDNN's is up to
-four times as fast where the weights lie in its own order.
+One step of a search multiplies a few rows with every weight, which a general matrix product does slowly: oneDNN's is up to
+four times as fast when the weights lie in its own order.
 """
 
 import warnings
 
 import torch
 from torch import nn
-from transformers.utils import is_peft_available
+
+from .loading_voxlm import merge_lora
 
 
-if is_peft_available():
-    from peft.tuners.lora import LoraLayer
-
-
-# Rows that oneDNN is told to expect; the order it chooses serves others as well.
+# Rows that oneDNN is told to expect; the order it chooses serves others as well. Chosen by hand, a little more than the
+# reader's beams.
 ROWS = 8
-# oneDNN writes code for every number of rows it meets and keeps it, half a megabyte each: more rows than these are multiplied block by
-# block, and filled up to a multiple of these. Above a hundred rows blocks cost no time.
-MOST_ROWS, ROWS_STEP = 128, 16
+# oneDNN generates code for every number of rows that it meets and keeps it, half a megabyte each (400 MB after an hour of
+# audio): more rows than this are multiplied block by block, and padded to a multiple of ROWS_STEP. Above a hundred rows,
+# blocks cost no time.
+MAX_ROWS, ROWS_STEP = 128, 16
 
 
 class PackedLinear(nn.Module):
     """
-    A linear layer in float32 whose weight lies in oneDNN's order; without a gradient.
+    A linear layer in float32 whose weight lies in oneDNN's order; without a gradient. No library offers one for eager mode.
 
     Args:
         linear (`nn.Linear`)
@@ -38,7 +37,7 @@ class PackedLinear(nn.Module):
         self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), ROWS)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        blocks = [self._multiply(rows) for rows in inputs.reshape(-1, self.in_features).split(MOST_ROWS)]
+        blocks = [self._multiply(rows) for rows in inputs.reshape(-1, self.in_features).split(MAX_ROWS)]
         outputs = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
         return outputs.view(*inputs.shape[:-1], self.out_features)
 
@@ -49,82 +48,70 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(rows, self.packed, self.bias, "none", [], "")[:count]
 
 
+class VoxLMInferenceMixin:
+    """Methods that make a model faster on the CPU. It can transcribe and align afterwards, but not be trained, saved or moved."""
+
+    @torch.no_grad()
+    def pack_weights(self):
+        """
+        Fold LoRA into the LLM and put the weights of encoder, LLM and reader into the order in which oneDNN multiplies them
+        fastest, in place. Float32 as before, in about three quarters of the time.
+
+        Returns:
+            the model.
+
+        Raises:
+            ValueError: for a model that is not in float32 on the CPU, a second time, or where torch has no oneDNN.
+        """
+        if not torch.backends.mkldnn.is_available():
+            raise ValueError("This build of torch has no oneDNN, in whose order the weights would be packed")
+        for part in _inference_parts(self):
+            _pack(part)
+        return self
+
+    @torch.no_grad()
+    def quantize_dynamic(self):
+        """
+        Pack the encoder's weights, and quantize the linear layers of LLM and reader to 8 bits in place: weights once,
+        activations on the fly. In less than half the time of plain float32; texts differ a little. The encoder stays in
+        float32: in 8 bits its frames change too much (some to a cosine of 0.3).
+
+        Returns:
+            the model.
+
+        Raises:
+            ValueError: for a model that is not in float32 on the CPU, or a second time.
+        """
+        encoder, *others = _inference_parts(self)
+        if torch.backends.mkldnn.is_available():
+            _pack(encoder)
+        with warnings.catch_warnings():
+            # torch calls this API deprecated in favour of torchao, whose kernels are slower than float32 without a compiler.
+            warnings.simplefilter("ignore")
+            kinds = {nn.Linear: torch.ao.quantization.per_channel_dynamic_qconfig}
+            for part in others:
+                torch.ao.quantization.quantize_dynamic(part, kinds, inplace=True)
+        return self
+
+
 def can_be_packed(model) -> bool:
-    """Whether `pack_weights` takes a model."""
+    """Whether a model's `pack_weights` works here."""
     return _is_float32_on_cpu(model) and torch.backends.mkldnn.is_available()
-
-
-@torch.no_grad()
-def pack_weights(model):
-    """
-    Fold LoRA into the LLM and put the weights of encoder, LLM and reader into the order in which the CPU multiplies them fastest, in
-    place.
-
-    Float32 as before, in about three quarters of the time. The model can transcribe and align afterwards, not be trained, saved or moved.
-
-    Args:
-        model ([`VoxLMForSpeechSeq2Seq`]): in float32, on the CPU.
-
-    Returns:
-        the model.
-
-    Raises:
-        ValueError: on another device, in another dtype, a second time, or where torch has no oneDNN.
-    """
-    if not torch.backends.mkldnn.is_available():
-        raise ValueError("This build of torch has no oneDNN, whose order of weights this is")
-    for part in _parts(model):
-        _pack(part)
-    return model
-
-
-@torch.no_grad()
-def quantize_dynamic(model):
-    """
-    As `pack_weights`, and compute the linear layers of LLM and reader in 8 bits: weights once, activations as they come.
-
-    In less than half the time of plain float32; texts differ a little from its. The encoder stays in float32: in 8 bits its frames change
-    too much.
-
-    Args:
-        model ([`VoxLMForSpeechSeq2Seq`]): in float32, on the CPU.
-
-    Returns:
-        the model.
-
-    Raises:
-        ValueError: on another device, in another dtype, or a second time.
-    """
-    encoder, *others = _parts(model)
-    if torch.backends.mkldnn.is_available():
-        _pack(encoder)
-    with warnings.catch_warnings():
-        # torch calls this API deprecated in favour of torchao, whose kernels are slower than float32 without a compiler.
-        warnings.simplefilter("ignore")
-        kinds = {nn.Linear: torch.ao.quantization.per_channel_dynamic_qconfig}
-        for part in others:
-            torch.ao.quantization.quantize_dynamic(part, kinds, inplace=True)
-    return model
 
 
 def _is_float32_on_cpu(model) -> bool:
     return model.device.type == "cpu" and model.dtype == torch.float32
 
 
-def _parts(model) -> list[nn.Module]:
-    """Encoder, LLM and reader, if there is one, ready for other arithmetic: LoRA folded, the reader's scores by a layer."""
+def _inference_parts(model) -> list[nn.Module]:
+    """Encoder, LLM and reader, if there is one, with LoRA folded in and the reader's output layer as a layer of its own."""
     if model.for_inference_only:
-        raise ValueError(
-            "The weights of this model are packed or in 8 bits already; load it anew for another arithmetic"
-        )
+        raise ValueError("The weights of this model are packed or in 8 bits already; load it anew to change them again")
     if not _is_float32_on_cpu(model):
         raise ValueError(
-            f"This arithmetic is for float32 models on the CPU; this one is {model.dtype} on {model.device}"
+            f"Only float32 models on the CPU can be packed or quantized; this one is {model.dtype} on {model.device}"
         )
-    for name, module in list(model.language_model.named_modules()):
-        if is_peft_available() and isinstance(module, LoraLayer):
-            module.merge()
-            model.language_model.set_submodule(name, module.get_base_layer())
+    merge_lora(model.language_model)
     model.for_inference_only = True
     model.eval()
     if model.reader is None:
@@ -138,5 +125,5 @@ def _parts(model) -> list[nn.Module]:
 def _pack(part: nn.Module):
     """Pack the linear layers of a module in place, one after the other, so that little is in memory twice."""
     for name, module in list(part.named_modules()):
-        if type(module) is nn.Linear:  # subclasses have ways of their own
+        if type(module) is nn.Linear:  # subclasses have their own arithmetic
             part.set_submodule(name, PackedLinear(module))

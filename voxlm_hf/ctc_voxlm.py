@@ -1,9 +1,9 @@
 """
-What the projector's frames say about a text: the CTC score of a prefix, for decoding together with the LLM.
+CTC scores of texts by the projector's frames, for rescoring and for decoding together with the LLM.
 
-Hybrid decoding after Watanabe et al. 2017 ("Hybrid CTC/attention architecture for end-to-end speech recognition"), with the frames that
-a projector with `projector_readout="token_mixture"` reads as tokens of the LLM: it keeps the LLM from leaving out what was said, and
-from going on when nothing more was said.
+Hybrid decoding after Watanabe et al. 2017 ("Hybrid CTC/attention architecture for end-to-end speech recognition"), with the
+frames that a projector with `projector_readout="token_mixture"` scores against the LLM's tokens. CTC keeps the LLM from
+leaving out what was said, and from going on when nothing more was said.
 """
 
 from dataclasses import dataclass
@@ -12,12 +12,14 @@ import numpy as np
 import torch
 
 
-# Frames that carry a token with less than this probability are taken for blanks.
+# Frames that carry a token with a lower probability are taken for blanks. Chosen by hand, far below the gate's threshold.
 TOKEN_FROM = 0.02
-# Tokens that one frame proposes, and tokens that frames and LLM propose, each, at one place of the text.
+# Tokens proposed by one frame, and by all frames and by the LLM for one position of the text. Chosen by hand: likely
+# tokens are among the first few, and each proposal costs a forward recursion over the frames.
 FRAME_TOKENS, PROPOSALS = 4, 20
+# A log-probability of practically zero, but finite.
 IMPOSSIBLE = -1e9
-# In a whole text, a place for anything that may have been said there.
+# In a whole text, a wildcard for anything that may have been said there.
 ANYTHING = -1
 
 
@@ -27,8 +29,8 @@ class CTCFrames:
     The frames of one recording that may carry a token.
 
     Args:
-        queries (`torch.Tensor` of shape `(frames, text_size)`): times a token's embedding, its score.
-        offsets (`torch.Tensor` of shape `(frames,)`): to add to a score for the log-probability.
+        queries (`torch.Tensor` of shape `(frames, text_size)`): their product with a token's embedding is its score.
+        offsets (`torch.Tensor` of shape `(frames,)`): added to a score, they give the log-probability.
         blanks (`np.ndarray` of shape `(frames,)`): log-probabilities of carrying no token.
         best, best_logprobs (`np.ndarray` of shape `(frames, FRAME_TOKENS)`): the likeliest tokens.
     """
@@ -40,17 +42,17 @@ class CTCFrames:
     best_logprobs: np.ndarray
 
     @property
-    def heard(self) -> float:
-        """How much likelier what the frames themselves read is than that they carry nothing, in nats."""
+    def speech_log_odds(self) -> float:
+        """How much likelier each frame's best token is than a blank, summed over the frames where it is, in nats."""
         return float(np.maximum(self.best_logprobs[:, :1].sum(1) - self.blanks, 0).sum())
 
 
-def read_frames(model, audio) -> list[CTCFrames]:
-    """The frames of each recording of a batch ([`VoxLMAudioOutput`])."""
+def ctc_frames(model, audio) -> list[CTCFrames]:
+    """The frames of each recording of a batch ([`VoxLMAudioOutput`] with `ctc_states`)."""
     embeddings = model.get_input_embeddings().weight
-    embeds, gate, mask = model.projector.read(audio.last_hidden_state, audio.frame_mask)
+    scaled, mask = audio.ctc_states * model.projector.log_scale.exp(), audio.audio_embeds_mask.bool()
     rows = []
-    for queries, log_odds, real in zip(embeds * model.projector.log_scale.exp(), gate.float(), mask.bool()):
+    for queries, log_odds, real in zip(scaled, audio.gate_logits.float(), mask):
         kept = real & (log_odds.sigmoid() > TOKEN_FROM)
         queries, log_odds = queries[kept], log_odds[kept]
         scores = (queries @ embeddings.to(queries.dtype).T).float()
@@ -70,11 +72,13 @@ def read_frames(model, audio) -> list[CTCFrames]:
 
 def text_logprobs(frames: CTCFrames, embeddings: torch.Tensor, texts: list[list[int]]) -> list[float]:
     """
-    Log-probabilities, by the frames of one recording, of whole texts.
+    CTC log-probabilities of whole texts, given the frames of one recording.
 
     Args:
+        frames ([`CTCFrames`])
         embeddings (`torch.Tensor` of shape `(vocabulary, text_size)`): of the LLM.
-        texts: token ids of each. `ANYTHING` among them costs nothing and takes up any frames (the star token of Pratap et al. 2022).
+        texts (`list[list[int]]`): token ids of each. `ANYTHING` among them costs nothing and matches any frames (the star
+            token of Pratap et al. 2022).
     """
     tokens = sorted({token for text in texts for token in text if token != ANYTHING})
     place = {token: number for number, token in enumerate(tokens, 1)} | {ANYTHING: len(tokens) + 1}
@@ -95,22 +99,23 @@ def text_logprobs(frames: CTCFrames, embeddings: torch.Tensor, texts: list[list[
 
 class CTCPrefix:
     """
-    A growing text and the probability, by the frames, that the recording begins with it.
+    A growing text and the CTC probability that the recording begins with it.
 
     Args:
-        frames ([`CTCFrames`]); embeddings (`torch.Tensor` of shape `(vocabulary, text_size)`): of the LLM.
+        frames ([`CTCFrames`])
+        embeddings (`torch.Tensor` of shape `(vocabulary, text_size)`): of the LLM.
     """
 
     def __init__(self, frames: CTCFrames, embeddings: torch.Tensor):
         self.frames, self.embeddings = frames, embeddings
-        # Log-probabilities that the frames up to each one spell the text, the last one with a token or with a blank.
+        # Log-probabilities that the frames up to each one spell the text, and that the last one is a token or a blank.
         self.token = np.full(len(frames.blanks), IMPOSSIBLE)
         self.blank = np.cumsum(frames.blanks)
         self.last, self.logprob = None, 0.0
         self.scored: dict[int, tuple] = {}
 
     def proposals(self) -> list[int]:
-        """Tokens that the frames behind the text may carry."""
+        """Tokens that the frames after the text may carry."""
         if not len(self.token):
             return []
         before = np.append(0.0 if self.last is None else IMPOSSIBLE, np.logaddexp(self.token, self.blank)[:-1])
@@ -118,7 +123,7 @@ class CTCPrefix:
         return self.frames.best.ravel()[np.argsort(-likely)[:PROPOSALS]].tolist()
 
     def score(self, tokens: list[int]) -> np.ndarray:
-        """Log-probabilities of each of some tokens coming next, `(tokens,)`."""
+        """Log-probability of each of `tokens` coming next, `(tokens,)`."""
         count, frames = len(tokens), len(self.token)
         if not frames:
             return np.full(count, IMPOSSIBLE)
@@ -148,17 +153,20 @@ class CTCPrefix:
         return float(np.logaddexp(self.token[-1], self.blank[-1])) - self.logprob
 
     def append(self, token: int):
-        """Go on by a token that was scored last."""
+        """Extend the text by a token of the last `score`."""
         self.token, self.blank, self.logprob = self.scored[token]
         self.last = token
 
 
 def choose(logprobs: torch.Tensor, prefix: CTCPrefix, weight: float, stops: set[int]) -> int:
     """
-    The token that LLM and frames together find likeliest, appended to the prefix unless it is a stop token.
+    The likeliest token by LLM and CTC together, appended to the prefix unless it is a stop token.
 
     Args:
-        logprobs (`torch.Tensor` of shape `(vocabulary,)`): of the LLM; weight (`float`): of the frames' log-probabilities.
+        logprobs (`torch.Tensor` of shape `(vocabulary,)`): of the LLM.
+        prefix ([`CTCPrefix`])
+        weight (`float`): of the CTC log-probabilities.
+        stops (`set[int]`): tokens that end a text.
     """
     proposed = {*logprobs.topk(min(PROPOSALS, len(logprobs))).indices.tolist(), *prefix.proposals()}
     tokens = sorted(proposed - stops)

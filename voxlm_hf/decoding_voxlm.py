@@ -1,19 +1,39 @@
-"""Greedy decoding with drafts: the projector's own reading of the audio, checked by the LLM several tokens at a time."""
+"""
+Decoding an encoded batch: prompts, token budgets, greedy decoding with drafts, teacher forcing.
 
+Greedy decoding takes the projector's own CTC text as a draft, of which the LLM checks several tokens in one pass.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache
+from transformers.generation import GenerationMixin
 
-from .ctc_voxlm import CTCPrefix, choose
+from .ctc_voxlm import CTCPrefix, choose, ctc_frames
+from .outputs_voxlm import VoxLMAudioOutput
+from .processing_voxlm import VoxLMProcessor
+from .segmentation_voxlm import AudioSegment
+from .words_voxlm import word_indices
 
 
-# Tokens of the draft that one pass may check; more would often be thrown away.
+# Token budget of a segment. English speech has about 4 tokens a second; generous for fast speech and for scripts that need
+# a token or more per character. Chosen by hand.
+TOKENS_PER_SECOND, MIN_TOKENS = 15, 16
+# With a frame gate the number of visible frames bounds the text more tightly: what is this much longer is a loop. Chosen by
+# hand: most tokens have a frame of their own, since CTC merges repeats.
+TOKENS_PER_VISIBLE_FRAME = 1.25
+# Draft tokens that one pass checks at most; more would often be rejected. Chosen by hand.
 DRAFT_TOKENS_PER_PASS = 24
-# After a word the draft has wrong, it goes on where it says the LLM's last token again, if that is at most so far ahead.
+# After a wrong token the draft continues where it has the LLM's token, if that is at most this far ahead. Chosen by hand.
 DRAFT_LOOKAHEAD = 4
 
-# Options that leave a greedy search as it is, in a saved generation config and as arguments of `transcribe`.
+# Options that leave a greedy search as it is: in a saved generation config, and as arguments of `transcribe`.
 PLAIN_OPTIONS = {"do_sample", "max_new_tokens", "temperature", "top_k", "top_p"}
 PLAIN_FIELDS = {
     *PLAIN_OPTIONS,
@@ -32,60 +52,156 @@ PLAIN_FIELDS = {
 @dataclass
 class DecodedText:
     """
-    Token ids of a batch of recordings and what the LLM thought when it wrote them.
+    The text of one segment, as the LLM decoded or scored it.
 
     Args:
-        ids (`list[list[int]]`): text tokens of each row, without eos.
-        ended (`list[bool]`): whether the row ended with eos and not by its budget.
-        states (`torch.Tensor` of shape `(batch, tokens, text_size)`, *optional*): last hidden state that predicted each token.
-        logprobs (`torch.Tensor` of shape `(batch, tokens)`, *optional*): raw log-probability of each token, in float32.
-        entropies (`torch.Tensor` of shape `(batch, tokens)`, *optional*): of the raw distribution it was drawn from, in nats.
-        written (`list[Written]`, *optional*): where the tokens are not the very text: the text and its words.
+        ids (`list[int]`): the LLM's tokens, without eos.
+        ended (`bool`): whether the text ended with eos and not by its budget.
+        states (`torch.Tensor` of shape `(tokens, text_size)`, *optional*): last hidden states for the alignment head.
+        logprobs (`torch.Tensor` of shape `(tokens,)`, *optional*): raw log-probabilities of the tokens, in float32.
+        entropies (`torch.Tensor` of shape `(tokens,)`, *optional*): of the distributions they were taken from, in nats.
+        text (`str`, *optional*): without white space at either end. Where the reader proposed it, it may be spelt
+            differently from what `ids` decode to.
+        words (`list[str]`, *optional*): of the text, in order.
+        token_words (`np.ndarray` of shape `(tokens,)`, *optional*): index of each token's word, -1 for tokens of no word.
+        mean_logprob (`float`, *optional*): mean log-probability of the tokens, by the model that proposed the text.
+        reader_logprobs (`list[float]`, *optional*): the reader's log-probability of each word, where it proposed the text.
     """
 
-    ids: list[list[int]]
-    ended: list[bool]
+    ids: list[int]
+    ended: bool
     states: torch.Tensor | None = None
     logprobs: torch.Tensor | None = None
     entropies: torch.Tensor | None = None
-    written: list["Written"] | None = None
+    text: str | None = None
+    words: list[str] | None = None
+    token_words: np.ndarray | None = None
+    mean_logprob: float | None = None
+    reader_logprobs: list[float] | None = None
 
 
 @dataclass
-class Written:
+class EncodedBatch:
     """
-    A text that a reader wrote and the LLM has read, in words that both have tokens for.
+    Segments that are encoded and projected, with their prompts.
 
     Args:
-        text (`str`): without white space at its ends.
-        words (`list[str]`): of the text, in order.
-        token_words (`np.ndarray` of shape `(tokens,)`): number of the word that each of the LLM's tokens belongs to.
-        reader_logprobs (`list[float]`): log-probability of each word by the reader.
-        mean_logprob (`float`): of the reader's tokens.
+        segments (`list[AudioSegment]`)
+        prompts (`list[str]`): as `VoxLMProcessor.render_prompt` returns them.
+        input_ids, attention_mask (`torch.LongTensor` of shape `(batch, length)`): the prompts with one placeholder per
+            projected frame, padded on the left.
+        audio ([`VoxLMAudioOutput`])
     """
 
-    text: str
-    words: list[str]
-    token_words: np.ndarray
-    reader_logprobs: list[float]
-    mean_logprob: float
+    segments: list[AudioSegment]
+    prompts: list[str]
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    audio: VoxLMAudioOutput
+
+    @functools.cached_property
+    def visible_frames(self) -> list[int] | None:
+        """Number of frames of each segment that pass the frame gate; `None` for models without one."""
+        return None if self.audio.gate_logits is None else self.audio.visible_mask.sum(-1).tolist()
+
+    def row(self, number: int) -> "EncodedBatch":
+        """One segment by itself, without padding."""
+        audio, kept = self.audio, self.attention_mask[number].bool()
+        frames, projected = audio.frame_mask[number].bool(), audio.audio_embeds_mask[number].bool()
+        masks = {"last_hidden_state": frames, "frame_mask": frames}
+        fields = {
+            name: value[number][masks.get(name, projected)].unsqueeze(0)
+            for name, value in audio.items()
+            if name not in ("hidden_states", "attentions")
+        }
+        return EncodedBatch(
+            [self.segments[number]],
+            [self.prompts[number]],
+            self.input_ids[number][kept].unsqueeze(0),
+            self.attention_mask[number][kept].unsqueeze(0),
+            type(audio)(**fields),
+        )
+
+
+def encode(model, processor: VoxLMProcessor, segments: list[AudioSegment], prompts: list[str]) -> EncodedBatch:
+    """
+    Extract features, encode and project, once.
+
+    Args:
+        model ([`VoxLMForSpeechSeq2Seq`])
+        processor ([`VoxLMProcessor`])
+        segments (`list[AudioSegment]`), prompts (`list[str]`): see [`EncodedBatch`].
+    """
+    features = processor.extract_features([segment.waveform for segment in segments])
+    inputs = processor.prompt_ids(prompts, processor.count_audio_tokens(features))
+    features, inputs = ({name: value.to(model.device) for name, value in part.items()} for part in (features, inputs))
+    return EncodedBatch(segments, prompts, **inputs, audio=model.get_audio_features(**features))
+
+
+def pack_left(visible: torch.Tensor, columns: dict[str, tuple[torch.Tensor, int]]) -> dict[str, torch.Tensor]:
+    """
+    Move the visible positions of each row to its right end, in order, and drop the columns that no row needs.
+
+    Args:
+        visible (`torch.Tensor` of shape `(batch, length)`): of 0 and 1, or of bool.
+        columns (`dict`): name to a tensor of the same shape and the value for its padding.
+    """
+    visible = visible.bool()
+    order = visible.long().argsort(dim=1, stable=True)[:, -max(1, int(visible.sum(1).max())) :]
+    padding = ~visible.gather(1, order)
+    return {name: values.gather(1, order).masked_fill(padding, fill) for name, (values, fill) in columns.items()}
+
+
+def pack_inputs(model, audio: VoxLMAudioOutput, input_ids, attention_mask, **columns) -> dict[str, torch.Tensor]:
+    """
+    `forward`'s inputs without the frames that the gate hides, on which the LLM then spends nothing.
+
+    Args:
+        model ([`VoxLMForSpeechSeq2Seq`])
+        audio ([`VoxLMAudioOutput`])
+        input_ids, attention_mask (`torch.LongTensor` of shape `(batch, length)`)
+        **columns: more tensors of that shape, each with the value for its padding.
+    """
+    visible = model.visible_positions(input_ids, attention_mask, audio)
+    columns |= {"input_ids": (input_ids, model.config.pad_token_id or 0), "attention_mask": (visible, 0)}
+    embeds = {"audio_embeds": audio.pooler_output, "audio_embeds_mask": audio.visible_mask}
+    return {**pack_left(visible, columns), **embeds}
+
+
+def pack_prompt(model, batch: EncodedBatch) -> dict[str, torch.Tensor]:
+    """`pack_inputs` for the prompts of a batch."""
+    return pack_inputs(model, batch.audio, batch.input_ids, batch.attention_mask)
+
+
+def padded_batches(items: Iterable, length_of: Callable, limit: float, size: float = math.inf) -> Iterator[list]:
+    """
+    Items in order, in batches whose number times their greatest length stays within `limit`, of at most `size`. An item longer
+    than the limit is a batch of its own.
+    """
+    batch, longest = [], 0
+    for item in items:
+        longest = max(longest, length_of(item))
+        if batch and (len(batch) == size or longest * (len(batch) + 1) > limit):
+            yield batch
+            batch, longest = [], length_of(item)
+        batch.append(item)
+    if batch:
+        yield batch
+
+
+def token_budgets(batch: EncodedBatch, max_new_tokens: int | None) -> list[int]:
+    """Most tokens that the text of each segment may have: `max_new_tokens`, else a generous bound from the audio."""
+    if max_new_tokens is not None:
+        return [max_new_tokens] * len(batch.segments)
+    if batch.visible_frames is not None:
+        return [int(TOKENS_PER_VISIBLE_FRAME * count) + MIN_TOKENS for count in batch.visible_frames]
+    return [int(TOKENS_PER_SECOND * segment.duration_s) + MIN_TOKENS for segment in batch.segments]
 
 
 def is_plain_greedy(generation_config, options: dict) -> bool:
-    """Whether `generate` with this config and these arguments would be a bare greedy search; `do_sample` is off unless given."""
+    """Whether `generate` with this config and these arguments is a bare greedy search; `do_sample` is off unless given."""
     fields = {key for key in generation_config.to_diff_dict() if not key.startswith("_")}
     return not options.get("do_sample") and set(options) <= PLAIN_OPTIONS and fields <= PLAIN_FIELDS
-
-
-def next_draft(draft: list[int], position: int, token: int) -> int:
-    """
-    Where to go on in the draft after the LLM wrote `token` instead of `draft[position]`.
-
-    Args:
-        draft: tokens the projector reads; position: of the first one that is not used up.
-    """
-    ahead = draft[position : position + DRAFT_LOOKAHEAD]
-    return position + (ahead.index(token) if token in ahead else 0) + 1
 
 
 def stop_tokens(eos_token_id: int | list[int] | None) -> set[int]:
@@ -98,46 +214,120 @@ def token_entropies(logprobs: torch.Tensor) -> torch.Tensor:
     return -(logprobs.exp() * logprobs).sum(-1)
 
 
+def draft_texts(model, processor: VoxLMProcessor, audio) -> list[list[int]]:
+    """The greedy CTC text of each recording in the LLM's own tokenization; empty where frames are not scored as tokens."""
+    # A cache with a sliding window counts tokens that the mask hides, so rejected drafts would push real ones out.
+    sliding = DynamicCache(config=model.config.text_config).is_sliding
+    if audio.tokens is None or any(sliding):
+        return [[] for _ in audio.frame_mask]
+    texts = [processor.text_prefix + processor.decode_text(row[row >= 0]).lstrip() for row in audio.tokens.cpu()]
+    special = processor.special_ids
+    ids = processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [[token for token in row if token not in special] for row in ids]
+
+
+def next_draft(draft: list[int], position: int, token: int) -> int:
+    """
+    Where the draft continues after the LLM chose `token` instead of `draft[position]`.
+
+    Args:
+        draft (`list[int]`): tokens.
+        position (`int`): of the first one that is not used up.
+        token (`int`)
+    """
+    ahead = draft[position : position + DRAFT_LOOKAHEAD]
+    return position + (ahead.index(token) if token in ahead else 0) + 1
+
+
+class _GreedyRow:
+    """One row of `greedy_decode` while its text grows."""
+
+    def __init__(self, budget: int, draft: list[int], prefix: CTCPrefix | None):
+        self.budget, self.draft, self.prefix, self.place = budget, draft, prefix, 0
+        self.ids: list[int] = []
+        self.ended = False
+        self.states, self.logprobs, self.entropies = [], [], []
+
+    @property
+    def finished(self) -> bool:
+        return self.ended or len(self.ids) >= self.budget
+
+    def next_chunk(self) -> list[int]:
+        """The draft tokens that the next pass checks."""
+        room = self.budget - len(self.ids) - 1
+        return [] if self.finished else self.draft[self.place : self.place + min(DRAFT_TOKENS_PER_PASS, room)]
+
+    def advance(self, chunk, likeliest, logprobs, entropies, states, ctc_weight: float, stops: set[int]) -> int:
+        """
+        Accept the tokens of the chunk that the LLM predicts as well, and one token of its own; returns the number of those
+        that agreed.
+
+        Args:
+            chunk (`list[int]`): of `next_chunk`.
+            likeliest (`list[int]`): the LLM's likeliest token at each position.
+            logprobs (`torch.Tensor` of shape `(positions, vocabulary)`), entropies `(positions,)`, states `(positions, size)`:
+                of the pass over the row's last token and the chunk.
+        """
+        chosen: list[int] = []
+        for position in range(len(chunk) + 1):
+            if self.prefix is None:
+                chosen.append(likeliest[position])
+            else:
+                chosen.append(choose(logprobs[position], self.prefix, ctc_weight, stops))
+            if position == len(chunk) or chosen[-1] != chunk[position]:
+                break
+        agreed = len(chosen) - 1
+        # The draft never holds a stop token, so only the LLM's own last token can be one.
+        self.ended = chosen[-1] in stops
+        kept = len(chosen) - self.ended
+        self.ids += chosen[:kept]
+        self.states.append(states[:kept])
+        tokens = torch.tensor(chosen[:kept], dtype=torch.long, device=logprobs.device).unsqueeze(-1)
+        self.logprobs.append(logprobs[:kept].gather(-1, tokens).squeeze(-1))
+        self.entropies.append(entropies[:kept])
+        self.place = next_draft(self.draft, self.place + agreed, chosen[-1])
+        return agreed
+
+    def decoded(self) -> DecodedText:
+        if not self.ids:
+            return DecodedText([], self.ended)
+        parts = (torch.cat(part) for part in (self.states, self.logprobs, self.entropies))
+        return DecodedText(self.ids, self.ended, *parts)
+
+
 @torch.no_grad()
 def greedy_decode(
     model, prompt: dict, budgets: list[int], drafts: list[list[int]], prefixes: list[CTCPrefix] | None = None
-) -> DecodedText:
+) -> list[DecodedText]:
     """
-    The ids of a greedy search, with the LLM's states, in as many passes as the drafts have mistakes (and some more).
+    Greedy search in about as many passes as the drafts have mistakes.
 
     Every pass feeds each row its last token and the next tokens of its draft; those that the LLM predicts as well are
-    accepted, with one token of its own behind them (speculative decoding, Leviathan et al. 2023, with a CTC draft in the
-    place of a small model). The cache is only appended to: rejected tokens stay in it, hidden by the attention mask. With
-    empty drafts it is the ordinary loop, one token a pass.
+    accepted, followed by one token of its own (speculative decoding, Leviathan et al. 2023, with a CTC draft in place of a
+    small model). The cache is only appended to: rejected tokens stay in it, hidden by the attention mask. With empty drafts
+    it is the ordinary loop, one token a pass.
 
     Args:
         model ([`VoxLMForSpeechSeq2Seq`])
-        prompt (`dict`): `input_ids` `(batch, length)` padded on the left, `attention_mask`, `audio_embeds` and
-            `audio_embeds_mask`, as `forward` takes them.
-        budgets (`list[int]`): most tokens of each row; drafts (`list[list[int]]`): guessed text of each row.
-        prefixes (`list[CTCPrefix]`, *optional*): of each row, new; then each token is the one that LLM and frames together, these
-            with `config.ctc_weight`, find likeliest.
+        prompt (`dict`): of `pack_prompt`.
+        budgets (`list[int]`): most tokens of each row.
+        drafts (`list[list[int]]`): proposed text of each row.
+        prefixes (`list[CTCPrefix]`, *optional*): a new one for each row. Each token is then the likeliest by LLM and CTC
+            together, the latter with weight `config.ctc_weight`.
     """
     stops = stop_tokens(model.generation_config.eos_token_id)
     suppressed = model.generation_config.suppress_tokens or []
+    rows = [_GreedyRow(*parts) for parts in zip(budgets, drafts, prefixes or [None] * len(budgets))]
     mask, device = prompt["attention_mask"], prompt["input_ids"].device
-    count = len(budgets)
-    ids, places = [[] for _ in range(count)], [0] * count
-    ended, finished = [False] * count, [budget < 1 for budget in budgets]
-    states, logprobs, entropies = ([[] for _ in range(count)] for _ in range(3))
-    audio = {name: prompt[name] for name in ("audio_embeds", "audio_embeds_mask")}
     pending, cache = prompt["input_ids"], None
-    while not all(finished):
-        chunks = [
-            [] if finished[row] else drafts[row][places[row] : places[row] + min(DRAFT_TOKENS_PER_PASS, room)]
-            for row, room in enumerate(budget - len(done) - 1 for budget, done in zip(budgets, ids))
-        ]
+    audio = {name: prompt[name] for name in ("audio_embeds", "audio_embeds_mask")}
+    while not all(row.finished for row in rows):
+        chunks = [row.next_chunk() for row in rows]
         width = max(map(len, chunks))
-        chunk_ids = pending.new_zeros(count, width)
-        chunk_mask = mask.new_zeros(count, width)
-        for row, chunk in enumerate(chunks):
-            chunk_ids[row, : len(chunk)] = torch.tensor(chunk, dtype=pending.dtype, device=device)
-            chunk_mask[row, : len(chunk)] = 1
+        chunk_ids, chunk_mask = pending.new_zeros(len(rows), width), mask.new_zeros(len(rows), width)
+        for number, chunk in enumerate(chunks):
+            chunk_ids[number, : len(chunk)] = torch.tensor(chunk, dtype=pending.dtype, device=device)
+            chunk_mask[number, : len(chunk)] = 1
         mask = torch.cat([mask, chunk_mask], dim=1)
         output = model(
             input_ids=torch.cat([pending, chunk_ids], dim=1),
@@ -148,48 +338,106 @@ def greedy_decode(
             output_hidden_states=True,
             **audio,
         )
-        cache, hidden = output.past_key_values, output.hidden_states[-1][:, -width - 1 :]
-        raw = output.logits.float().log_softmax(-1)
-        del output  # the logits are as large as the whole model's states
-        entropy = torch.stack([token_entropies(row) for row in raw])  # row by row, for the memory's sake
-        raw[..., suppressed] = -torch.inf
-        likeliest = raw.argmax(-1).tolist()
-        for row in range(count):
-            if finished[row]:
-                continue
-            taken: list[int] = []
-            for position in range(len(chunks[row]) + 1):
-                if prefixes is None:
-                    taken.append(likeliest[row][position])
-                else:
-                    taken.append(choose(raw[row, position], prefixes[row], model.config.ctc_weight, stops))
-                if position == len(chunks[row]) or taken[-1] != chunks[row][position]:
-                    break
-            agreed = len(taken) - 1
-            # The draft never holds a stop token, so only the LLM's own last token can be one.
-            ended[row] = taken[-1] in stops
-            kept = len(taken) - ended[row]
-            ids[row] += taken[:kept]
-            states[row].append(hidden[row, :kept])
-            chosen = torch.tensor(taken[:kept], dtype=torch.long, device=device).unsqueeze(-1)
-            logprobs[row].append(raw[row, :kept].gather(-1, chosen).squeeze(-1))
-            entropies[row].append(entropy[row, :kept])
-            finished[row] = ended[row] or len(ids[row]) >= budgets[row]
-            places[row] = next_draft(drafts[row], places[row] + agreed, taken[-1])
-            mask[row, mask.shape[1] - width + agreed :] = 0
-        # A finished row goes on with a token that nothing sees.
-        pending = torch.tensor([[row[-1] if row else 0] for row in ids], dtype=pending.dtype, device=device)
-        mask = torch.cat([mask, mask.new_tensor([[int(not done)] for done in finished])], dim=1)
-    return DecodedText(
-        ids=ids,
-        ended=ended,
-        states=_pad(
-            [torch.cat(row) if row else torch.zeros(0, model.config.text_config.hidden_size) for row in states]
-        ),
-        logprobs=_pad([torch.cat(row) if row else torch.zeros(0) for row in logprobs]),
-        entropies=_pad([torch.cat(row) if row else torch.zeros(0) for row in entropies]),
+        audio, cache, states = {}, output.past_key_values, output.hidden_states[-1][:, -width - 1 :]
+        logprobs = output.logits.float().log_softmax(-1)
+        del output  # the logits are as large as all hidden states together
+        entropies = torch.stack([token_entropies(row) for row in logprobs])  # row by row, to save memory
+        logprobs[..., suppressed] = -torch.inf
+        likeliest = logprobs.argmax(-1).tolist()
+        for number, row in enumerate(rows):
+            if not row.finished:
+                scores = likeliest[number], logprobs[number], entropies[number], states[number]
+                agreed = row.advance(chunks[number], *scores, model.config.ctc_weight, stops)
+                mask[number, mask.shape[1] - width + agreed :] = 0
+        # A finished row continues with a token that nothing sees.
+        last = [[row.ids[-1] if row.ids else 0] for row in rows]
+        pending = torch.tensor(last, dtype=pending.dtype, device=device)
+        mask = torch.cat([mask, mask.new_tensor([[int(not row.finished)] for row in rows])], dim=1)
+    return [row.decoded() for row in rows]
+
+
+def draft_and_decode(model, processor: VoxLMProcessor, prompt: dict, budgets: list[int], audio) -> list[DecodedText]:
+    """`greedy_decode` with the drafts and, with a `config.ctc_weight`, the CTC scores of the projector."""
+    prefixes = None
+    if model.config.ctc_weight:
+        embeddings = model.get_input_embeddings().weight
+        prefixes = [CTCPrefix(frames, embeddings) for frames in ctc_frames(model, audio)]
+    return greedy_decode(model, prompt, budgets, draft_texts(model, processor, audio), prefixes)
+
+
+def generate_text(model, prompt: dict, budgets: list[int], generate_kwargs: dict) -> list[DecodedText]:
+    """
+    Decode with the library's `generate`, for beams, sampling and whatever else its options ask for.
+
+    The prompt is passed as embeddings, so that penalties on repetition apply to the text alone.
+    """
+    options = {"do_sample": False, **generate_kwargs, "max_new_tokens": max(budgets)}
+    embeds = model.merge_audio(prompt["input_ids"], None, prompt["audio_embeds"], prompt["audio_embeds_mask"])
+    inputs = {"inputs_embeds": embeds, "attention_mask": prompt["attention_mask"], "return_dict_in_generate": True}
+    output = GenerationMixin.generate(
+        model, **inputs, **options
+    )  # the library's own: audio and prompt are merged already
+    # Each row at its own budget, so that its text does not depend on the rest of the batch.
+    stops = stop_tokens(model.generation_config.eos_token_id)
+    return [_until_stop(row[:budget], stops) for row, budget in zip(output.sequences.tolist(), budgets)]
+
+
+def _until_stop(ids: list[int], stops: set[int]) -> DecodedText:
+    """The ids before the first stop token."""
+    ends = [position for position, token in enumerate(ids) if token in stops]
+    return DecodedText(ids[: ends[0]], True) if ends else DecodedText(ids, False)
+
+
+@torch.no_grad()
+def teacher_force(model, prompt: dict, texts: list[DecodedText]):
+    """
+    Fill in the states, log-probabilities and entropies of texts, in place, by one pass over prompts and texts.
+
+    The pass sees the tokens that generation saw, so the states are those of the text that was chosen.
+
+    Args:
+        model ([`VoxLMForSpeechSeq2Seq`])
+        prompt (`dict`): of `pack_prompt`.
+        texts (`list[DecodedText]`): with `ids`, one for each row.
+    """
+    text_ids = pad_ids([text.ids for text in texts], prompt["input_ids"].device)
+    longest = text_ids.shape[1]
+    lengths = torch.tensor([len(text.ids) for text in texts], device=text_ids.device)
+    text_mask = (torch.arange(longest, device=text_ids.device) < lengths.unsqueeze(1)).to(prompt["attention_mask"])
+    output = model(
+        **{
+            **prompt,
+            "input_ids": torch.cat([prompt["input_ids"], text_ids], dim=1),
+            "attention_mask": torch.cat([prompt["attention_mask"], text_mask], dim=1),
+        },
+        output_hidden_states=True,
+        logits_to_keep=longest + 1,
+        use_cache=False,
     )
+    hidden_states = output.hidden_states[-1]
+    states = model.text_states(hidden_states, hidden_states.shape[1] - longest)
+    distributions = output.logits[:, :-1].float().log_softmax(-1)
+    logprobs = distributions.gather(-1, text_ids.unsqueeze(-1)).squeeze(-1)
+    entropies = token_entropies(distributions)
+    for row, text in enumerate(texts):
+        length = len(text.ids)
+        text.states, text.logprobs, text.entropies = (
+            states[row, :length],
+            logprobs[row, :length],
+            entropies[row, :length],
+        )
 
 
-def _pad(rows: list[torch.Tensor]) -> torch.Tensor:
-    return torch.nn.utils.rnn.pad_sequence([row.to(rows[0].device) for row in rows], batch_first=True)
+def split_decoded(processor: VoxLMProcessor, text: DecodedText):
+    """Fill in, in place, the text and words of ids that the LLM decoded; a text of the reader has them already."""
+    if text.text is None:
+        words = processor.split_words(text.ids)
+        text.text = processor.decode_text(text.ids).strip()
+        text.words, text.token_words = [word.text for word in words], word_indices(words, len(text.ids))
+    if text.mean_logprob is None and text.ids and text.logprobs is not None:
+        text.mean_logprob = float(text.logprobs.mean())
+
+
+def pad_ids(rows: list[list[int]], device) -> torch.Tensor:
+    """Token ids of rows of unlike length, `(batch, tokens)`, padded on the right with 0."""
+    return pad_sequence([torch.tensor(ids, dtype=torch.long) for ids in rows], batch_first=True).to(device)

@@ -2,8 +2,6 @@
 
 from transformers import AutomaticSpeechRecognitionPipeline, GenerationConfig
 
-from .transcription_voxlm import transcribe
-
 
 class VoxLMASRPipeline(AutomaticSpeechRecognitionPipeline):
     """
@@ -21,9 +19,11 @@ class VoxLMASRPipeline(AutomaticSpeechRecognitionPipeline):
     _default_generation_config = GenerationConfig()
 
     def __init__(self, model, processor=None, **kwargs):
+        processor = processor or model.get_processor()
         kwargs.setdefault("tokenizer", processor.tokenizer)
         kwargs.setdefault("feature_extractor", processor.feature_extractor)
         super().__init__(model, processor=processor, **kwargs)
+        self.model.processor = processor
         self.type = "voxlm"
 
     def _sanitize_parameters(
@@ -40,8 +40,8 @@ class VoxLMASRPipeline(AutomaticSpeechRecognitionPipeline):
         if return_timestamps not in (None, False, True, "word"):
             raise ValueError(f"`return_timestamps` must be True, False or 'word', got {return_timestamps!r}")
         preprocess = {} if sampling_rate is None else {"sampling_rate": sampling_rate}
-        # Accepted for compatibility: `stride_length_s` (pieces are cut at quiet points and need no overlap) and `truncation`
-        # (which `evaluate`'s evaluator passes to every pipeline; nothing is cut here).
+        # Accepted for compatibility and without effect: `stride_length_s` (segments are split at pauses and need no overlap)
+        # and `truncation` (which `evaluate`'s evaluator passes to every pipeline; no audio is cut off here).
         forward = {"prompt": prompt, "chunk_length_s": chunk_length_s, **(generate_kwargs or {}), **kwargs}
         forward = {name: value for name, value in forward.items() if value is not None}
         postprocess = {} if return_timestamps is None else {"return_timestamps": return_timestamps}
@@ -55,9 +55,7 @@ class VoxLMASRPipeline(AutomaticSpeechRecognitionPipeline):
     def _forward(self, model_inputs, return_timestamps=False, **options):
         audio = model_inputs["audio"]
         batched = isinstance(audio, list)
-        results = transcribe(
-            self.model,
-            self.processor,
+        results = self.model.transcribe(
             audio if batched else [audio],
             return_timestamps=return_timestamps,
             batch_size=len(audio) if batched else 1,
@@ -70,7 +68,7 @@ class VoxLMASRPipeline(AutomaticSpeechRecognitionPipeline):
         return {"is_last": model_inputs["is_last"], "result": outputs if batched else outputs[0]}
 
     def postprocess(self, model_outputs, return_timestamps=False):
-        # One recording is one piece here: `transcribe` does the cutting and joining.
+        # One recording is one item here: `transcribe` splits and joins it.
         (output,) = model_outputs
         result = output["result"]
         if isinstance(result, list):

@@ -1,28 +1,30 @@
-"""VoxLMProcessor: audio and prompt to model inputs, token ids to text and words."""
-
-import unicodedata
-from dataclasses import dataclass
+"""VoxLMProcessor: audio and prompts to model inputs, token ids to text and words."""
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoFeatureExtractor, AutoTokenizer, BatchFeature
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 
-from .audio_voxlm import is_batch, one_for_each, read_audio, to_waveform
+from .audio_voxlm import is_batch, read_audio, to_waveform
+from .collator_voxlm import word_time_targets
+from .words_voxlm import Word, decode_tokens, encode_words, split_words
 
 
 AUDIO_TOKEN, PAD_TOKEN = "<|audio|>", "<|pad|>"
-NO_SPACE_SCRIPTS = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
+# One analysis window of 25 ms (Whisper, Kaldi) is the shortest input that every feature extractor accepts.
+ANALYSIS_WINDOW_S = 0.025
 
 
 def affine_lengths(length_of, limit: int) -> tuple[int, int]:
     """
     Describe a stack of strided convolutions by two integers: `length_of(n) == max(0, (n + offset) // stride)`.
 
-    Every composition of `floor((n + a) / s) + b` has that form, so the processor needs no encoder to count frames.
+    Every composition of `floor((n + a) / s) + b` has that form, so the processor can count frames without an encoder.
 
     Args:
-        length_of: function of a tensor of input lengths; limit: largest length to look at.
+        length_of: function of a tensor of input lengths.
+        limit (`int`): largest length to check.
 
     Raises:
         ValueError: when the function has another form.
@@ -34,20 +36,24 @@ def affine_lengths(length_of, limit: int) -> tuple[int, int]:
     stride = first[1] - first[0]
     offset = stride * (least + 1) - first[0]
     if stride < 1 or not torch.equal(outputs, ((inputs + offset) // max(stride, 1)).clamp(min=0)):
-        raise ValueError("The encoder's number of frames is no affine function of its input length")
+        raise ValueError("The encoder's number of frames is not an affine function of its input length")
     return stride, offset
 
 
-@dataclass
-class Word:
-    """A word of the decoded text and the positions of its tokens in the ids it came from."""
+def one_for_each(prompt: str | list | None, count: int) -> list:
+    """A prompt for each of `count` recordings, from one for all or a list of them.
 
-    text: str
-    tokens: list[int]
+    Raises:
+        ValueError: for a list of another length.
+    """
+    prompts = [prompt] * count if prompt is None or isinstance(prompt, str) else list(prompt)
+    if len(prompts) != count:
+        raise ValueError(f"Got {len(prompts)} prompts for {count} recordings")
+    return prompts
 
 
 class VoxLMProcessorKwargs(ProcessingKwargs, total=False):
-    """What [`VoxLMProcessor`] asks of its parts unless the caller, or the tokenizer as it was saved, says otherwise."""
+    """Defaults for the feature extractor and the tokenizer, unless the caller or the saved tokenizer overrides them."""
 
     _defaults = {
         "text_kwargs": {"padding": True},
@@ -62,14 +68,15 @@ class VoxLMProcessor(ProcessorMixin):
 
     Args:
         feature_extractor: of the audio encoder, of any kind.
-        tokenizer: of the LLM, with the tokens `<|audio|>` and a pad token of its own.
+        tokenizer: of the LLM, with the token `<|audio|>` and a pad token of its own.
         chat_template (`str`, *optional*): Jinja template for `apply_chat_template`.
         prompt (`str`), prompt_template (`str`), audio_window_s (`float`), pad_audio_to_window (`bool`):
             as in [`VoxLMConfig`].
         text_prefix (`str`): what the transcript begins with after the prompt.
         samples_per_feature (`int`): waveform samples per input feature (1 for encoders of raw audio).
         samples_per_frame (`int`): waveform samples per encoder frame.
-        audio_token_stride (`int`), audio_token_offset (`int`): `(features + offset) // stride` placeholders per audio.
+        audio_token_stride (`int`), audio_token_offset (`int`): an audio of `n` input features has
+            `(n + offset) // stride` placeholders.
     """
 
     valid_processor_kwargs = VoxLMProcessorKwargs
@@ -104,7 +111,7 @@ class VoxLMProcessor(ProcessorMixin):
 
     @classmethod
     def from_base_models(cls, audio: str, text: str, **kwargs) -> "VoxLMProcessor":
-        """Processor for two base models, with the tokens added that VoxLM needs: `<|audio|>`, and a pad that is not eos."""
+        """Processor for two base models. Adds the tokens VoxLM needs: `<|audio|>`, and a pad token that is not eos."""
         feature_extractor = AutoFeatureExtractor.from_pretrained(audio)
         tokenizer = AutoTokenizer.from_pretrained(text)
         tokenizer.add_special_tokens({"additional_special_tokens": [AUDIO_TOKEN]}, replace_extra_special_tokens=False)
@@ -115,7 +122,7 @@ class VoxLMProcessor(ProcessorMixin):
         return cls(feature_extractor, tokenizer, **kwargs)
 
     def configure(self, model) -> "VoxLMProcessor":
-        """Take over what the model knows: prompt, window, and the frame rates, measured on its feature extractor and encoder."""
+        """Copy prompt and window from a model's config and derive the frame rates from its encoder; returns `self`."""
         config = model.config
         self.prompt, self.prompt_template = config.prompt, config.prompt_template
         self.audio_window_s, self.pad_audio_to_window = config.audio_window_s, config.pad_audio_to_window
@@ -128,9 +135,18 @@ class VoxLMProcessor(ProcessorMixin):
         self.samples_per_frame = self.audio_token_stride * self.samples_per_feature // config.projector_stride
         return self
 
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """[`ProcessorMixin.save_pretrained`]; the code travels along, and no file names a folder of this machine."""
+        self._auto_class = (
+            "AutoProcessor"  # of the instance: the class itself is remote code only where it came as such
+        )
+        for name in ("is_local", "local_files_only", "name_or_path"):
+            self.tokenizer.init_kwargs.pop(name, None)
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
     @property
     def sampling_rate(self) -> int:
-        """Rate in Hz that the encoder works at."""
+        """Sampling rate of the encoder, in Hz."""
         return self.feature_extractor.sampling_rate
 
     @property
@@ -145,7 +161,7 @@ class VoxLMProcessor(ProcessorMixin):
 
     @property
     def special_ids(self) -> set[int]:
-        """Ids of tokens that are control and no text."""
+        """Ids of control tokens, which are not text."""
         return {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
 
     @property
@@ -155,7 +171,7 @@ class VoxLMProcessor(ProcessorMixin):
 
     @property
     def _time_axis(self) -> int:
-        # Whisper's extractor alone gives (mels, time); the others (time, features) or (samples,).
+        # Whisper's extractor alone returns (mels, time); the others return (time, features) or (samples,).
         return 1 if "Whisper" in type(self.feature_extractor).__name__ else 0
 
     @property
@@ -164,10 +180,10 @@ class VoxLMProcessor(ProcessorMixin):
 
     def load_audio(self, audio, sampling_rate: int | None = None) -> np.ndarray:
         """
-        Any supported kind of audio (see `read_audio`) as a mono float32 waveform at the encoder's rate.
+        Any supported kind of audio (see `read_audio`) as a mono float32 waveform `(samples,)` at the encoder's rate.
 
         Args:
-            sampling_rate (`int`, *optional*): rate of bare arrays, by default the encoder's.
+            sampling_rate (`int`, *optional*): rate of bare arrays in Hz, by default the encoder's.
         """
         samples, rate = read_audio(audio, sampling_rate)
         return to_waveform(samples, self.sampling_rate if rate is None else rate, self.sampling_rate)
@@ -183,8 +199,47 @@ class VoxLMProcessor(ProcessorMixin):
             raise ValueError("No audio was given: the list is empty")
         return [self.load_audio(item, sampling_rate) for item in items]
 
+    def extract_features(self, waveforms: list[np.ndarray]) -> dict[str, torch.Tensor]:
+        """
+        The encoder's inputs for waveforms at its rate: features padded to the longest of them, and their mask.
+
+        Raises:
+            ValueError: for audio that is longer than the model's window, or too short for one projected frame.
+        """
+        window = round(self.audio_window_s * self.sampling_rate)
+        features = []
+        for waveform in waveforms:
+            if len(waveform) > window:
+                raise ValueError(
+                    f"The audio is {len(waveform) / self.sampling_rate:.1f} s long, the model's window is "
+                    f"{self.audio_window_s} s; use `model.transcribe`, which splits long audio at pauses"
+                )
+            if self.pad_audio_to_window:
+                waveform = np.pad(waveform, (0, window - len(waveform)))
+            features.append(self._extract_or_raise(waveform))
+        lengths = [clip.shape[self._time_axis] for clip in features]
+        padded, mask = [], torch.zeros(len(features), max(lengths), dtype=torch.long)
+        for row, (clip, length) in enumerate(zip(features, lengths)):
+            widths = [(0, 0)] * clip.ndim
+            widths[self._time_axis] = (0, max(lengths) - length)
+            padded.append(np.pad(clip, widths))
+            mask[row, :length] = 1
+        return {self.feature_name: torch.from_numpy(np.stack(padded)), f"{self.feature_name}_mask": mask}
+
+    def _extract_or_raise(self, waveform: np.ndarray) -> np.ndarray:
+        """`_extract`, checked to give at least one projected frame."""
+        if len(waveform) >= ANALYSIS_WINDOW_S * self.sampling_rate:
+            clip = self._extract(waveform)
+            if self.num_audio_tokens(clip.shape[self._time_axis]) >= 1:
+                return clip
+        missing = (self.audio_token_stride - self.audio_token_offset) * self.samples_per_feature
+        shortest = max(ANALYSIS_WINDOW_S, missing / self.sampling_rate)
+        raise ValueError(
+            f"The audio is {len(waveform) / self.sampling_rate:.3f} s long; at least {shortest:.3f} s are needed"
+        )
+
     def _extract(self, waveform: np.ndarray) -> np.ndarray:
-        """Features of one clip at its own length: padding in the extractor would change the last frames."""
+        """Features of one clip at its own length: padding inside the extractor would change the last frames."""
         output = self.feature_extractor(
             waveform,
             sampling_rate=self.sampling_rate,
@@ -201,45 +256,22 @@ class VoxLMProcessor(ProcessorMixin):
         return features[:, :length] if self._time_axis == 1 else features[:length]
 
     def _process_audio(self, audio: list[np.ndarray], **kwargs):
-        """Waveforms to padded features with a mask, and the placeholder text of each."""
-        window = round(self.audio_window_s * self.sampling_rate)
-        features = []
-        for waveform in audio:
-            if len(waveform) > window:
-                raise ValueError(
-                    f"The audio is {len(waveform) / self.sampling_rate:.1f} s long, the model's window {self.audio_window_s} s; "
-                    "use `model.transcribe`, which cuts long audio at quiet points"
-                )
-            if self.pad_audio_to_window:
-                waveform = np.pad(waveform, (0, window - len(waveform)))
-            # One analysis window is the least that every extractor can take.
-            clip = self._extract(waveform) if len(waveform) >= 0.025 * self.sampling_rate else None
-            length = 0 if clip is None else clip.shape[self._time_axis]
-            if self.num_audio_tokens(length) < 1:
-                missing = (self.audio_token_stride - self.audio_token_offset) * self.samples_per_feature
-                shortest = max(0.025, missing / self.sampling_rate)
-                raise ValueError(
-                    f"The audio is {len(waveform) / self.sampling_rate:.3f} s long; at least {shortest:.3f} s are needed"
-                )
-            features.append(clip)
-        lengths = [clip.shape[self._time_axis] for clip in features]
-        padded, mask = [], torch.zeros(len(features), max(lengths), dtype=torch.long)
-        for row, (clip, length) in enumerate(zip(features, lengths)):
-            widths = [(0, 0)] * clip.ndim
-            widths[self._time_axis] = (0, max(lengths) - length)
-            padded.append(np.pad(clip, widths))
-            mask[row, :length] = 1
-        inputs = {self.feature_name: torch.from_numpy(np.stack(padded)), f"{self.feature_name}_mask": mask}
-        return inputs, [self.audio_token * self.num_audio_tokens(length) for length in lengths]
+        """[`ProcessorMixin`]'s hook: the encoder's inputs, and the placeholders of each audio."""
+        features = self.extract_features(audio)
+        return features, [self.audio_token * count for count in self.count_audio_tokens(features)]
 
     def check_length(self, num_samples: int):
-        """Raise a `ValueError` for audio of so few samples that the encoder makes no frame of it."""
+        """Raise a `ValueError` when audio of so many samples is too short for one projected frame."""
         if num_samples < self.sampling_rate:
-            self._process_audio([np.zeros(num_samples, dtype=np.float32)])
+            self.extract_features([np.zeros(num_samples, dtype=np.float32)])
 
     def num_audio_tokens(self, num_features: int) -> int:
-        """Placeholders for an audio of `num_features` input features (or samples)."""
+        """Number of placeholders for an audio of `num_features` input features (or samples)."""
         return max(0, (num_features + self.audio_token_offset) // self.audio_token_stride)
+
+    def count_audio_tokens(self, features: dict[str, torch.Tensor]) -> list[int]:
+        """Number of placeholders for each row of `extract_features`."""
+        return [self.num_audio_tokens(length) for length in features[f"{self.feature_name}_mask"].sum(-1).tolist()]
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         if audio is not None:
@@ -262,19 +294,20 @@ class VoxLMProcessor(ProcessorMixin):
     def __call__(self, text=None, audio=None, **kwargs) -> BatchFeature:
         r"""
         Args:
-            text (`str` or `list[str]`): prompts with one `<|audio|>` each, which becomes one placeholder per frame.
+            text (`str` or `list[str]`): prompts with one `<|audio|>` each, which becomes one placeholder per projected
+                frame.
             audio: one or many recordings, of any kind `read_audio` takes.
-            sampling_rate (`int`, *optional*): of bare arrays, by default the encoder's.
+            sampling_rate (`int`, *optional*): rate of bare arrays in Hz, by default the encoder's.
 
         Returns:
-            [`BatchFeature`] with `input_ids`, `attention_mask` (padded on the left unless `padding_side` says otherwise) and
-            `input_features` (or `input_values`) with its mask, as torch tensors unless `return_tensors` says otherwise.
+            [`BatchFeature`] with `input_ids`, `attention_mask` (padded on the left unless `padding_side` is given) and
+            `input_features` (or `input_values`) with its mask, as torch tensors unless `return_tensors` is given.
         """
         if text is not None and isinstance(text, (list, tuple)) and not text:
             raise ValueError("`text` is an empty list")
         text_kwargs = dict(kwargs.pop("text_kwargs", {}))
         if "padding_side" not in kwargs:
-            # No default of the class: the side the tokenizer was saved with would win over it.
+            # Not a default of the class: the side that the tokenizer was saved with would override it.
             text_kwargs.setdefault("padding_side", "left")
         return super().__call__(text=text, audio=audio, text_kwargs=text_kwargs, **kwargs)
 
@@ -286,7 +319,7 @@ class VoxLMProcessor(ProcessorMixin):
             prompt (`str`, *optional*): instruction or context for the LLM; by default the one used in training.
 
         Raises:
-            ValueError: when the prompt holds a special token, which would be taken for control, not text.
+            ValueError: when the prompt contains a special token, which would be taken as control and not as text.
         """
         prompt = self.prompt if prompt is None else prompt
         if not isinstance(prompt, str):
@@ -294,40 +327,58 @@ class VoxLMProcessor(ProcessorMixin):
         specials = [token for token in self.tokenizer.all_special_tokens if token in prompt]
         if specials:
             raise ValueError(
-                f"The prompt holds the special token {specials[0]!r}, which would be read as control; remove it"
+                f"The prompt contains the special token {specials[0]!r}, which the model would take as control; remove it"
             )
         before, after = self.prompt_template.split("{audio}")
         return before.replace("{prompt}", prompt) + self.audio_token + after.replace("{prompt}", prompt)
 
     def apply_transcription_request(self, audio, prompt=None, text=None, sampling_rate=None) -> BatchFeature:
         """
-        Model inputs for transcribing one or many recordings, or, with `text`, for training on them.
+        Model inputs for transcribing one or many recordings or, with `text`, for training on them.
 
         Args:
             audio: one or many recordings, of any kind `read_audio` takes.
-            prompt (`str` or `list`, *optional*): instruction or context for all, or one for each; `None` is the config's.
-            text (`str` or `list[str]`, *optional*): the reference transcripts; adds `labels`, which are -100 on the prompt and
-                the padding, and end with eos.
-            sampling_rate (`int`, *optional*): of bare arrays.
+            prompt (`str` or `list`, *optional*): instruction or context for all recordings, or a list with one for
+                each; `None` stands for the trained prompt.
+            text (`str` or `list[str]`, *optional*): the reference transcripts. Adds `labels`, which are -100 on prompt
+                and padding and end with eos.
+            sampling_rate (`int`, *optional*): rate of bare arrays in Hz.
 
         Returns:
             [`BatchFeature`] of torch tensors, padded on the left.
         """
         waveforms = self.load_batch(audio, sampling_rate)
-        prompts = one_for_each(prompt, len(waveforms))
+        prompts = [self.render_prompt(item) for item in one_for_each(prompt, len(waveforms))]
         texts = [text] if isinstance(text, str) else text
         if texts is not None and len(texts) != len(waveforms):
             raise ValueError(f"Got {len(texts)} texts for {len(waveforms)} recordings")
-        rendered = [self.render_prompt(item) for item in prompts]
+        features = self.extract_features(waveforms)
+        counts = self.count_audio_tokens(features)
         if texts is None:
-            return self(text=rendered, audio=waveforms)
-        inputs, replacements = self._process_audio(waveforms)
-        rows = [prompt.replace(self.audio_token, audio) for prompt, audio in zip(rendered, replacements)]
-        return BatchFeature({**self.training_ids(rows, texts), **inputs})
+            return BatchFeature({**self.prompt_ids(prompts, counts), **features})
+        return BatchFeature({**self.training_ids(prompts, counts, texts), **features})
 
-    def training_ids(self, prompts: list[str], texts: list[str]) -> dict[str, torch.Tensor]:
-        """`input_ids`, `attention_mask`, `labels`, padded on the left, from expanded prompts and reference texts."""
-        prompt_ids = self.tokenizer(prompts)["input_ids"]
+    def prompt_ids(self, prompts: list[str], audio_tokens: list[int]) -> dict[str, torch.Tensor]:
+        """
+        `input_ids` and `attention_mask` of prompts, padded on the left.
+
+        Args:
+            prompts (`list[str]`): of `render_prompt`.
+            audio_tokens (`list[int]`): number of placeholders of each.
+        """
+        padding = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+        encoded = self.tokenizer(self._expand(prompts, audio_tokens), **padding)
+        return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+
+    def training_ids(self, prompts: list[str], audio_tokens: list[int], texts: list[str]) -> dict[str, torch.Tensor]:
+        """
+        `input_ids`, `attention_mask` and `labels` of prompts with their answers, padded on the left.
+
+        Args:
+            prompts, audio_tokens: as in `prompt_ids`.
+            texts (`list[str]`): the reference transcripts.
+        """
+        prompt_ids = self.tokenizer(self._expand(prompts, audio_tokens))["input_ids"]
         text_ids = self.tokenizer([self.text_prefix + text for text in texts], add_special_tokens=False)["input_ids"]
         rows = [(prompt, text + [self.tokenizer.eos_token_id]) for prompt, text in zip(prompt_ids, text_ids)]
         longest = max(len(prompt) + len(text) for prompt, text in rows)
@@ -339,116 +390,58 @@ class VoxLMProcessor(ProcessorMixin):
             output["labels"].append([-100] * (padding + len(prompt)) + text)
         return {name: torch.tensor(values) for name, values in output.items()}
 
-    def decode_text(self, token_ids) -> str:
-        """The text of some token ids: no special tokens, spaces untouched."""
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def _expand(self, prompts: list[str], audio_tokens: list[int]) -> list[str]:
+        """Prompts with one placeholder per projected frame."""
+        return [
+            prompt.replace(self.audio_token, self.audio_token * count) for prompt, count in zip(prompts, audio_tokens)
+        ]
 
-    def split_words(self, token_ids) -> list[Word]:
+    def collate(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         """
-        The words of a sequence of token ids, each with the positions of its tokens.
+        Data collator for [`Trainer`] (with `remove_unused_columns=False`): rows of speech to a padded batch.
 
-        Words end at white space; in scripts that write none (Chinese, Japanese, Thai, ...) they end where a token ends.
-        Punctuation belongs to the word before it. Characters split over several tokens are kept whole, special tokens
-        belong to no word.
-        """
-        special = self.special_ids
-        kept = [(position, int(token)) for position, token in enumerate(token_ids) if int(token) not in special]
-        ids = [token for _, token in kept]
-        full = self.decode_text(ids)
-        # Tokens and the end of the text they complete; a token that ends inside a character waits for the next ones.
-        units, waiting, start = [], [], 0
-        for count, (position, _) in enumerate(kept, 1):
-            waiting.append(position)
-            prefix = self.decode_text(ids[:count])
-            if full.startswith(prefix) and len(prefix) > start or count == len(kept):
-                end = len(full) if count == len(kept) else len(prefix)
-                units.append((full[start:end], waiting))
-                waiting, start = [], end
-        words: list[Word] = []
-        open_word = False
-        for text, tokens in units:
-            for piece_number, piece in enumerate(_split_keeping_spaces(text)):
-                positions = tokens if piece_number == 0 else tokens[-1:]
-                if piece.isspace():
-                    open_word = False
-                elif open_word and not _starts_new_word(words[-1].text, piece):
-                    words[-1].text += piece
-                    words[-1].tokens.extend(position for position in positions if position not in words[-1].tokens)
-                else:
-                    words.append(Word(piece, list(positions)))
-                    open_word = True
-        return words
-
-    def encode_words(self, text: str, words: list[str], written: list[str]) -> tuple[list[int], np.ndarray]:
-        """
-        Token ids of `text` with its `words` written as `written`, as the answer to a prompt begins, and `(tokens,)` the number of
-        the word that each token belongs to.
+        The prompt is the trained one.
 
         Args:
-            text (`str`): holds the words in order; what is between them stays only where it is white space.
+            rows (`list[dict]`): each with "text" and one of "audio" (any kind `read_audio` takes) and "states" (encoder
+                states `(frames, audio_size)`). With "words", a list of `{"word", "start", "end"}` in seconds, the
+                alignment head learns too; that needs rapidfuzz.
+
+        Returns:
+            `input_ids`, `attention_mask` and `labels` of shape `(batch, length)`, the audio as the encoder's inputs or as
+            `audio_states` with their mask and, when a row has words, `token_words`, `word_times` and `frame_times`; see
+            the model's `forward`.
         """
-        if not words:
-            return [], np.zeros(0, dtype=int)
-        answer, ends, position = self.text_prefix, [], 0
-        for word, new in zip(words, written):
-            place = text.index(word, position)
-            answer += "".join(char for char in text[position:place] if char.isspace()) + new
-            ends.append(len(answer))
-            position = place + len(word)
-        encoded = self.tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)
-        # A token belongs to the word in which its last character lies; one of white space alone to the word after it.
-        places = np.searchsorted(ends, [max(end, 1) for _, end in encoded["offset_mapping"]])
-        return encoded["input_ids"], np.minimum(places, len(words) - 1)
-
-
-def plain_words(words: list[str]) -> list[str]:
-    """
-    Words as a model writes them that knows no capitals, punctuation and hyphens: in lower case, without punctuation and symbols at
-    their ends. Words of nothing else stay as they are.
-    """
-    plain = []
-    for word in words:
-        kept = [index for index, char in enumerate(word) if unicodedata.category(char)[0] not in "PS"]
-        bare = word[kept[0] : kept[-1] + 1].lower() if kept else word
-        plain.append(bare.replace("-", " ").replace("’", "'") if kept else word)
-    return plain
-
-
-def joined_text(texts: list[str]) -> str:
-    """Texts one after the other, with spaces between them except in scripts that write none."""
-    whole = ""
-    for text in texts:
-        if whole and text and not (_writes_no_spaces(whole[-1]) and _writes_no_spaces(text[0])):
-            whole += " "
-        whole += text
-    return whole
-
-
-def _split_keeping_spaces(text: str) -> list[str]:
-    """Runs of white space and runs of anything else, in order."""
-    runs: list[str] = []
-    for char in text:
-        if runs and runs[-1][-1].isspace() == char.isspace():
-            runs[-1] += char
+        texts = [row["text"] for row in rows]
+        if "states" in rows[0]:
+            states = [row["states"] for row in rows]
+            masks = [torch.ones(len(item), dtype=torch.long) for item in states]
+            audio = {
+                "audio_states": pad_sequence(states, batch_first=True),
+                "audio_states_mask": pad_sequence(masks, batch_first=True),
+            }
+            counts = [-(-len(item) // self.frames_per_token) for item in states]
         else:
-            runs.append(char)
-    return runs
+            audio = self.extract_features([self.load_audio(row["audio"]) for row in rows])
+            counts = self.count_audio_tokens(audio)
+        batch = self.training_ids([self.render_prompt()] * len(rows), counts, texts)
+        if any(row.get("words") for row in rows):
+            answers = [labels[labels != -100].tolist() for labels in batch["labels"]]
+            words, timed = [self.split_words(ids) for ids in answers], [row.get("words") for row in rows]
+            batch |= word_time_targets(words, timed, batch["labels"], self.frame_s)
+        return {**batch, **audio}
 
+    def decode_text(self, token_ids) -> str:
+        """The text of token ids, without special tokens and with white space as it is."""
+        return decode_tokens(self.tokenizer, token_ids)
 
-def _is_punctuation(char: str) -> bool:
-    return unicodedata.category(char).startswith("P")
+    def split_words(self, token_ids) -> list[Word]:
+        """The words of token ids, each with the positions of its tokens; see `words_voxlm.split_words`."""
+        return split_words(self.tokenizer, token_ids, self.special_ids)
 
-
-def _starts_new_word(word: str, piece: str) -> bool:
-    """Whether `piece`, which follows `word` without a space, is a word of its own: only in scripts without spaces."""
-    first = piece[0]
-    if _is_punctuation(first) or unicodedata.category(first).startswith("M"):
-        return False
-    return _writes_no_spaces(first) or _writes_no_spaces(word[-1])
-
-
-def _writes_no_spaces(char: str) -> bool:
-    return unicodedata.name(char, "").startswith(NO_SPACE_SCRIPTS)
+    def encode_words(self, text: str, words: list[str], spellings: list[str]) -> tuple[list[int], np.ndarray]:
+        """Token ids of an answer with its words respelt, and each token's word; see `words_voxlm.encode_words`."""
+        return encode_words(self.tokenizer, text, words, spellings, self.text_prefix)
 
 
 __all__ = ["VoxLMProcessor"]

@@ -19,8 +19,9 @@ PRESETS = {
     "voxlm-gemma-9b": ("openai/whisper-large-v3", "google/gemma-2-9b-it", {}),
 }
 
-# Of 200 recordings of speech (speechocean762, voices never trained on) none that the shipped model ends by itself passes one of these
-# thresholds: mean_logprob is -1.15 and heard_per_second 1.0 at least. Of 96 pieces of music it writes words for two.
+# Thresholds of the quality gates. compression_ratio is Whisper's. Of 200 recordings of speech (speechocean762, voices never
+# trained on) whose text the shipped model ends by itself none fires a gate: mean_logprob is -1.15 and heard_per_second 1.0 at
+# least. Of 96 clips of music the model transcribes two. words_per_second and tokens_per_frame were chosen by hand.
 DEFAULT_GATES = {
     "compression_ratio": 2.4,
     "mean_logprob": -2.0,
@@ -29,9 +30,12 @@ DEFAULT_GATES = {
     "tokens_per_frame": 0.5,
 }
 
+# Rank and alpha are those of the original VoxLM.
 DEFAULT_LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
 
-# The weights were chosen on synthetic voices; with less than a hundred frames of silence the decoder does not know where to stop.
+# `llm_weight` and `word_bonus` are from the best of 90 combinations on 150 sentences by synthetic voices (flite, festival,
+# espeak-ng), which had a `ctc_weight` of 0.1; that needs a token mixture, so it is 0 by default. With fewer than a hundred
+# learned end frames the decoder does not know where to stop.
 DEFAULT_READER = {
     "prompt_ids": [],
     "eos_token_id": 0,
@@ -43,6 +47,27 @@ DEFAULT_READER = {
     "word_bonus": 1.0,
     "plain_text": False,
 }
+
+# Temperatures at which a text that fires a gate is sampled anew, at most. Chosen by hand within Whisper's range of 0 to 1.
+DEFAULT_TEMPERATURES = (0.2, 0.6, 1.0)
+
+
+# Least values of numeric fields; fields may be `None` where that is their default.
+LEAST_VALUES = {
+    "projector_stride": 1,
+    "projector_hidden_size": 1,
+    "projector_num_blocks": 0,
+    "projector_vocab_size": 1,
+    "ctc_weight": 0,
+    "alignment_hidden_size": 1,
+    "alignment_num_blocks": 0,
+    "alignment_num_heads": 1,
+}
+
+
+def _require(condition, message: str):
+    if not condition:
+        raise ValueError(message)
 
 
 @strict
@@ -56,65 +81,69 @@ class VoxLMConfig(PreTrainedConfig):
         text_config (`PreTrainedConfig` or `dict`):
             Configuration of the causal LLM, of any model type `AutoModelForCausalLM` knows (Qwen2 by default).
         audio_token_id (`int`, *optional*):
-            Id of the placeholder that marks the place of one projected audio frame in `input_ids`.
+            Id of the placeholder token; `input_ids` contain one for each projected audio frame.
         freeze_audio_encoder (`bool`, defaults to `True`):
-            Leave the encoder untrained, and in evaluation mode while the rest trains.
+            Whether the encoder stays untrained, and in evaluation mode while the rest trains.
         audio_window_s (`float`, defaults to 30.0):
-            Longest audio, in seconds, of one pass; `transcribe` cuts longer audio at quiet points.
-        chunk_length_s (`float`, *optional*): longest piece, in seconds, that `transcribe` cuts recordings into, by default the
-            window; less for models that have seen short recordings only.
+            Longest audio, in seconds, of one pass; `transcribe` splits longer audio at pauses.
+        chunk_length_s (`float`, *optional*):
+            Longest segment, in seconds, that `transcribe` makes; the window by default. Less for models that were trained on
+            short recordings only.
         pad_audio_to_window (`bool`, defaults to `False`):
-            Feed the encoder and the LLM the full window, padded with silence, instead of the real audio alone. Only for
-            checkpoints that were trained that way.
+            Whether to pad audio with silence to the full window. Only for checkpoints that were trained that way.
         projector_kind (`"mlp"`, `"convnext"` or `"conv"`, defaults to `"mlp"`):
             `"mlp"`: `projector_stride` neighbouring frames are stacked, then Linear, GELU, Linear, RMSNorm.
             `"convnext"`: the same with residual ConvNeXt blocks over time instead of the GELU, for context.
             `"conv"`: the original VoxLM's, for converted checkpoints: Linear, GELU, Linear, a strided convolution, and a learned
             vector before and behind the audio.
         projector_stride (`int`, defaults to 4): Encoder frames per projected frame (4 x 20 ms for Whisper).
-        projector_hidden_size (`int`, *optional*): Width inside the projector, by default the LLM's.
+        projector_hidden_size (`int`, *optional*): Width inside the projector; the LLM's by default.
         projector_num_blocks (`int`, defaults to 3): Number of ConvNeXt blocks.
         projector_readout (`"linear"` or `"token_mixture"`, defaults to `"linear"`):
-            `"linear"`: the projector's output is what the LLM reads. `"token_mixture"`: the output is scored against the LLM's
-            token embeddings, and the LLM reads the mixture of embeddings by these probabilities (LegoSLM, Ma et al. 2025);
-            for projectors that learnt by CTC to write tokens. A frame that repeats the token of the one before it is
-            hidden, as CTC merges it.
+            `"linear"`: the projector's output is the LLM's input. `"token_mixture"`: the output is scored against the LLM's token
+            embeddings, and the LLM's input is the mixture of embeddings by these probabilities (LegoSLM, Ma et al. 2025); for
+            projectors trained by CTC on tokens. A frame that repeats the token of the frame before it is hidden, as CTC merges
+            it.
         projector_vocab_size (`int`, *optional*):
-            Read frames as so many of the LLM's tokens only (which ones, the checkpoint says), by default as all. A few hundred
-            short pieces spell every word, and each is heard often enough to be learnt from hours of speech.
+            Score frames against this many of the LLM's tokens (the checkpoint says which) instead of all. A few hundred short
+            subwords spell every word, and each occurs often enough to be learnt from hours of speech.
         frame_gate_threshold (`float`, *optional*):
-            When set, the projector also scores each frame for carrying a token of speech, and frames whose probability is
-            not above the threshold are hidden from the LLM (compression by CTC blanks, Gaido et al. 2021).
-        ctc_weight (`float`, defaults to 0.0): how much the tokens that the projector reads count beside the LLM when `transcribe` writes
-            the text (hybrid decoding, see `ctc_voxlm`). Above 0 only for `projector_readout="token_mixture"` with the whole
-            vocabulary.
-        reader_config (`dict`, *optional*): keep the audio model's own decoder as a second reader (see `reader_voxlm`; made by
-            `model.add_reader`): "prompt_ids" that its texts begin with, "eos_token_id" that ends them, "end_frames" learned ones
-            behind the audio, "spelling_size", "num_beams"; and how `transcribe` chooses among its texts (see `joint_voxlm`): the
-            weights "llm_weight" and "ctc_weight" of log-probabilities beside the reader's, "word_bonus" for each word, "plain_text"
-            whether the LLM was trained on texts without capitals and punctuation.
+            When set, the projector also predicts for each frame whether it carries a token of speech; frames whose probability
+            is not above the threshold are hidden from the LLM (compression by CTC blanks, Gaido et al. 2021).
+        ctc_weight (`float`, defaults to 0.0):
+            Weight of the projector's CTC log-probabilities beside the LLM's when `transcribe` decodes without a reader (see
+            `ctc_voxlm`). Above 0 only for `projector_readout="token_mixture"` with the whole vocabulary.
+        reader_config (`dict`, *optional*):
+            Settings of the reader, the audio model's own decoder (see `reader_voxlm`); `model.add_reader` makes them.
+            "prompt_ids" and "eos_token_id": tokens that its texts begin and end with. "end_frames": number of learned frames
+            behind the audio. "spelling_size": length of the table of the LLM's tokens for its own. "num_beams". How `transcribe`
+            rescores its hypotheses (see `rescoring_voxlm`): "llm_weight" and "ctc_weight", weights of the log-probabilities
+            beside the reader's; "word_bonus" for each word; "plain_text", whether the LLM was trained on texts without
+            capitals and punctuation.
         alignment_kind (`"frames"` or `"cross_attention"`, defaults to `"frames"`):
             `"frames"`: scores on the encoder's own frames. `"cross_attention"`: the original VoxLM's, for converted checkpoints:
             the attention weights of post-norm cross-attention layers from text states to projected frames.
         alignment_hidden_size (`int`, defaults to 192): Width of the alignment head of kind `"frames"`.
         alignment_num_blocks (`int`, defaults to 2): Convolution blocks over the frames, or cross-attention layers.
         alignment_num_heads (`int`, defaults to 8): Attention heads of kind `"cross_attention"`.
-        alignment_median_width (`int`, *optional*): for kind `"cross_attention"` only: read word times as the original VoxLM did, by a
-            median filter of so many frames and plain dynamic time warping, instead of by the Viterbi decoder that knows pauses.
+        alignment_median_width (`int`, *optional*):
+            For kind `"cross_attention"` only: compute word times as the original VoxLM did, by a median filter of this many
+            frames and plain dynamic time warping, instead of by the Viterbi decoder that models pauses.
         lora_config (`dict`, *optional*):
-            Arguments of `peft.LoraConfig` for the LLM (`{}` means the defaults: r 16, alpha 32, all linear layers);
-            `None` means no LoRA.
+            Arguments of `peft.LoraConfig` for the LLM (`{}` means the defaults: r 16, alpha 32, all linear layers); `None` means
+            no LoRA.
         base_models (`dict`, *optional*):
-            For checkpoints that hold only what was trained: `{"audio", "text"}`, each with "name" (Hub id or folder), "revision"
-            (commit) and "sha256" of its weights, from which the rest is loaded.
+            For checkpoints that contain only what was trained: `{"audio", "text"}`, each with "name" (Hub id or folder),
+            "revision" (commit) and "sha256" of its weights, from which the rest is loaded.
         prompt (`str`): The instruction used in training and, unless the caller gives one, in inference.
         prompt_template (`str`): Text around the audio, with the fields `{audio}` and, optionally, `{prompt}`.
-        quality_gates (`dict`, *optional*): thresholds beyond which a text is taken for nonsense, see
-            `quality_voxlm.fired_gates`; `{}` for none.
-        fallback_temperatures (`list[float]`): at which `transcribe` draws a text anew when a gate fires, in this order.
-        confidence_calibration (`dict`): word confidences from the LLM's probability p of a word, the highest entropy h among its
-            tokens and, with a reader, its probability q, `sigmoid(scale * logit(p) + reader * logit(q) - entropy * h + bias)`; by
-            default the LLM's probability itself.
+        quality_gates (`dict`, *optional*):
+            Thresholds beyond which a text is taken for nonsense, see `fallback_voxlm.fired_gates`; `{}` for none.
+        fallback_temperatures (`list[float]`): Temperatures at which `transcribe` samples a text anew when a gate fires, in order.
+        confidence_calibration (`dict`):
+            Word confidences from the LLM's probability p of a word, the highest entropy h among its tokens and, with a reader,
+            its probability q: `sigmoid(scale * logit(p) + reader * logit(q) - entropy * h + bias)`. The LLM's probability itself
+            by default.
     """
 
     model_type = "voxlm"
@@ -159,7 +188,7 @@ class VoxLMConfig(PreTrainedConfig):
         if self.quality_gates is None:
             self.quality_gates = dict(DEFAULT_GATES)
         if self.fallback_temperatures is None:
-            self.fallback_temperatures = [0.2, 0.6, 1.0]
+            self.fallback_temperatures = list(DEFAULT_TEMPERATURES)
         if self.confidence_calibration is None:
             self.confidence_calibration = {"scale": 1.0, "entropy": 0.0, "bias": 0.0}
         if self.reader_config is not None:
@@ -174,100 +203,103 @@ class VoxLMConfig(PreTrainedConfig):
                 setattr(self, name, getattr(self.text_config, name, None))
 
     def validate_sizes(self):
-        """Raise a `ValueError` that names the field for a number outside its range."""
-        for name in (
-            "projector_stride",
-            "projector_hidden_size",
-            "projector_vocab_size",
-            "alignment_hidden_size",
-            "alignment_num_heads",
-        ):
+        """Raise a `ValueError` that names the field whose number is out of range."""
+        for name, least in LEAST_VALUES.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}")
-        for name in ("projector_num_blocks", "alignment_num_blocks"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}")
-        if self.projector_readout == "token_mixture" and self.frame_gate_threshold is None:
-            raise ValueError(
-                "`projector_readout='token_mixture'` needs a `frame_gate_threshold`: not every frame is a token"
+            _require(value is None or value >= least, f"`{name}` must be at least {least}, got {value}")
+        window, chunk, gate = self.audio_window_s, self.chunk_length_s, self.frame_gate_threshold
+        _require(0 < window <= 3600, f"`audio_window_s` must be above 0 and at most 3600, got {window}")
+        message = f"`chunk_length_s` must be at least 1 and at most the window of {window} s, got {chunk}"
+        _require(chunk is None or 1 <= chunk <= window, message)
+        _require(gate is None or 0 <= gate < 1, f"`frame_gate_threshold` must lie in [0, 1) or be None, got {gate}")
+        token, vocab_size = self.audio_token_id, getattr(self.text_config, "vocab_size", None)
+        message = f"`audio_token_id` is {token}, outside the LLM's vocabulary of {vocab_size} tokens"
+        _require(token is None or not vocab_size or 0 <= token < vocab_size, message)
+
+    def validate_projector(self):
+        """Raise a `ValueError` for fields of the projector that do not go together."""
+        kind, mixes = self.projector_kind, self.projector_readout == "token_mixture"
+        gated, whole_vocabulary = self.frame_gate_threshold is not None, not self.projector_vocab_size
+        message = "`projector_readout='token_mixture'` needs a `frame_gate_threshold`: not every frame is a token"
+        _require(gated or not mixes, message)
+        message = "`projector_kind='conv'` has neither a frame gate nor token scores: leave those fields unset"
+        _require(kind != "conv" or not gated and whole_vocabulary, message)
+        for name, weight in (
+            ("ctc_weight", self.ctc_weight),
+            ("reader_config['ctc_weight']", (self.reader_config or {}).get("ctc_weight")),
+        ):
+            message = (
+                f"`{name}` above 0 needs `projector_readout='token_mixture'` without a `projector_vocab_size`: only then can "
+                "frames be scored as any of the LLM's tokens"
             )
-        if self.ctc_weight < 0:
-            raise ValueError(f"`ctc_weight` must not be negative, got {self.ctc_weight}")
-        if self.ctc_weight and (self.projector_readout != "token_mixture" or self.projector_vocab_size is not None):
-            raise ValueError(
-                "`ctc_weight` above 0 needs `projector_readout='token_mixture'` without a `projector_vocab_size`: only then are the "
-                "frames' tokens those of the LLM's texts"
-            )
-        if self.projector_kind == "conv" and (self.frame_gate_threshold is not None or self.projector_vocab_size):
-            raise ValueError("`projector_kind='conv'` has no frame gate and reads no tokens: leave those fields unset")
-        width = self.alignment_median_width
-        if width is not None and (width < 1 or width % 2 == 0 or self.alignment_kind != "cross_attention"):
-            raise ValueError(
-                '`alignment_median_width` must be odd and above 0, and is for `alignment_kind="cross_attention"` only; got '
-                f"{width} with {self.alignment_kind!r}"
-            )
-        if self.alignment_kind == "cross_attention" and self.text_config.hidden_size % self.alignment_num_heads:
-            raise ValueError(
-                f"`alignment_num_heads` must divide the LLM's width of {self.text_config.hidden_size}, got {self.alignment_num_heads}"
-            )
-        if not 0 < self.audio_window_s <= 3600:
-            raise ValueError(f"`audio_window_s` must be above 0 and at most 3600, got {self.audio_window_s}")
-        if self.chunk_length_s is not None and not 1 <= self.chunk_length_s <= self.audio_window_s:
-            raise ValueError(
-                f"`chunk_length_s` must be at least 1 and at most the window of {self.audio_window_s} s, got {self.chunk_length_s}"
-            )
-        if self.frame_gate_threshold is not None and not 0 <= self.frame_gate_threshold < 1:
-            raise ValueError(f"`frame_gate_threshold` must lie in [0, 1) or be None, got {self.frame_gate_threshold}")
-        vocab_size = getattr(self.text_config, "vocab_size", None)
-        if self.audio_token_id is not None and vocab_size and not 0 <= self.audio_token_id < vocab_size:
-            raise ValueError(
-                f"`audio_token_id` is {self.audio_token_id}, outside the LLM's vocabulary of {vocab_size} tokens"
-            )
+            _require(not weight or mixes and whole_vocabulary, message)
+
+    def validate_alignment(self):
+        """Raise a `ValueError` for fields of the alignment head that do not go together."""
+        legacy, width, heads = (
+            self.alignment_kind == "cross_attention",
+            self.alignment_median_width,
+            self.alignment_num_heads,
+        )
+        message = (
+            '`alignment_median_width` must be odd and above 0, and is for `alignment_kind="cross_attention"` only; got '
+            f"{width} with {self.alignment_kind!r}"
+        )
+        _require(width is None or legacy and width > 0 and width % 2 == 1, message)
+        message = (
+            '`alignment_kind="cross_attention"` needs `projector_kind="conv"`, whose learned vectors it leaves out'
+        )
+        _require(not legacy or self.projector_kind == "conv", message)
+        size = self.text_config.hidden_size
+        _require(
+            not legacy or size % heads == 0,
+            f"`alignment_num_heads` must divide the LLM's width of {size}, got {heads}",
+        )
 
     def validate_prompt(self):
-        """Raise a `ValueError` for a template that does not hold the audio exactly once."""
-        if self.prompt_template.count("{audio}") != 1:
-            raise ValueError(f"`prompt_template` must contain {{audio}} exactly once, got {self.prompt_template!r}")
-        if self.prompt_template.count("{prompt}") > 1:
-            raise ValueError(f"`prompt_template` may contain {{prompt}} once at most, got {self.prompt_template!r}")
+        """Raise a `ValueError` for a template that does not contain the audio exactly once."""
+        template = self.prompt_template
+        message = f"`prompt_template` must contain {{audio}} once and {{prompt}} once at most, got {template!r}"
+        _require(template.count("{audio}") == 1 and template.count("{prompt}") <= 1, message)
 
     def validate_dicts(self):
-        """Raise a `ValueError` for malformed `lora_config` or `confidence_calibration`."""
+        """Raise a `ValueError` for a malformed field that is a dict or list."""
+        for name, known in (("reader_config", DEFAULT_READER), ("quality_gates", DEFAULT_GATES)):
+            unknown = sorted(set(getattr(self, name) or {}) - set(known))
+            _require(not unknown, f"`{name}` knows {sorted(known)}, got {unknown}")
         if self.lora_config is not None:
             rank = self.lora_config.get("r", 1)
-            if not isinstance(rank, int) or rank < 1:
-                raise ValueError(f"`lora_config['r']` must be a positive integer, got {rank!r}")
+            valid = isinstance(rank, int) and rank >= 1
+            _require(valid, f"`lora_config['r']` must be a positive integer, got {rank!r}")
         if self.reader_config is not None:
             reader = self.reader_config
-            unknown = set(reader) - set(DEFAULT_READER)
-            if unknown:
-                raise ValueError(f"`reader_config` knows {sorted(DEFAULT_READER)}, got {sorted(unknown)}")
-            if not reader["prompt_ids"] or reader["num_beams"] < 1 or reader["end_frames"] < 0:
-                raise ValueError(
-                    f"`reader_config` needs 'prompt_ids', 'num_beams' of at least 1 and 'end_frames' that are not negative, got {reader}"
-                )
-            if reader["ctc_weight"] and (self.projector_readout != "token_mixture" or self.projector_vocab_size):
-                raise ValueError(
-                    "`reader_config['ctc_weight']` needs a projector that reads frames as any of the LLM's tokens"
-                )
-        unknown = set(self.quality_gates or {}) - set(DEFAULT_GATES)
-        if unknown:
-            raise ValueError(f"`quality_gates` knows {sorted(DEFAULT_GATES)}, got {sorted(unknown)}")
-        if any(temperature <= 0 for temperature in self.fallback_temperatures or []):
-            raise ValueError(f"`fallback_temperatures` must be above 0, got {self.fallback_temperatures}")
-        calibration = self.confidence_calibration
-        if calibration is not None:
-            if set(calibration) - {"reader"} != {"scale", "entropy", "bias"}:
-                raise ValueError(
-                    f"`confidence_calibration` needs exactly 'scale', 'entropy' and 'bias', and may have 'reader', got {sorted(calibration)}"
-                )
-            for name in set(calibration) - {"bias"}:
-                if calibration[name] < 0:
-                    raise ValueError(
-                        f"`confidence_calibration['{name}']` must not be negative, which would turn the order of "
-                        f"confidences around, got {calibration[name]}"
-                    )
+            message = (
+                "`reader_config` needs 'prompt_ids', 'num_beams' of at least 1 and 'end_frames' of at least 0, got "
+                f"{reader}"
+            )
+            _require(reader["prompt_ids"] and reader["num_beams"] >= 1 and reader["end_frames"] >= 0, message)
+        temperatures, calibration = self.fallback_temperatures or [], self.confidence_calibration or {}
+        message = f"`fallback_temperatures` must be above 0, got {temperatures}"
+        _require(all(temperature > 0 for temperature in temperatures), message)
+        message = (
+            "`confidence_calibration` needs exactly 'scale', 'entropy' and 'bias', and may have 'reader', got "
+            f"{sorted(calibration)}"
+        )
+        _require(not calibration or set(calibration) - {"reader"} == {"scale", "entropy", "bias"}, message)
+        for name in set(calibration) - {"bias"}:
+            message = (
+                f"`confidence_calibration['{name}']` must not be negative, which would reverse the order of confidences, "
+                f"got {calibration[name]}"
+            )
+            _require(calibration[name] >= 0, message)
+
+    def to_dict(self) -> dict:
+        """As in the library, but the sub-configs do not name the folder that they were loaded from."""
+        output = super().to_dict()
+        for name in self.sub_configs_defaults:
+            if isinstance(output.get(name), dict):
+                output[name].pop("_name_or_path", None)
+        return output
 
     @property
     def audio_hidden_size(self) -> int:
@@ -277,7 +309,7 @@ class VoxLMConfig(PreTrainedConfig):
     @classmethod
     def preset(cls, name: str, **overrides) -> "VoxLMConfig":
         """
-        Configuration of a named size (see ARCHITECTURE's table in the README), its two base configs read from the Hub.
+        Configuration of a named size (the table of presets in the README); its two base configs come from the Hub.
 
         Raises:
             ValueError: for an unknown name; the known ones are listed.

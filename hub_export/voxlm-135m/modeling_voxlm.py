@@ -1,83 +1,39 @@
-"""VoxLM: audio encoder, projector, causal LLM with LoRA, alignment head."""
+"""The network: audio encoder, projector, causal LLM with LoRA, alignment head."""
 
-import copy
-from dataclasses import dataclass
+import math
 
-import numpy as np
 import torch
-from packaging import version
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
-from transformers import __version__ as transformers_version
-from transformers import initialization as init
+from transformers import AutoModel, AutoModelForCausalLM
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import can_return_tuple, is_peft_available, logging
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .alignment_voxlm import alignment_loss, make_alignment_head
-from .bases_voxlm import base_folder, read_tensors, with_bases
-from .configuration_voxlm import DEFAULT_LORA, DEFAULT_READER, VoxLMConfig, preset_bases
-from .projector_voxlm import make_projector
-from .reader_voxlm import READER_MODELS, VoxLMReader, prompt_ids, spelling_table
+from .configuration_voxlm import VoxLMConfig
+from .cpu_voxlm import VoxLMInferenceMixin
+from .generation_voxlm import VoxLMGenerationMixin
+from .legacy_voxlm import VoxLMConvProjector, VoxLMCrossAttentionHead
+from .loading_voxlm import VoxLMLoadingMixin
+from .outputs_voxlm import VoxLMAudioOutput, VoxLMCausalLMOutputWithPast
+from .reader_voxlm import VoxLMReader
+from .timing_voxlm import AlignmentScores, alignment_loss
 
 
-if is_peft_available():
-    from peft import LoraConfig, inject_adapter_in_model
-    from peft.tuners.lora import LoraLayer
-
-
-logger = logging.get_logger(__name__)
-
-# The range of transformers that this code was tested with: from the first, and before the second.
-TESTED_TRANSFORMERS = ("5.20", "6")
 # Encoders with Whisper's layout (two convolutions, learned positions, layers), whose own forward insists on a full window.
 WINDOWED_ENCODERS = ("whisper", "qwen2_audio_encoder")
-
-
-@dataclass
-class VoxLMAudioOutput(BaseModelOutputWithPooling):
-    """
-    What the encoder and the projector make of a batch of audio.
-
-    Args:
-        last_hidden_state (`torch.Tensor` of shape `(batch, frames, audio_size)`): encoder states.
-        pooler_output (`torch.Tensor` of shape `(batch, projected_frames, text_size)`): input embeddings for the LLM.
-        frame_mask (`torch.LongTensor` of shape `(batch, frames)`): 1 for real encoder frames.
-        audio_embeds_mask (`torch.LongTensor` of shape `(batch, projected_frames)`): 1 for real projected frames.
-        speech_logits (`torch.Tensor` of shape `(batch, projected_frames)`, *optional*): with a frame gate, the log-odds
-            that a frame carries a token of speech.
-        tokens (`torch.LongTensor` of shape `(batch, projected_frames)`, *optional*): where frames are read as tokens, the
-            likeliest token of each frame that the LLM sees, -1 elsewhere: a first transcript.
-    """
-
-    frame_mask: torch.Tensor | None = None
-    audio_embeds_mask: torch.Tensor | None = None
-    speech_logits: torch.Tensor | None = None
-    tokens: torch.Tensor | None = None
-
-
-@dataclass
-class VoxLMCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """
-    [`CausalLMOutputWithPast`] plus the audio side.
-
-    Args:
-        audio ([`VoxLMAudioOutput`], *optional*): when this pass had audio to project.
-        alignment_loss (`torch.Tensor`, *optional*): the alignment head's part of `loss`, when word times were given.
-    """
-
-    audio: VoxLMAudioOutput | None = None
-    alignment_loss: torch.Tensor | None = None
+# Projected frames that are scored against the whole vocabulary at once: a row of scores is as long as the vocabulary, so
+# 64 rows of 50,000 take 13 MB.
+FRAMES_AT_ONCE = 64
 
 
 def encoder_output_lengths(encoder: nn.Module, lengths: torch.Tensor) -> torch.Tensor:
     """
-    Number of encoder frames for `lengths` input features (or samples), from the encoder's own length function.
+    Number of encoder frames for `lengths` input features (or samples), by the encoder's own length function.
 
     Raises:
         ValueError: for an encoder that has none.
@@ -88,7 +44,7 @@ def encoder_output_lengths(encoder: nn.Module, lengths: torch.Tensor) -> torch.T
             return (output[-1] if isinstance(output, tuple) else output).long().clamp(min=0)
     raise ValueError(
         f"{type(encoder).__name__} has no length function (_get_feat_extract_output_lengths or "
-        "_get_subsampling_output_length), so the number of its frames cannot be known; choose another audio encoder"
+        "_get_subsampling_output_length), so its number of frames cannot be derived; choose another audio encoder"
     )
 
 
@@ -96,28 +52,28 @@ def encoder_output_lengths(encoder: nn.Module, lengths: torch.Tensor) -> torch.T
 @capture_outputs
 def windowed_forward(encoder, input_features, attention_mask, **kwargs) -> BaseModelOutput:
     """
-    Drive an encoder of Whisper's layout on bare audio of any length up to its window.
+    Drive an encoder of Whisper's layout on audio of any length up to its window, without padding it to the window.
 
     Args:
-        encoder (`PreTrainedModel`): takes the place of `self`, for the library's capture of hidden states and attentions.
+        encoder (`PreTrainedModel`): stands for `self`, so that the library captures its hidden states and attentions.
         input_features (`torch.Tensor` of shape `(batch, mels, time)`)
         attention_mask (`torch.LongTensor` of shape `(batch, time)`)
 
     Returns:
-        [`BaseModelOutput`] with `(batch, frames, audio_size)`; what lies beyond the mask is undefined.
+        [`BaseModelOutput`] with `(batch, frames, audio_size)`; values beyond the mask are undefined.
 
     Raises:
         ValueError: for audio longer than the encoder's learned positions.
     """
     hidden_states = nn.functional.gelu(encoder.conv1(input_features))
-    # In a batch the frame after the last real one must be the zero that the convolution pads a single clip with.
+    # In a batch, the frame after the last real one must be the zero that the convolution pads a single clip with.
     hidden_states = hidden_states * attention_mask.unsqueeze(1).to(hidden_states.dtype)
     hidden_states = nn.functional.gelu(encoder.conv2(hidden_states)).transpose(1, 2)
     num_frames, positions = hidden_states.shape[1], encoder.embed_positions.weight
     if num_frames > len(positions):
         raise ValueError(
-            f"The audio gives {num_frames} encoder frames, but the encoder knows {len(positions)} positions; "
-            "cut the audio, or use `model.transcribe`, which does"
+            f"The audio gives {num_frames} encoder frames, but the encoder has {len(positions)} positions; cut the audio, "
+            "or use `model.transcribe`, which splits it at pauses"
         )
     hidden_states = hidden_states + positions[:num_frames]
     hidden_states = nn.functional.dropout(hidden_states, p=encoder.dropout, training=encoder.training)
@@ -131,8 +87,184 @@ def windowed_forward(encoder, input_features, attention_mask, **kwargs) -> BaseM
     return BaseModelOutput(last_hidden_state=encoder.layer_norm(hidden_states))
 
 
-class VoxLMPreTrainedModel(PreTrainedModel):
-    """Loading, saving and initialisation shared by VoxLM models."""
+class VoxLMConvNeXtBlock(nn.Module):
+    """Residual depthwise convolution over time and feed-forward layer (Liu et al. 2022, in one dimension)."""
+
+    def __init__(self, hidden_size: int, kernel_size: int = 7, expansion: int = 3):
+        super().__init__()
+        self.conv = nn.Conv1d(hidden_size, hidden_size, kernel_size, padding=kernel_size // 2, groups=hidden_size)
+        self.norm = nn.LayerNorm(hidden_size)
+        self.up = nn.Linear(hidden_size, expansion * hidden_size)
+        self.down = nn.Linear(expansion * hidden_size, hidden_size)
+
+    def forward(self, hidden_states, mask):
+        """`hidden_states` `(batch, frames, hidden_size)`, `mask` `(batch, frames, 1)`; padding never reaches real frames."""
+        mixed = self.conv((hidden_states * mask).transpose(1, 2)).transpose(1, 2)
+        return hidden_states + self.down(nn.functional.gelu(self.up(self.norm(mixed))))
+
+
+class VoxLMProjector(nn.Module):
+    """
+    Encoder states to input embeddings of the LLM: `projector_stride` frames are stacked, then an MLP or ConvNeXt blocks,
+    then RMSNorm; with `projector_readout="token_mixture"`, then a mixture of the LLM's token embeddings.
+    """
+
+    def __init__(self, config: VoxLMConfig):
+        super().__init__()
+        hidden_size, text_size = config.projector_hidden_size, config.text_config.hidden_size
+        self.stride = config.projector_stride
+        self.linear_in = nn.Linear(self.stride * config.audio_hidden_size, hidden_size)
+        num_blocks = config.projector_num_blocks if config.projector_kind == "convnext" else 0
+        self.blocks = nn.ModuleList([VoxLMConvNeXtBlock(hidden_size) for _ in range(num_blocks)])
+        self.linear_out = nn.Linear(hidden_size, text_size)
+        self.norm = nn.RMSNorm(text_size, eps=1e-6)
+        self.gate_threshold = config.frame_gate_threshold
+        self.gate = nn.Linear(hidden_size, 1) if self.gate_threshold is not None else None
+        # The inverse temperature of the token scores, as a logarithm; not a scalar, which FSDP2 cannot shard.
+        self.log_scale = nn.Parameter(torch.zeros(1)) if config.projector_readout == "token_mixture" else None
+        # The tokens that frames are scored against; the first ones until training chooses.
+        vocab_size = config.projector_vocab_size
+        self.register_buffer("token_ids", None if vocab_size is None else torch.arange(vocab_size))
+
+    def output_lengths(self, frames: torch.Tensor) -> torch.Tensor:
+        """Number of projected frames for a number of encoder frames."""
+        return (frames + self.stride - 1) // self.stride
+
+    def scale_to(self, embeddings: torch.Tensor):
+        """Start at the scale of the embeddings that the LLM is used to."""
+        nn.init.constant_(self.norm.weight, embeddings.detach().float().pow(2).mean().sqrt().item())
+
+    def forward(self, frames, frame_mask, token_embeddings=None) -> dict[str, torch.Tensor]:
+        """
+        Args:
+            frames (`torch.Tensor` of shape `(batch, frames, audio_size)`)
+            frame_mask (`torch.LongTensor` of shape `(batch, frames)`)
+            token_embeddings (`torch.Tensor` of shape `(vocabulary, text_size)`, *optional*): of the LLM, for the token
+                mixture. Mixed inside `forward`, because FSDP gathers sharded parameters only there.
+
+        Returns:
+            the fields of [`VoxLMAudioOutput`] from `pooler_output` to `tokens`.
+        """
+        frames = frames.to(self.linear_in.weight.dtype) * frame_mask.unsqueeze(-1).to(self.linear_in.weight.dtype)
+        missing = -frames.shape[1] % self.stride
+        frames = nn.functional.pad(frames, (0, 0, 0, missing))
+        mask = nn.functional.pad(frame_mask, (0, missing))[:, :: self.stride]
+        hidden_states = self.linear_in(frames.reshape(frames.shape[0], -1, self.stride * frames.shape[2]))
+        if len(self.blocks) == 0:
+            hidden_states = nn.functional.gelu(hidden_states)
+        for block in self.blocks:
+            hidden_states = block(hidden_states, mask.unsqueeze(-1).to(hidden_states.dtype))
+        embeds = self.norm(self.linear_out(hidden_states))
+        if self.gate is None:
+            return {"pooler_output": embeds, "audio_embeds_mask": mask, "visible_mask": mask}
+        gate_logits = self.gate(hidden_states).squeeze(-1)
+        output = {"audio_embeds_mask": mask, "gate_logits": gate_logits}
+        passes = (gate_logits.float().sigmoid() > self.gate_threshold).long()
+        if token_embeddings is None:
+            return {**output, "pooler_output": embeds, "visible_mask": mask * passes}
+        mixtures, tokens = self.mix_tokens(embeds, passes.bool(), token_embeddings)
+        tokens = tokens.masked_fill(mask == 0, -1)
+        visible = (tokens >= 0).to(mask.dtype)
+        return {**output, "pooler_output": mixtures, "visible_mask": visible, "ctc_states": embeds, "tokens": tokens}
+
+    def mix_tokens(self, embeds, passes, token_embeddings) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Score projected frames against token embeddings (LegoSLM, Ma et al. 2025).
+
+        Args:
+            embeds (`torch.Tensor` of shape `(batch, frames, text_size)`)
+            passes (`torch.BoolTensor` of shape `(batch, frames)`): frames that pass the gate.
+            token_embeddings (`torch.Tensor` of shape `(vocabulary, text_size)`): of the LLM.
+
+        Returns:
+            mixtures of token embeddings by the softmax of the scores `(batch, frames, text_size)`, zero for frames that do
+            not pass; and the likeliest tokens `(batch, frames)`, -1 for frames that do not pass or that repeat the token of
+            the frame before them, as CTC merges them.
+        """
+        if self.token_ids is not None:
+            token_embeddings = token_embeddings[self.token_ids]
+        token_embeddings = token_embeddings.to(embeds.dtype)
+        mixed, best = [embeds[:0, 0]], [passes.new_zeros(0, dtype=torch.long)]
+        for frames in embeds[passes].split(FRAMES_AT_ONCE):
+            scores = frames @ token_embeddings.T * self.log_scale.exp()
+            mixed.append(scores.softmax(-1) @ token_embeddings)
+            best.append(scores.argmax(-1))
+        mixtures = torch.zeros_like(embeds)
+        mixtures[passes] = torch.cat(mixed)
+        tokens = torch.full(passes.shape, -1, device=embeds.device)
+        best = torch.cat(best)
+        tokens[passes] = best if self.token_ids is None else self.token_ids[best]
+        repeats = nn.functional.pad((tokens[:, 1:] == tokens[:, :-1]) & passes[:, 1:], (1, 0))
+        return mixtures, tokens.masked_fill(repeats, -1)
+
+
+class VoxLMAlignmentHead(nn.Module):
+    """
+    Scores every encoder frame against every text token, for being a pause, and for being the first of a word.
+
+    A token's query is the LLM's hidden state that predicted it, so the pass that generated the text can be used, plus the
+    embedding of the token itself. Keys are the encoder's own frames (50 Hz for Whisper, whose states encode their
+    position), with convolutions over neighbouring frames.
+    """
+
+    frames_per_key = 1
+    # A token's state is the one that predicted it, not the one at it.
+    states_at_tokens = False
+
+    def __init__(self, text_size: int, audio_size: int, hidden_size: int, num_blocks: int):
+        super().__init__()
+        self.state_norm = nn.LayerNorm(text_size)
+        self.state_proj = nn.Linear(text_size, hidden_size)
+        self.token_proj = nn.Linear(text_size, hidden_size, bias=False)
+        self.frame_norm = nn.LayerNorm(audio_size)
+        self.frame_proj = nn.Linear(audio_size, hidden_size)
+        self.blocks = nn.ModuleList([VoxLMConvNeXtBlock(hidden_size, 9, 2) for _ in range(num_blocks)])
+        self.key_norm = nn.LayerNorm(hidden_size)
+        self.frame_scores = nn.Linear(hidden_size, 2)
+
+    def keys_of(self, audio: VoxLMAudioOutput) -> tuple[torch.Tensor, torch.Tensor]:
+        """The frames that `forward` takes and their mask: the encoder's."""
+        return audio.last_hidden_state, audio.frame_mask
+
+    def forward(self, text_states, token_embeds, frames, frame_mask) -> AlignmentScores:
+        """
+        Args:
+            text_states (`torch.Tensor` of shape `(batch, tokens, text_size)`): last hidden states that predicted the tokens.
+            token_embeds (`torch.Tensor` of shape `(batch, tokens, text_size)`): input embeddings of the tokens.
+            frames (`torch.Tensor` of shape `(batch, frames, audio_size)`): encoder states.
+            frame_mask (`torch.Tensor` of shape `(batch, frames)`): 1 for real frames.
+
+        Returns:
+            [`AlignmentScores`], unnormalised and in float32.
+        """
+        dtype = self.state_proj.weight.dtype
+        queries = self.state_proj(self.state_norm(text_states.to(dtype)))
+        queries = queries + self.token_proj(nn.functional.normalize(token_embeds.to(dtype), dim=-1))
+        mask = frame_mask.unsqueeze(-1).to(dtype)
+        keys = self.frame_proj(self.frame_norm(frames.to(dtype)))
+        for block in self.blocks:
+            keys = block(keys, mask)
+        keys = self.key_norm(keys)
+        tokens = queries @ keys.transpose(1, 2) / math.sqrt(keys.shape[-1])
+        pause, onset = self.frame_scores(keys).float().unbind(-1)
+        return AlignmentScores(tokens.float(), pause, onset)
+
+
+def make_projector(config: VoxLMConfig) -> nn.Module:
+    """The projector that `config.projector_kind` names."""
+    return VoxLMConvProjector(config) if config.projector_kind == "conv" else VoxLMProjector(config)
+
+
+def make_alignment_head(config: VoxLMConfig) -> nn.Module:
+    """The alignment head that `config.alignment_kind` names."""
+    text_size, num_blocks = config.text_config.hidden_size, config.alignment_num_blocks
+    if config.alignment_kind == "cross_attention":
+        return VoxLMCrossAttentionHead(text_size, num_blocks, config.alignment_num_heads, config.projector_stride)
+    return VoxLMAlignmentHead(text_size, config.audio_hidden_size, config.alignment_hidden_size, num_blocks)
+
+
+class VoxLMPreTrainedModel(VoxLMLoadingMixin, PreTrainedModel):
+    """What the library needs to know of VoxLM models."""
 
     config_class = VoxLMConfig
     base_model_prefix = ""
@@ -152,97 +284,8 @@ class VoxLMPreTrainedModel(PreTrainedModel):
     ]
     _skip_keys_device_placement = ["past_key_values"]
 
-    @torch.no_grad()
-    def initialize_weights(self):
-        """Initialise what no checkpoint filled; LoRA starts as the identity (B = 0), as peft has it."""
-        super().initialize_weights()
-        if self.config.lora_config is not None:
-            for module in self.modules():
-                if isinstance(module, LoraLayer):
-                    for name in module.lora_A:
-                        init.kaiming_uniform_(module.lora_A[name].weight, a=5**0.5)
-                        init.zeros_(module.lora_B[name].weight)
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
-        """
-        [`PreTrainedModel.from_pretrained`], with two differences: weights of plain base models load into a model with
-        LoRA, and weights that the checkpoint lacks are an error, not random numbers (LoRA tensors alone may be missing,
-        since they start as the identity).
-
-        Raises:
-            ValueError: naming the weights that are missing; not with `output_loading_info=True`, which asks for their list.
-        """
-        first, end = TESTED_TRANSFORMERS
-        if not version.parse(first) <= version.parse(transformers_version) < version.parse(end):
-            logger.warning_once(
-                f"This checkpoint's code was tested with transformers from {first} and before {end}; this is {transformers_version}"
-            )
-        output_loading_info = kwargs.pop("output_loading_info", False)
-        known = config
-        if known is None or not hasattr(known, "lora_config"):
-            names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-            known = cls.config_class.from_pretrained(
-                known or pretrained_model_name_or_path,
-                **{name: kwargs[name] for name in ("lora_config", *names) if name in kwargs},
-            )
-        kwargs.setdefault("key_mapping", cls._lora_key_mapping(known))
-        source = pretrained_model_name_or_path
-        if getattr(known, "base_models", None):
-            hub_options = {name: kwargs[name] for name in ("cache_dir", "local_files_only", "token") if name in kwargs}
-            folder = base_folder(source, kwargs.get("revision"), **hub_options)
-            kwargs["state_dict"] = with_bases(read_tensors(folder), known, **hub_options)
-            config, source = known, None
-        model, info = super().from_pretrained(source, *model_args, config=config, output_loading_info=True, **kwargs)
-        if source is None:
-            model.config._name_or_path = model.name_or_path = str(pretrained_model_name_or_path)
-            model.config.base_models = None  # the model is whole now, and so is what it saves
-            model.generation_config = GenerationConfig.from_pretrained(folder)
-        missing = sorted(key for key in info["missing_keys"] if ".lora_" not in key)
-        if missing and not output_loading_info:
-            shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-            raise ValueError(
-                f"{pretrained_model_name_or_path} lacks {len(missing)} weights of this model: {shown}. They would be "
-                "random; use the checkpoint this config belongs to, or `from_base_models` for a new model"
-            )
-        model._freeze()  # loading makes every parameter anew, and trainable
-        # `save_pretrained` gives base weights their plain names itself; the library would try to undo the renaming once more.
-        model._weight_conversions = None
-        return (model, info) if output_loading_info else model
-
-    @classmethod
-    def _lora_key_mapping(cls, config: VoxLMConfig) -> dict[str, str] | None:
-        """Renaming that brings plain LLM weights to the names they have under LoRA; `None` without LoRA."""
-        if config.lora_config is None:
-            return None
-        targets = {**DEFAULT_LORA, **config.lora_config}["target_modules"]
-        if isinstance(targets, str):
-            with torch.device("meta"):  # "all-linear" becomes a list of names when the model is made
-                targets = cls(copy.deepcopy(config)).config.lora_config["target_modules"]
-        names = "|".join(sorted(targets))
-        return {
-            rf"(language_model\..+\.(?:{names}))\.{kind}": rf"\1.base_layer.{kind}"
-            for kind in ("weight", "bias", "weight_scale")  # the last one where the checkpoint is stored in 8 bits
-        }
-
-    def save_pretrained(self, save_directory, *args, state_dict=None, **kwargs):
-        """
-        [`PreTrainedModel.save_pretrained`]; base weights keep the names they have without LoRA.
-
-        Raises:
-            ValueError: after `pack_weights` or `quantize_dynamic`, whose weights are in no format that could be loaded.
-        """
-        if self.for_inference_only:
-            raise ValueError(
-                "A model with packed or 8-bit weights cannot be saved; save it before `pack_weights` or `quantize_dynamic`"
-            )
-        if self.config.lora_config is not None:
-            state_dict = self.state_dict() if state_dict is None else state_dict
-            state_dict = {key.replace(".base_layer.", "."): value for key, value in state_dict.items()}
-        super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
-
-
-class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
+class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, VoxLMGenerationMixin, VoxLMInferenceMixin):
     r"""
     Speech to text with an LLM, word times and word confidences.
 
@@ -262,7 +305,7 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
         Args:
             config ([`VoxLMConfig`])
             encoder ([`PreTrainedModel`], *optional*), language_model ([`PreTrainedModel`], *optional*):
-                Pretrained parts that fit `audio_config` and `text_config`; built from the config when not given.
+                pretrained parts that fit `audio_config` and `text_config`; built from the config when not given.
 
         Raises:
             ImportError: when the config asks for LoRA and peft is not installed.
@@ -280,136 +323,15 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
         self.alignment = make_alignment_head(config)
         self.processor = None
         self.for_inference_only = False
-        # The class name would not tell the library that labels are those of a causal LM.
+        # The class name does not tell the library that labels are those of a causal LM.
         self.loss_type = "ForCausalLM"
         if config.lora_config is not None:
-            self._inject_lora()
-        self._freeze()
+            self.inject_lora()
+        self.freeze_base_weights()
         self.post_init()
         if config.audio_token_id is not None:
-            # The placeholder stands for audio; as a word of the answer it would mean nothing.
+            # The placeholder stands for audio and means nothing as a word of the answer.
             self.generation_config.suppress_tokens = [config.audio_token_id]
-
-    def _freeze(self):
-        """Leave only what is to be trained trainable: not the audio model (by default), nor the LLM under LoRA."""
-        if self.config.freeze_audio_encoder:
-            self.encoder.requires_grad_(False)
-            if self.reader is not None:
-                self.reader.decoder.requires_grad_(False)
-        if self.config.lora_config is not None:
-            for name, parameter in self.language_model.named_parameters():
-                parameter.requires_grad_(".lora_" in name)
-
-    def _inject_lora(self):
-        if not is_peft_available():
-            raise ImportError(
-                "This model has LoRA weights (`lora_config` is set), which need peft: pip install peft. "
-                "An export in mode `merged` does without."
-            )
-        settings = {**DEFAULT_LORA, **self.config.lora_config}
-        inject_adapter_in_model(LoraConfig(**settings), self.language_model)
-        # The names, not "all-linear": loading must know which weights lie under LoRA before the model exists.
-        targets = {
-            name.rsplit(".", 1)[-1]
-            for name, module in self.language_model.named_modules()
-            if isinstance(module, LoraLayer)
-        }
-        self.config.lora_config = {**settings, "target_modules": sorted(targets)}
-
-    @classmethod
-    def from_base_models(cls, audio=None, text=None, preset=None, dtype=None, **overrides) -> "VoxLMForSpeechSeq2Seq":
-        """
-        Compose a new, untrained model from a pretrained audio encoder and a pretrained causal LLM.
-
-        Args:
-            audio (`str`), text (`str`): Hub ids or folders. May be left out when `preset` is given.
-            preset (`str`, *optional*): name of a size in `PRESETS`, which fills what is not given.
-            dtype (`torch.dtype`, *optional*): dtype of all weights, float32 by default.
-            **overrides: fields of [`VoxLMConfig`]. `lora_config` defaults to `{}`, LoRA with the default settings.
-
-        Returns:
-            The model in evaluation mode; `model.processor` is the matching [`VoxLMProcessor`].
-
-        Raises:
-            ValueError: for an unknown preset, a missing base, or an encoder whose frame rate cannot be derived.
-        """
-        from .processing_voxlm import VoxLMProcessor
-
-        if preset is not None:
-            preset_audio, preset_text, fields = preset_bases(preset)
-            audio, text, overrides = audio or preset_audio, text or preset_text, {**fields, **overrides}
-        if audio is None or text is None:
-            raise ValueError(f"Both base models are needed, got audio={audio!r} and text={text!r}")
-        dtype = dtype or torch.float32
-        encoder = AutoModel.from_pretrained(audio, dtype=dtype)
-        audio_config = encoder.config
-        encoder = encoder.get_encoder() if audio_config.is_encoder_decoder else encoder
-        language_model = AutoModelForCausalLM.from_pretrained(text, dtype=dtype)
-        processor = VoxLMProcessor.from_base_models(audio, text)
-        tokenizer = processor.tokenizer
-        if len(tokenizer) > language_model.get_input_embeddings().num_embeddings:
-            language_model.resize_token_embeddings(len(tokenizer))
-        text_config = language_model.config
-        text_config.pad_token_id = tokenizer.pad_token_id
-        text_config.eos_token_id = tokenizer.eos_token_id
-        attentions = [part.config._attn_implementation for part in (encoder, language_model)]
-        config = VoxLMConfig(
-            audio_config=audio_config,
-            text_config=text_config,
-            audio_token_id=processor.audio_token_id,
-            dtype=dtype,
-            **{"lora_config": {}, **overrides},
-        )
-        # A new composite config resets the attention of the configs it takes in, which the loaded parts share.
-        encoder.config._attn_implementation, language_model.config._attn_implementation = attentions
-        model = cls(config, encoder=encoder, language_model=language_model).to(dtype)
-        model.projector.scale_to(language_model.get_input_embeddings().weight)
-        processor.configure(model)
-        model.processor = processor
-        model.generation_config.eos_token_id = tokenizer.eos_token_id
-        model.generation_config.pad_token_id = tokenizer.pad_token_id
-        return model.eval()
-
-    @torch.no_grad()
-    def add_reader(self, audio: str, language: str = "en", **settings) -> "VoxLMForSpeechSeq2Seq":
-        """
-        Keep the decoder of the audio model as a second reader (`reader_voxlm`), in place.
-
-        Args:
-            audio (`str`): Hub id or folder of the encoder-decoder model that the encoder is from.
-            language (`str`): code of the language of the texts.
-            **settings: fields of `config.reader_config`.
-
-        Returns:
-            the model. Its reader has yet to learn where audio ends (`training.reader`).
-
-        Raises:
-            ValueError: for an audio model whose decoder cannot be driven or whose encoder is not this model's, and for a language it
-                does not know.
-        """
-        base = AutoModel.from_pretrained(audio, dtype=self.dtype)
-        if base.config.model_type not in READER_MODELS:
-            raise ValueError(f"A reader needs an audio model of {READER_MODELS}, {audio} is {base.config.model_type!r}")
-        own = self.encoder.state_dict()
-        for name, tensor in base.get_encoder().state_dict().items():
-            # Storage in 16 bits may have rounded one of them.
-            if name not in own or not torch.allclose(own[name], tensor.to(own[name]), rtol=1e-2, atol=1e-3):
-                raise ValueError(f"{audio} is not the audio model that this model's encoder is from: {name} differs")
-        generation = GenerationConfig.from_pretrained(audio)
-        tokenizers = AutoTokenizer.from_pretrained(audio), self.get_processor().tokenizer
-        table = spelling_table(*tokenizers, generation.suppress_tokens or [])
-        self.config.reader_config = {
-            **DEFAULT_READER,
-            "prompt_ids": prompt_ids(generation, language),
-            "eos_token_id": self.config.audio_config.eos_token_id,
-            "spelling_size": len(table[0]),
-            **settings,
-        }
-        self.config.validate()
-        self.reader = VoxLMReader(self.config, base.get_decoder()).to(self.device, self.dtype).eval()
-        self.reader.spelling, self.reader.spelling_offsets = (part.to(self.device) for part in table)
-        self._freeze()
-        return self
 
     def get_input_embeddings(self):
         return self.language_model.get_input_embeddings()
@@ -440,31 +362,26 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
         """Number of placeholders for `lengths` input features (or samples), a tensor of integers."""
         return self.projector.output_lengths(encoder_output_lengths(self.encoder, lengths))
 
-    def _encode(self, inputs, mask, **kwargs) -> BaseModelOutput:
-        """Encoder states `(batch, frames, audio_size)` for padded inputs; padding leaves real frames untouched."""
-        if self.config.audio_config.model_type in WINDOWED_ENCODERS:
-            return windowed_forward(self.encoder, inputs, attention_mask=mask, **kwargs)
-        if getattr(self.config.audio_config, "feat_extract_norm", None) == "group":
-            # GroupNorm over time takes the padding into its statistics, so each clip is encoded at its own length.
-            rows = [
-                self.encoder(row[None, : int(length)]).last_hidden_state[0] for row, length in zip(inputs, mask.sum(-1))
-            ]
-            return BaseModelOutput(last_hidden_state=nn.utils.rnn.pad_sequence(rows, batch_first=True))
-        return self.encoder(inputs, attention_mask=mask, **kwargs)
+    def set_projector_vocabulary(self, token_ids: list[int]):
+        """Score projected frames against these tokens of the LLM only; for a new or a trained projector."""
+        self.config.projector_vocab_size = len(token_ids)
+        self.projector.token_ids = torch.tensor(token_ids, device=self.projector.linear_in.weight.device)
 
-    @can_return_tuple
-    def get_audio_features(
+    def encode_audio(
         self, input_features=None, input_features_mask=None, input_values=None, input_values_mask=None, **kwargs
     ) -> VoxLMAudioOutput:
         r"""
-        Run the encoder and the projector.
+        Run the encoder, and nothing else.
 
         Args:
             input_features (`torch.Tensor` of shape `(batch, mels, time)` or, for encoders that want it so,
                 `(batch, time, features)`) with input_features_mask (`torch.LongTensor` of shape `(batch, time)`), or
-            input_values (`torch.Tensor` of shape `(batch, samples)`) with input_values_mask (same shape), for encoders that
-                take raw audio. Without a mask all of the input is real.
+            input_values (`torch.Tensor` of shape `(batch, samples)`) with input_values_mask (same shape), for encoders of
+                raw audio. Without a mask all of the input is real.
             **kwargs: for the encoder, such as `output_hidden_states`.
+
+        Returns:
+            [`VoxLMAudioOutput`] with `last_hidden_state` and `frame_mask`.
 
         Raises:
             ValueError: for audio too short to give one frame, or longer than the encoder's window.
@@ -473,7 +390,7 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
             (input_features, input_features_mask) if input_features is not None else (input_values, input_values_mask)
         )
         if inputs is None:
-            raise ValueError("Audio is needed: pass `input_features`, or `input_values` for encoders of raw audio")
+            raise ValueError("Audio is missing: pass `input_features`, or `input_values` for encoders of raw audio")
         time_axis = 2 if self.config.audio_config.model_type in WINDOWED_ENCODERS else 1
         if mask is None:
             mask = torch.ones(inputs.shape[0], inputs.shape[time_axis], dtype=torch.long, device=inputs.device)
@@ -481,54 +398,66 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
         parameter = next(self.encoder.parameters())
         inputs, mask = inputs.to(parameter.device, parameter.dtype), mask.to(parameter.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_audio_encoder):
-            encoded = self._encode(inputs, mask, **kwargs)
+            encoded = self._run_encoder(inputs, mask, **kwargs)
         lengths = encoder_output_lengths(self.encoder, mask.sum(-1))
         if int(lengths.min()) < 1:
             raise ValueError(
                 f"An audio of {int(mask.sum(-1).min())} input frames is too short: the encoder makes no frame of it"
             )
         frames = encoded.last_hidden_state[:, : int(lengths.max())]
-        frame_mask = (torch.arange(frames.shape[1], device=lengths.device) < lengths.unsqueeze(1)).long()
-        audio = self.project(frames, frame_mask)
-        audio.hidden_states, audio.attentions = encoded.hidden_states, encoded.attentions
-        return audio
+        return VoxLMAudioOutput(
+            last_hidden_state=frames,
+            frame_mask=(torch.arange(frames.shape[1], device=lengths.device) < lengths.unsqueeze(1)).long(),
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+        )
+
+    def _run_encoder(self, inputs, mask, **kwargs) -> BaseModelOutput:
+        """Encoder states `(batch, frames, audio_size)` for padded inputs; padding leaves real frames unchanged."""
+        if self.config.audio_config.model_type in WINDOWED_ENCODERS:
+            return windowed_forward(self.encoder, inputs, attention_mask=mask, **kwargs)
+        if getattr(self.config.audio_config, "feat_extract_norm", None) == "group":
+            # GroupNorm's statistics over time would include the padding, so each clip is encoded at its own length.
+            rows = [
+                self.encoder(row[None, : int(length)]).last_hidden_state[0] for row, length in zip(inputs, mask.sum(-1))
+            ]
+            return BaseModelOutput(last_hidden_state=nn.utils.rnn.pad_sequence(rows, batch_first=True))
+        return self.encoder(inputs, attention_mask=mask, **kwargs)
 
     def project(self, frames, frame_mask) -> VoxLMAudioOutput:
         """
-        Encoder states to what the LLM reads.
+        Run the projector on encoder states.
 
         Args:
-            frames (`torch.Tensor` of shape `(batch, frames, audio_size)`), frame_mask (`(batch, frames)`)
+            frames (`torch.Tensor` of shape `(batch, frames, audio_size)`)
+            frame_mask (`torch.LongTensor` of shape `(batch, frames)`)
         """
-        read = self.config.projector_readout == "token_mixture"
-        embeds, mask, speech_logits, tokens = self.projector(
-            frames, frame_mask, self.get_input_embeddings().weight if read else None
-        )
-        return VoxLMAudioOutput(
-            last_hidden_state=frames,
-            pooler_output=embeds,
-            frame_mask=frame_mask,
-            audio_embeds_mask=mask,
-            speech_logits=speech_logits,
-            tokens=tokens,
-        )
+        mixes_tokens = self.config.projector_readout == "token_mixture"
+        token_embeddings = self.get_input_embeddings().weight if mixes_tokens else None
+        projected = self.projector(frames, frame_mask, token_embeddings)
+        return VoxLMAudioOutput(last_hidden_state=frames, frame_mask=frame_mask, **projected)
 
-    def set_projector_vocabulary(self, token_ids):
-        """Read frames as these tokens of the LLM only (a list of ids); for a new or a trained projector."""
-        self.config.projector_vocab_size = len(token_ids)
-        self.projector.token_ids = torch.tensor(token_ids, device=self.projector.linear_in.weight.device)
+    @can_return_tuple
+    def get_audio_features(
+        self, input_features=None, input_features_mask=None, input_values=None, input_values_mask=None, **kwargs
+    ) -> VoxLMAudioOutput:
+        """Run the encoder and the projector; arguments and errors as in `encode_audio`."""
+        encoded = self.encode_audio(input_features, input_features_mask, input_values, input_values_mask, **kwargs)
+        audio = self.project(encoded.last_hidden_state, encoded.frame_mask)
+        audio.hidden_states, audio.attentions = encoded.hidden_states, encoded.attentions
+        return audio
 
-    def hide_gated_frames(self, input_ids, attention_mask, audio: VoxLMAudioOutput, inputs_embeds=None):
-        """`attention_mask` `(batch, length)` with the placeholders of frames below the gate's threshold set to 0."""
-        if audio.speech_logits is None:
+    def visible_positions(self, input_ids, attention_mask, audio: VoxLMAudioOutput, inputs_embeds=None):
+        """
+        `attention_mask` `(batch, length)` with the placeholders of hidden frames set to 0: the one place where the frame
+        gate acts on the LLM's input. Unchanged without a frame gate.
+        """
+        if audio.gate_logits is None:
             return attention_mask
         placeholders = self._placeholders(input_ids, audio.audio_embeds_mask, inputs_embeds)
-        if attention_mask is None:
-            attention_mask = torch.ones_like(placeholders, dtype=torch.long)
-        keep = self.projector.keep(audio.speech_logits).to(attention_mask)
-        kept = torch.ones_like(attention_mask)
-        kept[placeholders] = keep[audio.audio_embeds_mask.bool()].to(kept.device)
-        return attention_mask * kept
+        visible = torch.ones_like(placeholders, dtype=torch.long) if attention_mask is None else attention_mask.clone()
+        visible[placeholders] *= audio.visible_mask[audio.audio_embeds_mask.bool()].to(visible)
+        return visible
 
     def _placeholders(self, input_ids, audio_embeds_mask, inputs_embeds=None):
         """
@@ -553,9 +482,9 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
         Input embeddings `(batch, length, text_size)` with the audio at its placeholders.
 
         Args:
-            input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*), inputs_embeds (`(batch, length, text_size)`,
-                *optional*): one may be `None`.
-            audio_embeds, audio_embeds_mask: `pooler_output` and `audio_embeds_mask` of [`VoxLMAudioOutput`].
+            input_ids (`torch.LongTensor` of shape `(batch, length)`), inputs_embeds (`torch.Tensor` of shape `(batch,
+                length, text_size)`): one of them may be `None`.
+            audio_embeds, audio_embeds_mask: embeddings of projected frames, and 1 for those that have a placeholder.
 
         Raises:
             ValueError: when placeholders and projected frames differ in number.
@@ -590,24 +519,27 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
         frame_times: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> VoxLMCausalLMOutputWithPast:
         r"""
+        Encode and project the audio, put it in its places in the prompt, run the LLM, compute the losses. Long because it
+        lists all inputs of the model; the body is in the order of the data.
+
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, length)`): prompt with one placeholder per projected frame.
-            input_features, input_features_mask, input_values, input_values_mask: see [`get_audio_features`].
+            input_features, input_features_mask, input_values, input_values_mask: see `encode_audio`.
             attention_mask (`torch.Tensor` of shape `(batch, length)`): 0 for padding, on either side.
             audio_states (`torch.Tensor` of shape `(batch, frames, audio_size)`), audio_states_mask: encoder states computed
                 before, instead of features.
             audio_embeds (`torch.Tensor` of shape `(batch, projected_frames, text_size)`), audio_embeds_mask: audio that
                 `get_audio_features` has encoded and projected, instead of features.
             labels (`torch.LongTensor` of shape `(batch, length)`): -100 where no loss is wanted; not shifted.
-            token_words (`torch.LongTensor` of shape `(batch, length)`): with `labels`, the number of the word that each token
-                of `input_ids` belongs to, -100 for those of none.
-            word_times (`torch.Tensor` of shape `(batch, words, 2)`): starts and ends of the words in seconds, NaN where not
-                known. Adds the alignment head's loss to `loss`; only the head learns from it.
-            frame_times (`torch.Tensor` of shape `(batch, frames)`): with `word_times`, the middles of the encoder frames in
-                seconds; NaN for those of which it is not known what is said in them, as of frames that it lacks.
+            token_words (`torch.LongTensor` of shape `(batch, length)`): with `labels`, the index of the word that each
+                token of `input_ids` belongs to, -100 for tokens of no word.
+            word_times (`torch.Tensor` of shape `(batch, words, 2)`): starts and ends of the words in seconds, NaN where
+                unknown. Adds the alignment head's loss to `loss`; only the head learns from it.
+            frame_times (`torch.Tensor` of shape `(batch, frames)`): with `word_times`, the centres of the encoder frames in
+                seconds, NaN for frames whose target is unknown.
             logits_to_keep (`int`): compute the logits (and the loss) of the last positions only.
 
         Raises:
@@ -615,7 +547,7 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
         """
         audio = None
         if audio_states is not None and audio_embeds is not None:
-            # Projected already: the states are for the alignment head.
+            # Already projected: the states are for the alignment head.
             audio = VoxLMAudioOutput(last_hidden_state=audio_states, frame_mask=audio_states_mask)
         elif audio_states is not None:
             audio = self.project(audio_states, audio_states_mask)
@@ -623,39 +555,36 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
             audio = self.get_audio_features(input_features, input_features_mask, input_values, input_values_mask)
         if audio is not None and audio_embeds is None:
             audio_embeds, audio_embeds_mask = audio.pooler_output, audio.audio_embeds_mask
-            attention_mask = self.hide_gated_frames(input_ids, attention_mask, audio, inputs_embeds)
+            attention_mask = self.visible_positions(input_ids, attention_mask, audio, inputs_embeds)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-        # `generate` hands the encoded audio to every step; only the pass over the prompt has places for it.
-        if audio_embeds is not None and past_length == 0:
+        if audio_embeds is not None:
             inputs_embeds = self.merge_audio(input_ids, inputs_embeds, audio_embeds, audio_embeds_mask)
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
-            # Positions count what is seen, so that padding on either side and hidden frames change nothing.
+            # Positions count what is visible, so that padding on either side and hidden frames change nothing.
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
-
         if word_times is not None:
             kwargs["output_hidden_states"] = True
+        if past_key_values is not None:  # from 5.24 on, the library's `generate` calls it `cache`, which is in `kwargs`
+            kwargs["past_key_values"] = past_key_values
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
             **{key: value for key, value in kwargs.items() if key != "num_items_in_batch"},
         )
-        loss, loss_of_times = None, None
+        loss, timing_loss = None, None
         if labels is not None:
             kept = labels[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else labels[:, logits_to_keep]
-            loss = self.loss_function(
-                logits=outputs.logits, labels=kept, vocab_size=self.config.text_config.vocab_size, **kwargs
-            )
+            vocab_size = self.config.text_config.vocab_size
+            loss = self.loss_function(logits=outputs.logits, labels=kept, vocab_size=vocab_size, **kwargs)
             if word_times is not None:
-                loss_of_times = self._alignment_loss(
+                timing_loss = self._alignment_loss(
                     outputs.hidden_states[-1], input_ids, labels, token_words, word_times, frame_times, audio, **kwargs
                 )
-                loss = loss + loss_of_times
+                loss = loss + timing_loss
         return VoxLMCausalLMOutputWithPast(
             loss=loss,
             logits=outputs.logits,
@@ -663,7 +592,7 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             audio=audio,
-            alignment_loss=loss_of_times,
+            alignment_loss=timing_loss,
         )
 
     def _alignment_loss(
@@ -679,14 +608,14 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
         **kwargs,
     ):
         """
-        The head's loss, each row weighted by its text tokens as in the LLM's loss, so that both add up in the same way over
-        the parts of a batch.
+        The alignment head's loss, with each row weighted by its text tokens as in the LLM's loss, so that both add up in the
+        same way over the parts of a batch.
         """
-        # Only the columns that hold text somewhere.
+        # Only the columns that contain text in some row.
         first = max(1, int((token_words != -100).any(0).int().argmax()))
         states = self.text_states(hidden_states, first).detach()
         scores = self.align_scores(states, input_ids[:, first:], audio)
-        # Nothing is known of frames behind the last target, nor of padding.
+        # The target is unknown for frames behind the last known one, and for padding.
         mask, stride = self.alignment.keys_of(audio)[1], self.alignment.frames_per_key
         missing = mask.shape[1] * stride - frame_times.shape[1]
         frame_times = nn.functional.pad(frame_times, (0, missing), value=torch.nan).unflatten(-1, (-1, stride)).mean(-1)
@@ -695,104 +624,22 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, GenerationMixin):
         weights = (labels != -100).sum(-1)
         return (losses * weights).sum() / (weights.sum() if num_items_in_batch is None else num_items_in_batch)
 
-    @torch.no_grad()
-    def generate(self, inputs=None, *args, **kwargs):
-        """
-        Token ids, as everywhere in transformers; the audio is encoded once, before the first step.
-
-        For convenience a waveform (floating-point array or tensor) as the first argument, without `input_ids`, is handed to
-        [`transcribe`], whose result has `["text"]` and `["words"]`.
-        """
-        if is_waveform(inputs) and kwargs.get("input_ids") is None:
-            return self.transcribe(inputs, *args, **kwargs)
-        names = ("input_features", "input_features_mask", "input_values", "input_values_mask")
-        features = {name: kwargs.pop(name) for name in names if kwargs.get(name) is not None}
-        states, states_mask = kwargs.pop("audio_states", None), kwargs.pop("audio_states_mask", None)
-        if states is not None or "input_features" in features or "input_values" in features:
-            input_ids = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else inputs
-            audio = self.get_audio_features(**features) if features else self.project(states, states_mask)
-            kwargs["audio_embeds"], kwargs["audio_embeds_mask"] = audio.pooler_output, audio.audio_embeds_mask
-            if input_ids is not None:
-                attention_mask = self.hide_gated_frames(input_ids, kwargs.get("attention_mask"), audio)
-                kwargs["attention_mask"] = attention_mask
-        return super().generate(inputs, *args, **kwargs)
-
     def text_states(self, hidden_states, first: int):
-        """The LLM's last hidden states `(batch, length, text_size)` that the alignment head wants for the tokens from `first` on."""
+        """Those of the LLM's last hidden states `(batch, length, text_size)` that align the tokens from `first` on."""
         return hidden_states[:, first:] if self.alignment.states_at_tokens else hidden_states[:, first - 1 : -1]
 
-    def align_scores(self, text_states, token_ids, audio: VoxLMAudioOutput):
+    def align_scores(self, text_states, token_ids, audio: VoxLMAudioOutput) -> AlignmentScores:
         """
         Scores of the alignment head.
 
         Args:
-            text_states (`torch.Tensor` of shape `(batch, tokens, text_size)`): see `text_states`, for `token_ids`
-                (`torch.LongTensor` of shape `(batch, tokens)`).
+            text_states (`torch.Tensor` of shape `(batch, tokens, text_size)`): see `text_states`.
+            token_ids (`torch.LongTensor` of shape `(batch, tokens)`)
             audio ([`VoxLMAudioOutput`]): of the same batch.
-
-        Returns:
-            [`AlignmentScores`].
         """
-        token_embeds = self.get_input_embeddings()(token_ids)
+        # Detached, so that the alignment loss trains the head alone.
+        token_embeds = self.get_input_embeddings()(token_ids).detach()
         return self.alignment(text_states, token_embeds, *self.alignment.keys_of(audio))
-
-    def get_processor(self):
-        """The model's [`VoxLMProcessor`]: `model.processor` if set, else loaded from where the model came from.
-
-        Raises:
-            ValueError: when the model has no such place.
-        """
-        if self.processor is None:
-            from .processing_voxlm import VoxLMProcessor
-
-            source = self.config._name_or_path
-            if not source:
-                raise ValueError("The model was not loaded from a checkpoint; set `model.processor` first")
-            if self.is_remote_code():
-                VoxLMProcessor.register_for_auto_class()  # so that saving it keeps its code, as saving the model does
-            # The same commit as the weights; and where this very code came with the checkpoint, it is trusted already.
-            revision = getattr(self.config, "_commit_hash", None) or "main"
-            self.processor = VoxLMProcessor.from_pretrained(
-                source, revision=revision, trust_remote_code=self.is_remote_code()
-            )
-        return self.processor
-
-    def transcribe(self, audio, **kwargs):
-        """Text, words with times and confidences of one or many recordings; see `transcription_voxlm.transcribe`."""
-        from .transcription_voxlm import transcribe
-
-        return transcribe(self, self.get_processor(), audio, **kwargs)
-
-    def align(self, audio, text, **kwargs):
-        """Times of the words of a text that is known; see `forced_alignment_voxlm.align`."""
-        from .forced_alignment_voxlm import align
-
-        return align(self, self.get_processor(), audio, text, **kwargs)
-
-    def pack_weights(self):
-        """Compute faster on the CPU, in place, with the same result; see `cpu_voxlm.pack_weights`."""
-        from .cpu_voxlm import pack_weights
-
-        return pack_weights(self)
-
-    def quantize_dynamic(self):
-        """Compute LLM and reader in 8 bits on the CPU, in place; see `cpu_voxlm.quantize_dynamic`."""
-        from .cpu_voxlm import quantize_dynamic
-
-        return quantize_dynamic(self)
-
-    def transcription_pipeline(self, **kwargs):
-        """An `automatic-speech-recognition` pipeline over this very model and its processor."""
-        from .pipeline_voxlm import VoxLMASRPipeline
-
-        return VoxLMASRPipeline(self, self.get_processor(), task="automatic-speech-recognition", **kwargs)
-
-
-def is_waveform(value) -> bool:
-    """Whether `value` is a floating-point array or tensor, that is audio and not token ids."""
-    if isinstance(value, torch.Tensor):
-        return value.is_floating_point()
-    return isinstance(value, np.ndarray) and np.issubdtype(value.dtype, np.floating)
 
 
 __all__ = ["VoxLMForSpeechSeq2Seq", "VoxLMPreTrainedModel"]

@@ -25,9 +25,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from training.evaluate import stock_runner
 from voxlm_hf import VoxLMForSpeechSeq2Seq
 from voxlm_hf.audio_voxlm import stream_audio
+from voxlm_training.evaluate import stock_runner
 
 
 ROOT = Path(__file__).resolve().parents[2]

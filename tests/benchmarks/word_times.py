@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from voxlm_hf import VoxLMForSpeechSeq2Seq
-from voxlm_hf.alignment_voxlm import word_seconds
+from voxlm_hf.timing_voxlm import word_seconds
 
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -2,11 +2,12 @@
 
 import datasets
 import evaluate
+
 from voxlm_training.evaluate import score_texts
 
 
 class SpeechErrors(evaluate.Metric):
-    """Pooled word and character error rates after Whisper's English normaliser; see `score_texts` in training/evaluate.py."""
+    """Pooled word and character error rates after Whisper's English normaliser; see `score_texts` in voxlm_training.evaluate."""
 
     def _info(self):
         texts = datasets.Value("string")

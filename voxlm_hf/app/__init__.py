@@ -1,1 +1,1 @@
-"""What stays at home: the command line and the file formats. Nothing here travels with a checkpoint."""
+"""The command line and the file formats; not part of the remote code."""

@@ -1,4 +1,4 @@
-"""`voxlm batch`: many recordings on one machine or a cluster, with Ray Data; a restart goes on where the last run stopped."""
+"""`voxlm batch`: many recordings on one machine or a cluster, with Ray Data; a restart skips finished files."""
 
 import hashlib
 import json
@@ -7,10 +7,12 @@ import posixpath
 import time
 from pathlib import Path
 
+import fsspec
 import torch
 from tqdm import tqdm
 
 
+# Formats that libsndfile reads.
 AUDIO_SUFFIXES = {".aif", ".aiff", ".au", ".caf", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".w64", ".wav"}
 # The columns of a result; words and segments are JSON in Parquet, so that every shard has the same schema.
 TEXT_COLUMNS = ("id", "text", "words", "segments", "error")
@@ -18,35 +20,33 @@ TEXT_COLUMNS = ("id", "text", "words", "segments", "error")
 
 def find_items(sources: list[str]) -> list[dict]:
     """
-    What there is to transcribe.
+    List the recordings to transcribe.
 
     Args:
         sources: manifests (`.jsonl` with "audio" and, optionally, "id"; `.parquet` with a column "audio" of paths or of
             `{"bytes"}` and, optionally, "id"), globs, folders or audio files, each a path or a URL that fsspec knows (s3://...).
 
     Returns:
-        rows with "id" and "audio" (a path), or "table" and "row" where the audio lies in a Parquet file.
+        rows with "id" and "audio" (a path), or "table" and "row" where the audio is in a Parquet file.
 
     Raises:
-        ValueError: for a source without recordings, a row without "audio", or an id that comes twice.
+        ValueError: for a source without recordings, a row without "audio", or a duplicate id.
     """
     items = []
     for source in sources:
         found = _manifest(source) if source.endswith((".jsonl", ".parquet")) else _files(source)
         if not found:
-            raise ValueError(f"{source} holds no recordings")
+            raise ValueError(f"{source} contains no recordings")
         items += found
     seen: set[str] = set()
     for item in items:
         if item["id"] in seen:
-            raise ValueError(f"The id {item['id']!r} comes twice; every recording needs one of its own")
+            raise ValueError(f"The id {item['id']!r} occurs twice; every recording needs its own")
         seen.add(item["id"])
     return items
 
 
 def _files(source: str) -> list[dict]:
-    import fsspec
-
     files, path = fsspec.core.url_to_fs(source)
     if files.isdir(path):
         found = [name for name in files.find(path) if posixpath.splitext(name)[1].lower() in AUDIO_SUFFIXES]
@@ -60,8 +60,6 @@ def _files(source: str) -> list[dict]:
 
 
 def _manifest(source: str) -> list[dict]:
-    import fsspec
-
     if source.endswith(".parquet"):
         import pyarrow.parquet
 
@@ -97,14 +95,12 @@ def _manifest(source: str) -> list[dict]:
 
 
 def shard_name(items: list[dict], suffix: str) -> str:
-    """The file of the results of these recordings: the same recordings, the same file."""
+    """The file name for the results of these recordings: the same for the same recordings."""
     return f"part-{hashlib.sha1(json.dumps([item['id'] for item in items]).encode()).hexdigest()[:16]}.{suffix}"
 
 
 def write_shard(path: str, rows: list[dict]):
-    """Write results as JSON Lines or, by the name's end, Parquet; the file appears whole or not at all."""
-    import fsspec
-
+    """Write results as JSON Lines or, by the file's suffix, Parquet; the file appears complete or not at all."""
     files, target = fsspec.core.url_to_fs(path)
     if path.endswith(".parquet"):
         import pyarrow
@@ -127,8 +123,6 @@ def write_shard(path: str, rows: list[dict]):
 
 def read_shard(path: str, columns: list[str] | None = None) -> list[dict]:
     """The rows of a shard, as they were written."""
-    import fsspec
-
     with fsspec.open(path, "rb") as file:
         if not path.endswith(".parquet"):
             return [json.loads(line) for line in file]
@@ -143,8 +137,6 @@ def read_shard(path: str, columns: list[str] | None = None) -> list[dict]:
 
 def shards(output: str) -> list[str]:
     """The finished shards in a folder."""
-    import fsspec
-
     files, path = fsspec.core.url_to_fs(output)
     if not files.isdir(path):
         return []
@@ -164,8 +156,6 @@ class Worker:
         return {key: [count[key] for count in counts] for key in counts[0]}
 
     def _shard(self, name: str, items: list[dict]) -> dict:
-        import fsspec
-
         path = f"{self.output}/{name}"
         files, target = fsspec.core.url_to_fs(path)
         if files.exists(target):  # written by a worker that was killed before it could say so
@@ -190,9 +180,7 @@ class Worker:
 
 
 def read_item(item: dict):
-    """A recording as `transcribe` takes it: a local path as it is, anything else as its bytes."""
-    import fsspec
-
+    """A recording as `transcribe` accepts it: a local path as it is, anything else as its bytes."""
     if "table" in item:
         import pyarrow.parquet
 
@@ -213,7 +201,7 @@ def read_item(item: dict):
 
 
 class Unreadable:
-    """Stands for a recording that could not be fetched; reading it raises why."""
+    """Stands for a recording that could not be fetched; reading it raises the reason."""
 
     def __init__(self, reason: str):
         self.reason = reason
@@ -236,12 +224,13 @@ def run(
     """
     Transcribe all recordings of `sources` that `output` has no result for yet.
 
-    Every `files_per_shard` recordings are one shard, written by one call of one worker and named after its recordings: what is
-    interrupted is done again as a whole, what is written never.
+    Every `files_per_shard` recordings are one shard, written by one call of one worker and named after its recordings: an
+    interrupted shard is transcribed again as a whole, a finished one never.
 
     Args:
         load: makes the model, on the worker.
-        sources: see `find_items`; output: folder, or a URL that fsspec knows.
+        sources (`list[str]`): see `find_items`.
+        output (`str`): folder, or a URL that fsspec knows.
         suffix (`"jsonl"` or `"parquet"`)
         workers (`int`, *optional*): by default as many as the cores allow, or one for each GPU.
         threads (`int`): cores of each worker.
@@ -250,27 +239,18 @@ def run(
         **options: for `transcribe`.
 
     Returns:
-        counts of this run: "files", "failed", "seconds" of audio, "skipped" (done before) and "wall" seconds.
+        counts of this run: "files", "failed", "seconds" of audio, "skipped" (finished before) and "wall" seconds.
 
     Raises:
-        ImportError: without Ray; ValueError: see `find_items`.
+        ImportError: without Ray. ValueError: see `find_items`.
     """
     try:
-        import fsspec
         import ray
     except ImportError as error:
         raise ImportError(f"`voxlm batch` needs Ray: pip install 'voxlm-hf[scale]' ({error})") from None
-    files_per_shard = max(1, files_per_shard)
     items = find_items(sources)
     output = output.rstrip("/") if "://" in output else str(Path(output).absolute())
-    files, folder = fsspec.core.url_to_fs(output)
-    files.makedirs(folder, exist_ok=True)
-    done = {row["id"] for shard in shards(output) for row in read_shard(shard, ["id"])}
-    # Cut before what is done is left out: should a worker of a run that was killed still write its shard, it writes the very one that
-    # this run writes.
-    groups = [items[first : first + files_per_shard] for first in range(0, len(items), files_per_shard)]
-    groups = [[item for item in group if item["id"] not in done] for group in groups]
-    groups = [group for group in groups if group]
+    groups = pending_groups(items, output, max(1, files_per_shard))
     pending = sum(map(len, groups))
     totals = {"files": 0, "failed": 0, "seconds": 0.0, "skipped": len(items) - pending, "wall": 0.0}
     if not pending:
@@ -279,23 +259,7 @@ def run(
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(address=address, logging_level="error", log_to_driver=False, ignore_reinit_error=True)
     try:
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars, context.print_on_execution_start = False, False
-        resources = ray.cluster_resources()
-        cores, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
-        threads = min(threads, cores)
-        workers = min(workers or gpus or max(1, cores // threads), len(groups))
-        dataset = ray.data.from_items(
-            [{"shard": shard_name(group, suffix), "items": json.dumps(group)} for group in groups],
-            override_num_blocks=len(groups),
-        ).map_batches(
-            Worker,
-            fn_constructor_args=(load, threads, output, options),
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=workers),
-            num_cpus=min(threads, cores // workers) or 1,
-            num_gpus=1 if gpus else 0,
-        )
+        dataset = worker_dataset(groups, suffix, workers, threads, (load, output, options))
         with tqdm(total=len(items), initial=totals["skipped"], unit="file", desc="Transcribing") as bar:
             for counts in dataset.iter_rows():
                 for key, value in counts.items():
@@ -307,3 +271,37 @@ def run(
         ray.shutdown()
     totals["wall"] = time.perf_counter() - started
     return totals
+
+
+def pending_groups(items: list[dict], output: str, size: int) -> list[list[dict]]:
+    """The items in groups of at most `size`, one for each shard, without those that `output` has a result for."""
+    files, folder = fsspec.core.url_to_fs(output)
+    files.makedirs(folder, exist_ok=True)
+    done = {row["id"] for shard in shards(output) for row in read_shard(shard, ["id"])}
+    # Grouped before finished items are left out: should a worker of a killed run still write its shard, it writes the very
+    # shard that this run writes.
+    groups = [items[first : first + size] for first in range(0, len(items), size)]
+    groups = [[item for item in group if item["id"] not in done] for group in groups]
+    return [group for group in groups if group]
+
+
+def worker_dataset(groups: list[list[dict]], suffix: str, workers: int | None, threads: int, setup: tuple):
+    """A lazy Ray dataset of the counts of each group, computed by [`Worker`] actors; `setup` is (load, output, options)."""
+    import ray
+
+    load, output, options = setup
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars, context.print_on_execution_start = False, False
+    resources = ray.cluster_resources()
+    cores, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
+    threads = min(threads, cores)
+    workers = min(workers or gpus or max(1, cores // threads), len(groups))
+    shard_items = [{"shard": shard_name(group, suffix), "items": json.dumps(group)} for group in groups]
+    return ray.data.from_items(shard_items, override_num_blocks=len(groups)).map_batches(
+        Worker,
+        fn_constructor_args=(load, threads, output, options),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=workers),
+        num_cpus=min(threads, cores // workers) or 1,
+        num_gpus=1 if gpus else 0,
+    )

@@ -27,22 +27,22 @@ def build_parser() -> argparse.ArgumentParser:
     transcribe = commands.add_parser("transcribe", help="transcribe audio files")
     transcribe.add_argument("files", nargs="+", metavar="FILE", help="audio files")
     transcribe.add_argument("--output-dir", type=Path, help="write one file per recording here instead of to stdout")
-    align = commands.add_parser("align", help="times of the words of a text that is known")
+    align = commands.add_parser("align", help="find the times of the words of a known text")
     align.add_argument("file", metavar="FILE", help="audio file")
     align.add_argument("text", metavar="TEXT", help="what is said in it, or @FILE to read that from a text file")
-    plot = commands.add_parser("plot", help="draw a recording with a box for each word")
+    plot = commands.add_parser("plot", help="draw a spectrogram with a box for each word")
     plot.add_argument("file", metavar="FILE", help="audio file")
-    plot.add_argument("picture", metavar="PICTURE", type=Path, help="where to draw: .png, .svg, .pdf")
+    plot.add_argument("picture", metavar="PICTURE", type=Path, help="file to draw into: .png, .svg, .pdf")
     plot.add_argument("--text", help="what is said in it, or @FILE; by default it is transcribed")
-    plot.add_argument("--reference", type=Path, metavar="JSON", help="words with times to draw beside")
-    many = commands.add_parser("batch", help="transcribe thousands of files, with Ray; a restart goes on")
+    plot.add_argument("--reference", type=Path, metavar="JSON", help="words with times to draw below them")
+    many = commands.add_parser("batch", help="transcribe thousands of files with Ray; a restart skips finished ones")
     many.add_argument(
         "sources", nargs="+", metavar="SOURCE", help="manifest (.jsonl, .parquet), glob, folder or file; paths or URLs"
     )
     many.add_argument("--output", required=True, metavar="DIR", help="folder or URL for the shards of results")
     many.add_argument("--format", choices=["jsonl", "parquet"], default="jsonl", help="of the shards")
     many.add_argument("--files-per-shard", type=int, default=32)
-    many.add_argument("--workers", type=int, help="copies of the model (default: what cores or GPUs allow)")
+    many.add_argument("--workers", type=int, help="copies of the model (default: as many as cores or GPUs allow)")
     many.add_argument("--threads", type=int, default=2, help="cores of each worker (default: 2)")
     many.add_argument("--address", help="of a Ray cluster; its nodes need this package, the model and the files")
     for command, default in ((transcribe, "txt"), (align, "tsv")):
@@ -51,17 +51,19 @@ def build_parser() -> argparse.ArgumentParser:
         )
     for command in (transcribe, many):
         command.add_argument("--vad", choices=["energy", "silero"], default="energy", help="voice activity detector")
-        command.add_argument("--batch-size", type=int, default=8, help="pieces of audio in one pass (default: 8)")
-        command.add_argument("--chunk-length", type=float, metavar="SECONDS", help="longest piece of a long recording")
+        command.add_argument("--batch-size", type=int, default=8, help="segments in one pass (default: 8)")
+        command.add_argument(
+            "--chunk-length", type=float, metavar="SECONDS", help="longest segment of a long recording"
+        )
     for command in (transcribe, align, plot, many):
         command.add_argument("--model", help="folder or Hub id (default: hub_export/voxlm-135m of the checkout)")
-        command.add_argument("--prompt", help="instruction or context for the LLM (default: the one of training)")
+        command.add_argument("--prompt", help="instruction or context for the LLM (default: the trained one)")
         command.add_argument("--device", default="cpu", help="cpu, cuda, mps, ... (default: cpu)")
         command.add_argument(
             "--dtype",
             choices=["float32", "bfloat16", "float16", "int8"],
             default="float32",
-            help="of the computation; int8: LLM and reader in 8 bits on the CPU, faster (default: float32)",
+            help="arithmetic; int8: LLM and reader in 8 bits on the CPU, faster (default: float32)",
         )
     return parser
 
@@ -84,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
             arguments.output_dir.mkdir(parents=True, exist_ok=True)
         source = arguments.model or str(DEFAULT_MODEL)
         if arguments.model is None and not DEFAULT_MODEL.is_dir():
-            raise ValueError("the default model lies in a checkout only; give --model FOLDER or a Hub id")
+            raise ValueError("the default model exists in a checkout only; give --model FOLDER or a Hub id")
         if arguments.command == "batch":
             return transcribe_sources(source, arguments)
         model = load_model(source, arguments.dtype, arguments.device)
@@ -106,7 +108,7 @@ def load_model(source: str, dtype: str, device: str) -> VoxLMForSpeechSeq2Seq:
 
 
 def transcribe_files(model, arguments) -> int:
-    """`voxlm transcribe`; returns the exit code. How fast it went is printed on stderr."""
+    """`voxlm transcribe`; returns the exit code. Prints the speed on stderr."""
     files, failed, seconds, started = arguments.files, 0, 0.0, time.perf_counter()
     targets = output_paths(files, arguments.output_dir, arguments.format)
     try:
@@ -137,7 +139,7 @@ def transcribe_files(model, arguments) -> int:
 
 
 def transcribe_options(arguments) -> dict:
-    """The arguments of `transcribe` that the command line gives."""
+    """The arguments of `transcribe` that the command line sets."""
     return {
         "prompt": arguments.prompt,
         "vad": arguments.vad,
@@ -161,7 +163,7 @@ def transcribe_sources(source: str, arguments) -> int:
     )
     speed = totals["seconds"] / max(totals["wall"], 1e-9)
     print(
-        f"voxlm: {totals['files']} files ({totals['failed']} failed, {totals['skipped']} done before), "
+        f"voxlm: {totals['files']} files ({totals['failed']} failed, {totals['skipped']} finished before), "
         f"{totals['seconds']:.0f} s of audio in {totals['wall']:.0f} s, {speed:.1f} times real time",
         file=sys.stderr,
     )
@@ -169,7 +171,7 @@ def transcribe_sources(source: str, arguments) -> int:
 
 
 def align_file(model, arguments) -> int:
-    """`voxlm align`; returns the exit code. Words that are not in the recording are named on stderr."""
+    """`voxlm align`; returns the exit code. Names words that are not in the recording on stderr."""
     try:
         result = model.align(arguments.file, text_of(arguments.text), prompt=arguments.prompt)
     except (OSError, ValueError) as error:
@@ -178,12 +180,12 @@ def align_file(model, arguments) -> int:
     sys.stdout.write(WRITERS[arguments.format](result))
     unsaid = [f"{word['word']!r} at {word['start']:.2f} s" for word in result.words if not word["spoken"]]
     if unsaid:
-        print(f"voxlm: not heard in the recording: {', '.join(unsaid)}", file=sys.stderr)
+        print(f"voxlm: not found in the recording: {', '.join(unsaid)}", file=sys.stderr)
     return 0
 
 
 def text_of(argument: str) -> str:
-    """A text as it was given, or, after an "@", what the file of that name holds."""
+    """The text itself or, after an "@", the content of the file of that name."""
     return Path(argument[1:]).read_text(encoding="utf-8") if argument.startswith("@") else argument
 
 
@@ -204,7 +206,7 @@ def plot_file(model, arguments) -> int:
 
 
 def output_paths(files: list[str], output_dir: Path | None, suffix: str) -> list[Path | None]:
-    """Where each file's output goes: `None` for stdout; files of one name in different folders get numbers."""
+    """Where each file's output goes: `None` for stdout. Files of the same name in different folders get numbers."""
     if output_dir is None:
         return [None] * len(files)
     taken: set[Path] = set()

@@ -1,9 +1,15 @@
-"""Writers: one transcription to txt, json, srt, vtt or tsv."""
+"""
+Writers: one transcription to txt, json, srt, vtt or tsv.
+
+The subtitle writers are ours: pysubs2 1.8 reads backslashes as tags, stops at 99:59:59 and does not escape WebVTT, and working
+around that took more code than these writers are.
+"""
 
 import json
 
 
-# Subtitle habits of broadcasters: two lines of 42 characters, at most 7 seconds.
+# Subtitle guidelines of broadcasters (BBC, Netflix): two lines of 42 characters, at most 7 seconds. A pause that ends a cue
+# was chosen by hand.
 LINE_CHARACTERS, CUE_LINES, CUE_SECONDS, PAUSE_SECONDS = 42, 2, 7.0, 1.5
 
 

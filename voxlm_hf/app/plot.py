@@ -1,4 +1,4 @@
-"""A picture of a transcription: spectrogram, and a box for each word, beside those of a reference."""
+"""A picture of a transcription: spectrogram and a box for each word, above those of a reference."""
 
 import json
 from pathlib import Path
@@ -6,10 +6,13 @@ from pathlib import Path
 import numpy as np
 
 
-# Inches for each second of audio, at least so wide and at most.
+# Inches per second of audio, and the least and greatest width. Chosen by hand so that words of 0.1 s have room for their
+# text.
 INCHES_PER_SECOND, LEAST_INCHES, MOST_INCHES = 1.6, 6, 60
-# Windows of the spectrogram, and the range of its colours.
+# Windows of the spectrogram (25 ms, as for speech recognition), and the range of its colours. Chosen by hand.
 WINDOW_S, HOP_S, RANGE_DB = 0.025, 0.005, 70
+# Added to every sample, far below what 16 bits resolve.
+SILENCE = 1e-9
 
 
 def read_words(path: Path) -> list[dict]:
@@ -37,7 +40,7 @@ def read_words(path: Path) -> list[dict]:
 
 def plot_words(waveform: np.ndarray, rate: int, words: list[dict], path: Path, reference: list[dict] | None = None):
     """
-    Draw a spectrogram with the words in boxes under it, the more certain the greener, and a reference's below.
+    Draw a spectrogram with the words in boxes below it, the more certain the greener, and those of a reference below them.
 
     Args:
         waveform: `(samples,)` at `rate` Hz; words, reference: `{"word", "start", "end"}` in seconds, "confidence" where known.
@@ -55,9 +58,12 @@ def plot_words(waveform: np.ndarray, rate: int, words: list[dict], path: Path, r
     width = min(max(INCHES_PER_SECOND * duration_s, LEAST_INCHES), MOST_INCHES)
     figure = Figure(figsize=(width, 3 + 0.5 * len(rows)), layout="constrained")
     top, bottom = figure.subplots(2, sharex=True, height_ratios=(3, 0.6 * len(rows)))
-    spectrum = spectrogram(waveform, rate)
-    top.imshow(spectrum, origin="lower", aspect="auto", extent=(0, duration_s, 0, rate / 2000), cmap="magma")
-    top.set(ylabel="kHz", title=f"{duration_s:.2f} s, {len(words)} words")
+    size = round(WINDOW_S * rate)
+    padded = np.pad(waveform, (0, max(0, 2 * size - len(waveform))))
+    # Silence has no level; matplotlib would divide by zero for it.
+    levels = top.specgram(padded + SILENCE, NFFT=size, Fs=rate, noverlap=size - round(HOP_S * rate), cmap="magma")[3]
+    levels.set_clim(levels.get_array().max() - RANGE_DB, levels.get_array().max())
+    top.set(ylabel="Hz", title=f"{duration_s:.2f} s, {len(words)} words")
     for height, items in enumerate(rows.values()):
         for word in items:
             _box(bottom, word, -height)
@@ -76,12 +82,3 @@ def _box(axes, word: dict, height: float):
     # A dollar sign would begin a formula.
     label = str(word["word"]).replace("$", r"\$")
     axes.text(start + length / 2, height, label, ha="center", va="center", fontsize=8, clip_on=True)
-
-
-def spectrogram(waveform: np.ndarray, rate: int) -> np.ndarray:
-    """Levels in dB below the loudest, `(frequencies, times)`, by windows of `WINDOW_S`; at least -`RANGE_DB`."""
-    size, hop = round(WINDOW_S * rate), round(HOP_S * rate)
-    padded = np.pad(waveform, (size // 2, size))
-    windows = np.lib.stride_tricks.sliding_window_view(padded, size)[: len(waveform) : hop]
-    levels = 20 * np.log10(np.abs(np.fft.rfft(windows * np.hanning(size), axis=1)) + 1e-9)
-    return np.maximum(levels - levels.max(), -RANGE_DB).T

@@ -1,4 +1,4 @@
-"""The monotonic decoder and the loss of the alignment head, on hand-made scores."""
+"""Word timing: targets, loss and the monotonic decoder, on scores made by hand."""
 
 import itertools
 
@@ -6,11 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from voxlm_hf.alignment_voxlm import (
-    LEVELLING,
+from voxlm_hf.timing_voxlm import (
     RAMP_S,
     AlignmentScores,
-    WordSpan,
     alignment_loss,
     alignment_targets,
     close_gaps,
@@ -20,6 +18,7 @@ from voxlm_hf.alignment_voxlm import (
     span_edges,
     word_log_posteriors,
     word_seconds,
+    word_times,
 )
 
 
@@ -123,26 +122,41 @@ def test_edges_never_cross():
         assert (np.diff(edges)[::2] > 0).all() and (np.diff(edges) >= -1e-12).all()
 
 
-def test_long_words_get_some_time_where_there_is_any():
-    assert shortest_spans(["a", "fox,", "antidisestablish", "..."], 0.02, 100).tolist() == [1, 3, 16, 1]
-    assert shortest_spans(["你", "1999"], 0.08, 100).tolist() == [1, 1]
-    tight = shortest_spans(["word"] * 10, 0.02, 25)
-    assert (tight >= 1).all() and tight.sum() <= 25
-    assert shortest_spans(["word"] * 3, 0.02, 2).tolist() == [1, 1, 1] and shortest_spans([], 0.02, 2).tolist() == []
-    # The first word looks better than the second everywhere, yet the second has its three frames.
+@pytest.mark.parametrize(
+    "words, frame_s, num_frames, expected",
+    [
+        (["a", "fox,", "antidisestablish", "..."], 0.02, 100, [1, 3, 16, 1]),  # 20 ms for each letter
+        (["你", "1999"], 0.08, 100, [1, 1]),
+        (["word"] * 3, 0.02, 2, [1, 1, 1]),  # fewer frames than words
+        ([], 0.02, 2, []),
+    ],
+)
+def test_long_words_get_some_time(words, frame_s, num_frames, expected):
+    assert shortest_spans(words, frame_s, num_frames).tolist() == expected
+
+
+def test_shortest_spans_fit_into_the_recording():
+    spans = shortest_spans(["word"] * 10, 0.02, 25)
+    assert (spans >= 1).all() and spans.sum() <= 25
+
+
+def test_a_weak_word_keeps_its_shortest_span():
+    """The first word looks better than the second everywhere, yet the second has its three frames."""
     scores = np.log([[0.8] * 10, [0.1] * 10, [0.1] * 10])
     assert [span.end - span.start for span in decode_spans(scores, shortest=np.array([1, 3]))] == [7, 3]
 
 
 def test_tokens_that_are_strong_everywhere_are_levelled():
+    """Sums over time of 3 e^0 and 3 e^4: each token moves by a quarter of its distance of 2 from the median."""
+    levelled = level_tokens(np.array([[0.0, 0.0, 0.0], [4.0, 4.0, 4.0]]), np.array([0, 1]))
+    np.testing.assert_allclose(levelled, [[0.5] * 3, [3.5] * 3])
+
+
+def test_levelling_shifts_a_token_as_a_whole_and_ignores_tokens_of_no_word():
     scores = np.array([[5.0, 5.0, 4.0], [0.0, 0.0, 1.0], [9.0, 9.0, 9.0]])
-    levelled = level_tokens(scores, np.array([0, 1, -1]))
-    shifts = scores - levelled
-    np.testing.assert_allclose(shifts, shifts[:, :1].repeat(3, axis=1))  # each token as a whole
-    apart = np.logaddexp.reduce(scores[0]) - np.logaddexp.reduce(scores[1])
-    assert shifts[0, 0] - shifts[1, 0] == pytest.approx(LEVELLING * apart) and shifts[0, 0] == pytest.approx(
-        -shifts[1, 0]
-    )
+    shifts = scores - level_tokens(scores, np.array([0, 1, -1]))
+    np.testing.assert_allclose(shifts, shifts[:, :1].repeat(3, axis=1))
+    assert shifts[0, 0] == pytest.approx(-shifts[1, 0])
     assert level_tokens(scores, np.array([-1, -1, -1])) is scores
 
 
@@ -152,11 +166,26 @@ def test_small_gaps_are_closed_in_the_middle():
     assert times[0, 1] == 0.2  # the caller's times are left alone
 
 
-def test_seconds_stay_inside_the_audio():
-    assert word_seconds(scores_from([0, 0, 1, 1], 2), None, 0.02, 0.07) == [(0.0, 0.04), (0.04, 0.07)]
-    assert word_seconds(scores_from([0, 1], 3), None, 0.02, 0.04) == [(0.0, 0.013), (0.013, 0.027), (0.027, 0.04)]
-    assert word_seconds(np.zeros((1, 5)), None, 0.02, 0.1) == []
-    assert WordSpan(0, 1) in decode_spans(scores_from([0, -1], 1))
+@pytest.mark.parametrize(
+    "path, num_words, duration_s, expected",
+    [
+        ([0, 0, 1, 1], 2, 0.07, [(0.0, 0.04), (0.04, 0.07)]),  # the recording ends within the last frame
+        ([0, 1], 3, 0.04, [(0.0, 0.013), (0.013, 0.027), (0.027, 0.04)]),  # fewer frames than words
+        ([-1, -1], 0, 0.04, []),
+    ],
+)
+def test_seconds_stay_inside_the_audio(path, num_words, duration_s, expected):
+    assert word_seconds(scores_from(path, num_words), None, 0.02, duration_s) == expected
+
+
+def test_word_times_of_one_row_of_a_padded_batch():
+    """Row 1: "ab" (tokens 0 and 1) in frames 2 to 5, "c" (token 2) in 8 to 10, of 13 real frames and 2 of padding."""
+    tokens, pause = torch.full((2, 4, 15), -20.0), torch.full((2, 15), -20.0)
+    tokens[1, 0, 2:4] = tokens[1, 1, 4:6] = tokens[1, 2, 8:11] = 20.0
+    pause[1, [0, 1, 6, 7, 11, 12]] = 20.0
+    tokens[1, 2, 13:] = 90.0  # what padding says does not count
+    scores = AlignmentScores(tokens, pause, torch.zeros(2, 15))
+    assert word_times(scores, 1, np.array([0, 0, 1]), num_frames=13, frame_s=0.1) == [(0.2, 0.6), (0.8, 1.1)]
 
 
 def test_targets_are_ramps_in_seconds():
@@ -168,24 +197,25 @@ def test_targets_are_ramps_in_seconds():
     torch.testing.assert_close(onsets[0], torch.tensor([0, 1, 0.5, 0, 1, 0]), atol=1e-5, rtol=0)
 
 
-def test_loss_of_hand_made_posteriors():
-    """Words 0 (tokens 0, 1) and 1 (token 2) are spoken in frames 0 and 1; onsets are known for sure."""
-    tokens = torch.log(torch.tensor([[[0.1, 0.2, 0.5], [0.3, 0.1, 0.2], [0.4, 0.2, 0.1]]]))
-    pause = torch.log(torch.tensor([[0.2, 0.5, 0.2]]))
+# Three frames at 0.5, 1.5 and 2.5 s: words 0 (tokens 0 and 1) and 1 (token 2) are spoken in the first and in the last.
+TOKENS = torch.log(torch.tensor([[[0.1, 0.2, 0.5], [0.3, 0.1, 0.2], [0.4, 0.2, 0.1]]]))
+PAUSE = torch.log(torch.tensor([[0.2, 0.5, 0.2]]))
+SURE, TORN = torch.full((1, 3), -50.0), torch.zeros(1, 3)
+
+
+@pytest.mark.parametrize(
+    "onset, frame_times, expected",
+    [
+        pytest.param(SURE, [0.5, 1.5, 2.5], -(np.log(0.4) + np.log(0.5) + np.log(0.1)) / 3, id="all frames"),
+        pytest.param(SURE, [0.5, np.nan, np.nan], -np.log(0.4), id="one known frame"),
+        pytest.param(TORN, [0.5, np.nan, np.nan], -np.log(0.4) + np.log(2), id="unsure of onsets"),
+        pytest.param(SURE, [1.0, np.nan, np.nan], -(np.log(0.4) + np.log(0.2)) / 2, id="an edge in the frame"),
+    ],
+)
+def test_loss_of_posteriors_by_hand(onset, frame_times, expected):
     words, times = torch.tensor([[0, 0, 1]]), torch.tensor([[[0.0, 1.0], [2.0, 3.0]]])
-    sure = torch.tensor([[-50.0, -50.0, -50.0]])
-    loss = alignment_loss(AlignmentScores(tokens, pause, sure), words, times, torch.tensor([[0.5, 1.5, 2.5]]))
-    assert float(loss) == pytest.approx(-(np.log(0.4) + np.log(0.5) + np.log(0.1)) / 3, abs=1e-6)
-    unknown = torch.tensor([[0.5, torch.nan, torch.nan]])
-    loss = alignment_loss(AlignmentScores(tokens, pause, sure), words, times, unknown)
-    assert float(loss) == pytest.approx(-np.log(0.4), abs=1e-6)
-    loss = alignment_loss(AlignmentScores(tokens, pause, torch.zeros(1, 3)), words, times, unknown)
-    assert float(loss) == pytest.approx(-np.log(0.4) + np.log(2), abs=1e-6)
-    # An edge in the middle of a frame: half of it is the word, half a pause.
-    loss = alignment_loss(
-        AlignmentScores(tokens, pause, sure * 0 - 50), words, times, torch.tensor([[1.0, torch.nan, torch.nan]])
-    )
-    assert float(loss) == pytest.approx(-(np.log(0.4) + np.log(0.2)) / 2, abs=1e-5)
+    loss = alignment_loss(AlignmentScores(TOKENS, PAUSE, onset), words, times, torch.tensor([frame_times]))
+    assert float(loss) == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("token_words", [[[0, 0, 1]], [[-100, -100, -100]]])

@@ -1,0 +1,264 @@
+"""Quality gates, which notice nonsense, and the fallbacks that are tried when one fires."""
+
+import math
+import zlib
+from collections.abc import Callable
+
+import torch
+
+from .decoding_voxlm import (
+    DecodedText,
+    EncodedBatch,
+    draft_and_decode,
+    draft_texts,
+    encode,
+    generate_text,
+    is_plain_greedy,
+    pack_prompt,
+    split_decoded,
+    teacher_force,
+    token_budgets,
+)
+from .processing_voxlm import VoxLMProcessor
+from .rescoring_voxlm import rescore
+from .segmentation_voxlm import AudioSegment
+from .transcription_voxlm import Segment, merge_segments, timed_words
+
+
+# Longest phrase, in words, that is looked for in loops, and how often in a row it may come. Chosen by hand: people do say
+# "no, no, no, no", not eight times.
+LOOP_WORDS, LOOP_TIMES = 8, 8
+# The compression of shorter texts (bytes) says nothing: zlib's own header weighs in. Chosen by hand.
+COMPRESSION_FROM = 100
+# Shorter activity than this (seconds) may be a word or two, of which few frames carry a token. Chosen by hand.
+NO_SPEECH_FROM_S = 5.0
+# Fewer visible frames than this are a word or two, which may be one token. Chosen by hand.
+LEFT_OUT_FROM = 8
+# Added to the active time before words per second are counted: words are longer than the frames in which they are loud.
+# Chosen by hand.
+ACTIVITY_MARGIN_S = 1.0
+# A shorter segment is not split in halves. Chosen by hand: halves of a second still contain a few words.
+SHORTEST_TO_HALVE_S = 2.0
+# Seed of the samples that are drawn as a fallback: the same text every time.
+FALLBACK_SEED = 0
+
+
+def fired_gates(
+    text: str,
+    mean_logprob: float | None,
+    active_s: float,
+    visible_frames: float | None,
+    num_tokens: int,
+    out_of_tokens: bool,
+    gates: dict[str, float],
+) -> list[str]:
+    """
+    The names of the quality gates that a text fires.
+
+    - "token_budget": the budget, which follows the audio generously, ended the text.
+    - "left_out": fewer than `tokens_per_frame` tokens for each frame that carries one.
+    - "loop": a phrase of up to 8 words comes more than 8 times in a row, *and* another gate fires.
+    - "compression_ratio", "mean_logprob": as in Whisper (Radford et al. 2022), bytes by compressed bytes and the mean
+      log-probability of the tokens.
+    - "words_per_second": more words than anybody says in the time in which the voice activity detector found activity.
+    - "no_speech": music or noise. Fewer than `heard_per_second` frames carry a token for each second of activity, and there
+      are five seconds of activity or more, or the text fires "mean_logprob" too.
+
+    Args:
+        text (`str`): without white space at either end.
+        mean_logprob (`float`, *optional*): of its tokens, raw, in nats.
+        active_s (`float`): seconds in which voice activity was found.
+        visible_frames (`float`, *optional*): number of frames that carry a token, for models with a frame gate.
+        num_tokens (`int`): of the text.
+        out_of_tokens (`bool`): whether the budget ended the text.
+        gates (`dict`): thresholds, `config.quality_gates`. A gate without one never fires; without any, none does.
+    """
+    fired = ["token_budget"] if out_of_tokens and gates else []
+    words, size = text.split(), len(text.encode())
+    gated = visible_frames is not None
+    if gated and visible_frames >= LEFT_OUT_FROM and num_tokens < gates.get("tokens_per_frame", 0) * visible_frames:
+        fired.append("left_out")
+    if not words:
+        return fired
+    if size >= COMPRESSION_FROM and size / len(zlib.compress(text.encode())) > gates.get("compression_ratio", math.inf):
+        fired.append("compression_ratio")
+    if mean_logprob is not None and mean_logprob < gates.get("mean_logprob", -math.inf):
+        fired.append("mean_logprob")
+    if len(words) > gates.get("words_per_second", math.inf) * (active_s + ACTIVITY_MARGIN_S):
+        fired.append("words_per_second")
+    sparse = gated and visible_frames < gates.get("heard_per_second", 0) * active_s
+    if sparse and (active_s >= NO_SPEECH_FROM_S or "mean_logprob" in fired):
+        fired.append("no_speech")
+    if fired and longest_loop(words) > LOOP_TIMES:
+        fired.append("loop")
+    return fired
+
+
+def longest_loop(words: list[str]) -> int:
+    """How often in a row a phrase of one to `LOOP_WORDS` words comes at most."""
+    most = 1
+    for length in range(1, min(LOOP_WORDS, len(words) // 2) + 1):
+        same = 0
+        for first in range(len(words) - length):
+            same = same + 1 if words[first] == words[first + length] else 0
+            most = max(most, same // length + 1)
+    return most
+
+
+def transcribe_batch(
+    model,
+    processor: VoxLMProcessor,
+    segments: list[AudioSegment],
+    prompts: list[str],
+    with_words: bool,
+    generate_kwargs: dict,
+) -> list[Segment]:
+    """
+    Transcribe segments in one pass. With greedy search and no `max_new_tokens`, retry those that fire a gate with the
+    fallbacks.
+
+    Args:
+        model ([`VoxLMForSpeechSeq2Seq`])
+        processor ([`VoxLMProcessor`])
+        segments (`list[AudioSegment]`)
+        prompts (`list[str]`): of each segment, as `VoxLMProcessor.render_prompt` returns them.
+        with_words (`bool`): whether to compute words with times and confidences; overlapping segments get them anyway, to be
+            joined by.
+        generate_kwargs (`dict`): for `generate`.
+    """
+    with_words = with_words or any(segment.overlap or segment.continues for segment in segments)
+    budget, batch = generate_kwargs.get("max_new_tokens"), encode(model, processor, segments, prompts)
+    if not is_plain_greedy(model.generation_config, generate_kwargs):
+
+        def search(prompt, budgets, audio):
+            return generate_text(model, prompt, budgets, generate_kwargs)
+
+        return decode_segments(model, processor, batch, search, budget, with_words)
+
+    def default(prompt, budgets, audio):
+        decode = draft_and_decode if model.reader is None else rescore
+        return decode(model, processor, prompt, budgets, audio)
+
+    results = decode_segments(model, processor, batch, default, budget, with_words)
+    if budget is not None:
+        return results  # not the audio but the caller may have ended a short text
+    return [
+        with_fallback(model, processor, batch.row(row), default, generate_kwargs, result) if result.gates else result
+        for row, result in enumerate(results)
+    ]
+
+
+def decode_segments(
+    model, processor: VoxLMProcessor, batch: EncodedBatch, decode: Callable, budget: int | None, with_words: bool
+) -> list[Segment]:
+    """
+    One [`Segment`] for each segment of an encoded batch.
+
+    Args:
+        decode: function of the packed prompt, the token budgets and the [`VoxLMAudioOutput`] that returns
+            `list[DecodedText]`.
+        budget (`int`, *optional*): the caller's token budget.
+        with_words (`bool`): whether to compute words with times and confidences.
+    """
+    prompt = pack_prompt(model, batch)
+    texts = decode(prompt, token_budgets(batch, budget), batch.audio)
+    has_text = any(text.ids for text in texts)
+    unknown = any(text.ids and text.states is None for text in texts)
+    if with_words and has_text and (unknown or model.alignment.states_at_tokens):
+        teacher_force(model, prompt, texts)
+    for text in texts:
+        split_decoded(processor, text)
+    words = [([], []) for _ in texts]
+    if with_words and has_text:
+        durations_s = [segment.duration_s for segment in batch.segments]
+        words = timed_words(model, processor, texts, batch.audio, durations_s)
+    visible = batch.visible_frames or [None] * len(texts)
+    gates = model.config.quality_gates
+    return [
+        judged_segment(segment, text, *timed, frames, not text.ended and budget is None, gates)
+        for segment, text, timed, frames in zip(batch.segments, texts, words, visible)
+    ]
+
+
+def judged_segment(
+    audio: AudioSegment,
+    text: DecodedText,
+    words: list[dict],
+    word_scores: list[dict],
+    visible_frames: int | None,
+    out_of_tokens: bool,
+    gates: dict[str, float],
+) -> Segment:
+    """
+    The result for one segment, its words moved to where they are in the recording; rejected when it is music or noise.
+
+    Args:
+        audio ([`AudioSegment`]), text ([`DecodedText`])
+        words, word_scores (`list[dict]`): of `timed_words`.
+        visible_frames, out_of_tokens, gates: see `fired_gates`.
+    """
+    fired = fired_gates(
+        text.text, text.mean_logprob, audio.active_s, visible_frames, len(text.ids), out_of_tokens, gates
+    )
+    segment = Segment(
+        start=round(audio.start_s, 3),
+        end=round(audio.start_s + audio.duration_s, 3),
+        mean_logprob=None if text.mean_logprob is None else round(text.mean_logprob, 4),
+        gates=fired,
+    )
+    if "no_speech" in fired:
+        segment.rejected = text.text
+        return segment
+    segment.text, segment.truncated, segment.word_scores = text.text, not text.ended, word_scores
+    segment.words = [{**word, **{e: round(word[e] + audio.start_s, 3) for e in ("start", "end")}} for word in words]
+    return segment
+
+
+def with_fallback(
+    model, processor: VoxLMProcessor, batch: EncodedBatch, default: Callable, generate_kwargs: dict, first: Segment
+) -> Segment:
+    """
+    The first text of one segment that fires no gate. If something was left out, the text of each half by itself ("halves");
+    then greedy CTC ("projector"); then samples at the temperatures of the config, the same every time. If all fire a gate,
+    the text that fires the fewest and, of these, the likeliest.
+
+    All but halves work on the audio as it is encoded. Whisper's states contain their position and their context, so a half is
+    encoded by itself; halves cut from the states of the whole gave other texts, and not better ones (six segments of
+    LibriSpeech dev-clean, 438 words: 16 errors, 12 when encoded by themselves, 14 undivided).
+
+    Args:
+        batch ([`EncodedBatch`]): of the one segment.
+        default: how `first` was decoded; see `decode_segments`.
+        generate_kwargs (`dict`): of the caller.
+        first ([`Segment`]): the text that fired a gate.
+    """
+
+    def greedy_ctc(prompt, budgets, audio):
+        return [DecodedText(ids, ended=True) for ids in draft_texts(model, processor, audio)]
+
+    def sample(temperature: float) -> Callable:
+        sampling = {**generate_kwargs, "do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        return lambda prompt, budgets, audio: generate_text(model, prompt, budgets, sampling)
+
+    fallbacks: dict[str | float, Callable] = {"projector": greedy_ctc}
+    fallbacks.update((value, sample(value)) for value in model.config.fallback_temperatures)
+    if "left_out" in first.gates and batch.segments[0].duration_s >= SHORTEST_TO_HALVE_S:
+        fallbacks = {"halves": default, **fallbacks}
+    attempts = [first]
+    for name, decode in fallbacks.items():
+        if not attempts[-1].gates or attempts[-1].rejected is not None:
+            return attempts[-1]
+        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+            torch.manual_seed(FALLBACK_SEED)
+            tried = batch
+            if name == "halves":
+                tried = encode(model, processor, batch.segments[0].halves(), batch.prompts * 2)
+            attempt = merge_segments(decode_segments(model, processor, tried, decode, None, with_words=True))
+        if attempt.text:
+            attempt.fallback = name
+            attempts.append(attempt)
+
+    def badness(segment: Segment) -> tuple[int, float]:
+        return len(segment.gates), math.inf if segment.mean_logprob is None else -segment.mean_logprob
+
+    return min(attempts, key=badness)

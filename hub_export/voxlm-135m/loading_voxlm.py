@@ -1,0 +1,405 @@
+"""Loading and saving: LoRA, checkpoints that reference their base models, and composing a model from base models."""
+
+import copy
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from packaging import version
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import __version__ as transformers_version
+from transformers import initialization as init
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.generation import GenerationConfig
+from transformers.utils import is_peft_available, logging
+
+from .configuration_voxlm import DEFAULT_LORA, DEFAULT_READER, preset_bases
+from .processing_voxlm import VoxLMProcessor
+from .reader_voxlm import READER_MODELS, VoxLMReader, decoder_prompt, token_table
+
+
+if is_peft_available():
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
+
+
+logger = logging.get_logger(__name__)
+
+# The range of transformers that this code is tested with: from the first, and before the second.
+TESTED_TRANSFORMERS = ("5.23", "5.25")
+# Only these files of a base model are read: no code, no pickles.
+BASE_FILES = ["*.safetensors", "*.json"]
+# Options of `from_pretrained` that say where on the Hub something is.
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+# What config.json says of the code beside it.
+AUTO_MAP = {
+    "AutoConfig": "configuration_voxlm.VoxLMConfig",
+    "AutoModel": "modeling_voxlm.VoxLMForSpeechSeq2Seq",
+    "AutoModelForSpeechSeq2Seq": "modeling_voxlm.VoxLMForSpeechSeq2Seq",
+    "AutoProcessor": "processing_voxlm.VoxLMProcessor",
+}
+CUSTOM_PIPELINES = {
+    "automatic-speech-recognition": {
+        "impl": "pipeline_voxlm.VoxLMASRPipeline",
+        "pt": ["AutoModelForSpeechSeq2Seq"],
+        "type": "multimodal",
+        "default": {},
+    }
+}
+
+
+class VoxLMLoadingMixin:
+    """`from_pretrained`, `save_pretrained`, LoRA, and making a model from base models."""
+
+    @torch.no_grad()
+    def initialize_weights(self):
+        """Initialise what no checkpoint filled; LoRA starts as the identity (B = 0), as in peft."""
+        super().initialize_weights()
+        if self.config.lora_config is not None:
+            for module in self.modules():
+                if isinstance(module, LoraLayer):
+                    for name in module.lora_A:
+                        init.kaiming_uniform_(module.lora_A[name].weight, a=5**0.5)
+                        init.zeros_(module.lora_B[name].weight)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        """
+        [`PreTrainedModel.from_pretrained`], with two differences: weights of plain base models load into a model with
+        LoRA, and weights that the checkpoint lacks are an error instead of random numbers (LoRA weights alone may be
+        missing, since they start as the identity).
+
+        Raises:
+            ValueError: naming the missing weights; not with `output_loading_info=True`, which asks for their list.
+        """
+        warn_if_untested()
+        output_loading_info = kwargs.pop("output_loading_info", False)
+        known = cls._known_config(pretrained_model_name_or_path, config, kwargs)
+        kwargs.setdefault("key_mapping", cls._lora_key_mapping(known))
+        source, delta_folder = pretrained_model_name_or_path, None
+        if getattr(known, "base_models", None):
+            names = ("cache_dir", "force_download", "local_files_only", "token")
+            hub_options = {name: kwargs[name] for name in names if name in kwargs}
+            delta_folder = base_folder(source, kwargs.get("revision"), **hub_options)
+            kwargs["state_dict"] = with_bases(read_tensors(delta_folder), known, **hub_options)
+            config, source = known, None
+        model, info = super().from_pretrained(source, *model_args, config=config, output_loading_info=True, **kwargs)
+        if delta_folder is not None:
+            model.config._name_or_path = model.name_or_path = str(pretrained_model_name_or_path)
+            model.config.base_models = None  # the model is whole now, and so is what it saves
+            model.generation_config = GenerationConfig.from_pretrained(delta_folder)
+        if not output_loading_info:
+            check_missing(pretrained_model_name_or_path, info["missing_keys"])
+        model.freeze_base_weights()  # loading makes every parameter anew, and trainable
+        # `save_pretrained` restores the plain names of base weights itself; the library would undo the renaming again.
+        model._weight_conversions = None
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _known_config(cls, source, config, options: dict):
+        """The config of a checkpoint, as the caller gave it or as it is stored."""
+        if config is not None and hasattr(config, "lora_config"):
+            return config
+        given = {name: options[name] for name in ("lora_config", *HUB_OPTIONS) if name in options}
+        return cls.config_class.from_pretrained(config or source, **given)
+
+    @classmethod
+    def _lora_key_mapping(cls, config) -> dict[str, str] | None:
+        """Renaming that gives plain LLM weights the names they have under LoRA; `None` without LoRA."""
+        if config.lora_config is None:
+            return None
+        targets = {**DEFAULT_LORA, **config.lora_config}["target_modules"]
+        if isinstance(targets, str):
+            with torch.device("meta"):  # "all-linear" becomes a list of names when the model is made
+                targets = cls(copy.deepcopy(config)).config.lora_config["target_modules"]
+        names = "|".join(sorted(targets))
+        return {
+            rf"(language_model\..+\.(?:{names}))\.{kind}": rf"\1.base_layer.{kind}"
+            for kind in ("weight", "bias", "weight_scale")  # the last one where the checkpoint is stored in 8 bits
+        }
+
+    def save_pretrained(self, save_directory, *args, state_dict=None, **kwargs):
+        """
+        [`PreTrainedModel.save_pretrained`]; base weights keep the names they have without LoRA, and the code travels along.
+
+        Raises:
+            ValueError: after `pack_weights` or `quantize_dynamic`, whose weights are in no format that can be loaded.
+        """
+        if self.for_inference_only:
+            raise ValueError(
+                "A model with packed or 8-bit weights cannot be saved; save it before `pack_weights` or `quantize_dynamic`"
+            )
+        if self.config.lora_config is not None:
+            state_dict = self.state_dict() if state_dict is None else state_dict
+            state_dict = {key.replace(".base_layer.", "."): value for key, value in state_dict.items()}
+        self.config.auto_map, self.config.custom_pipelines = dict(AUTO_MAP), copy.deepcopy(CUSTOM_PIPELINES)
+        os.makedirs(save_directory, exist_ok=True)
+        custom_object_save(self, save_directory)
+        super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+
+    def freeze_base_weights(self):
+        """Freeze the audio model (unless `freeze_audio_encoder=False`) and, under LoRA, the LLM's own weights."""
+        if self.config.freeze_audio_encoder:
+            self.encoder.requires_grad_(False)
+            if self.reader is not None:
+                self.reader.decoder.requires_grad_(False)
+        if self.config.lora_config is not None:
+            for name, parameter in self.language_model.named_parameters():
+                parameter.requires_grad_(".lora_" in name)
+
+    def inject_lora(self):
+        """Put LoRA into the LLM, as `config.lora_config` says.
+
+        Raises:
+            ImportError: without peft.
+        """
+        if not is_peft_available():
+            raise ImportError(
+                "This model has LoRA weights (`lora_config` is set), which need peft: pip install peft. "
+                "An export in mode `merged` works without."
+            )
+        settings = {**DEFAULT_LORA, **self.config.lora_config}
+        inject_adapter_in_model(LoraConfig(**settings), self.language_model)
+        # The names and not "all-linear": loading must know which weights are under LoRA before the model exists.
+        targets = {
+            name.rsplit(".", 1)[-1]
+            for name, module in self.language_model.named_modules()
+            if isinstance(module, LoraLayer)
+        }
+        self.config.lora_config = {**settings, "target_modules": sorted(targets)}
+
+    @classmethod
+    def from_base_models(cls, audio=None, text=None, preset=None, dtype=None, **overrides):
+        """
+        Compose a new model from a pretrained audio encoder and a pretrained causal LLM. Projector, LoRA and alignment head
+        are untrained.
+
+        Args:
+            audio (`str`), text (`str`): Hub ids or folders; optional when `preset` is given.
+            preset (`str`, *optional*): name of a size in `PRESETS`, which fills in what is not given.
+            dtype (`torch.dtype`, *optional*): dtype of all weights, float32 by default.
+            **overrides: fields of [`VoxLMConfig`]. `lora_config` defaults to `{}`, LoRA with the default settings.
+
+        Returns:
+            the model in evaluation mode, with the matching [`VoxLMProcessor`] as `model.processor`.
+
+        Raises:
+            ValueError: for an unknown preset, a missing base, or an encoder whose frame rate cannot be derived.
+        """
+        if preset is not None:
+            preset_audio, preset_text, fields = preset_bases(preset)
+            audio, text, overrides = audio or preset_audio, text or preset_text, {**fields, **overrides}
+        if audio is None or text is None:
+            raise ValueError(f"Both base models are needed, got audio={audio!r} and text={text!r}")
+        dtype = dtype or torch.float32
+        encoder = AutoModel.from_pretrained(audio, dtype=dtype)
+        audio_config = encoder.config
+        encoder = encoder.get_encoder() if audio_config.is_encoder_decoder else encoder
+        language_model = AutoModelForCausalLM.from_pretrained(text, dtype=dtype)
+        processor = VoxLMProcessor.from_base_models(audio, text)
+        tokenizer = processor.tokenizer
+        if len(tokenizer) > language_model.get_input_embeddings().num_embeddings:
+            language_model.resize_token_embeddings(len(tokenizer))
+        text_config = language_model.config
+        text_config.pad_token_id, text_config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+        attentions = [part.config._attn_implementation for part in (encoder, language_model)]
+        config = cls.config_class(
+            audio_config=audio_config,
+            text_config=text_config,
+            audio_token_id=processor.audio_token_id,
+            dtype=dtype,
+            **{"lora_config": {}, **overrides},
+        )
+        # A new composite config resets the attention of the configs it takes in, which the loaded parts share.
+        encoder.config._attn_implementation, language_model.config._attn_implementation = attentions
+        model = cls(config, encoder=encoder, language_model=language_model).to(dtype)
+        model.projector.scale_to(language_model.get_input_embeddings().weight)
+        model.processor = processor.configure(model)
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+        return model.eval()
+
+    @torch.no_grad()
+    def add_reader(self, audio: str, language: str = "en", **settings):
+        """
+        Keep the decoder of the audio model as a reader (see `reader_voxlm`), in place.
+
+        Args:
+            audio (`str`): Hub id or folder of the encoder-decoder model that the encoder comes from.
+            language (`str`): code of the language of the texts.
+            **settings: fields of `config.reader_config`.
+
+        Returns:
+            the model. Its reader has yet to learn where audio ends: a recipe's stage of kind `reader`.
+
+        Raises:
+            ValueError: for an audio model whose decoder cannot be driven or whose encoder is not this model's, and for a
+                language it does not know.
+        """
+        base = AutoModel.from_pretrained(audio, dtype=self.dtype)
+        if base.config.model_type not in READER_MODELS:
+            raise ValueError(f"A reader needs an audio model of {READER_MODELS}, {audio} is {base.config.model_type!r}")
+        own = self.encoder.state_dict()
+        for name, tensor in base.get_encoder().state_dict().items():
+            # Storage in 16 bits may have rounded one of them.
+            if name not in own or not torch.allclose(own[name], tensor.to(own[name]), rtol=1e-2, atol=1e-3):
+                raise ValueError(f"{audio} is not the audio model that this model's encoder comes from: {name} differs")
+        generation = GenerationConfig.from_pretrained(audio)
+        tokenizers = AutoTokenizer.from_pretrained(audio), self.get_processor().tokenizer
+        table = token_table(*tokenizers, generation.suppress_tokens or [])
+        self.config.reader_config = {
+            **DEFAULT_READER,
+            "prompt_ids": decoder_prompt(generation, language),
+            "eos_token_id": self.config.audio_config.eos_token_id,
+            "spelling_size": len(table[0]),
+            **settings,
+        }
+        self.config.validate()
+        self.reader = VoxLMReader(self.config, base.get_decoder()).to(self.device, self.dtype).eval()
+        self.reader.spelling, self.reader.spelling_offsets = (part.to(self.device) for part in table)
+        self.freeze_base_weights()
+        return self
+
+    def get_processor(self) -> VoxLMProcessor:
+        """The model's processor: `model.processor` if set, else loaded from where the model came from.
+
+        Raises:
+            ValueError: when the model has no such place.
+        """
+        if self.processor is None:
+            source = self.config._name_or_path
+            if not source:
+                raise ValueError("The model was not loaded from a checkpoint; set `model.processor` first")
+            # The same commit as the weights; where this very code came with the checkpoint, it is trusted already.
+            revision = getattr(self.config, "_commit_hash", None) or "main"
+            self.processor = VoxLMProcessor.from_pretrained(
+                source, revision=revision, trust_remote_code=self.is_remote_code()
+            )
+        return self.processor
+
+
+def warn_if_untested():
+    """Warn, once, about a version of transformers that this code was not tested with."""
+    first, end = TESTED_TRANSFORMERS
+    if not version.parse(first) <= version.parse(transformers_version) < version.parse(end):
+        logger.warning_once(
+            f"This checkpoint's code was tested with transformers from {first} and before {end}; this is {transformers_version}"
+        )
+
+
+def check_missing(source, missing_keys):
+    """Raise a `ValueError` that names missing weights other than LoRA's."""
+    missing = sorted(key for key in missing_keys if ".lora_" not in key)
+    if missing:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise ValueError(
+            f"{source} lacks {len(missing)} weights of this model: {shown}. They would be random; use the checkpoint that "
+            "this config belongs to, or `from_base_models` for a new model"
+        )
+
+
+def merge_lora(language_model: nn.Module):
+    """Fold LoRA into the weights it adapts, in place; the LoRA layers become plain ones."""
+    if not is_peft_available():
+        return
+    for name, module in list(language_model.named_modules()):
+        if isinstance(module, LoraLayer):
+            module.merge()
+            language_model.set_submodule(name, module.get_base_layer())
+
+
+def base_folder(name: str, revision: str | None, **hub_options) -> Path:
+    """
+    The local folder of a base model, downloaded when `name` is a Hub id.
+
+    Raises:
+        ValueError: when it cannot be had, with the reason.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=BASE_FILES, **hub_options))
+    except Exception as error:  # whatever the Hub's client raises: the checkpoint is useless without its base
+        raise ValueError(
+            f"This checkpoint needs the base model {name} at revision {revision}, which cannot be had: {error}"
+        ) from error
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 of all safetensors files of a folder, in the order of their names.
+
+    Raises:
+        ValueError: when there is none.
+    """
+    digest = hashlib.sha256()
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"The base model in {folder} has no safetensors weights, the only kind that is read")
+    for path in files:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def base_reference(base: str) -> dict[str, str | None]:
+    """
+    `{"name", "revision", "sha256"}` of a base model given as a folder or a Hub id (`ID@REVISION` for another revision than
+    its main branch). The revision is pinned to its present commit.
+    """
+    name, _, revision = base.partition("@") if not Path(base).is_dir() else (base, "", "")
+    folder = base_folder(name, revision or None)
+    # Snapshots in the Hub's cache are named by their commit.
+    commit = folder.name if folder.parent.name == "snapshots" else None
+    return {"name": name, "revision": commit, "sha256": weights_digest(folder)}
+
+
+def base_state(config, **hub_options) -> dict[str, torch.Tensor]:
+    """
+    The frozen weights of `config.base_models`, under the names they have in VoxLM without LoRA.
+
+    Raises:
+        ValueError: for a base that is missing, or whose weights are not those the checkpoint was trained on.
+    """
+    state = {}
+    for part, reference in config.base_models.items():
+        folder = base_folder(reference["name"], reference["revision"], **hub_options)
+        found = weights_digest(folder)
+        if found != reference["sha256"]:
+            raise ValueError(
+                f"The weights of the base model {reference['name']} are not those that this checkpoint was trained on: their "
+                f"SHA-256 is {found[:16]}..., expected {reference['sha256'][:16]}..."
+            )
+        if part == "audio":
+            model = AutoModel.from_pretrained(folder, dtype=torch.float32)
+            if config.reader_config is not None:
+                decoder = model.get_decoder().state_dict()
+                state.update({f"reader.decoder.{name}": tensor for name, tensor in decoder.items()})
+            model = model.get_encoder() if model.config.is_encoder_decoder else model
+            prefix = "encoder."
+        else:
+            model, prefix = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), "language_model."
+        state.update({prefix + name: tensor for name, tensor in model.state_dict().items()})
+    return state
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the safetensors files of a folder."""
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+def with_bases(tensors: dict[str, torch.Tensor], config, **hub_options) -> dict[str, torch.Tensor]:
+    """All weights of a delta: its own `tensors`, its bases', and the rows that it adds to their embeddings."""
+    state = base_state(config, **hub_options)
+    for name, tensor in tensors.items():
+        if name.startswith("added."):
+            name = name.removeprefix("added.")
+            tensor = torch.cat([state[name], tensor.to(state[name].dtype)])
+        state[name] = tensor
+    if config.tie_word_embeddings:
+        state.pop("language_model.lm_head.weight", None)
+    return state

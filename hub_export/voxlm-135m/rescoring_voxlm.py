@@ -1,0 +1,228 @@
+"""
+Rescoring: the reader proposes hypotheses; LLM, CTC and reader choose among them by their weighted log-probabilities.
+
+The LLM knows which words go together and has the audio in its prompt, CTC on the projector's frames knows how much was said,
+and the reader knows best which words were said.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .ctc_voxlm import ANYTHING, CTCFrames, ctc_frames, text_logprobs
+from .decoding_voxlm import DecodedText, pad_ids, padded_batches, stop_tokens, token_entropies
+from .processing_voxlm import VoxLMProcessor
+from .words_voxlm import plain_words
+
+
+# Text tokens that are scored over the LLM's whole vocabulary at once. Chosen for memory: from 256 to 160 the first 7 minutes
+# of an hour took 257 instead of 286 MB above the loaded model.
+TOKENS_AT_ONCE = 160
+# CTC counts no more than this against a text, in nats for each token of the longest hypothesis: a projector knows fewer
+# words than a reader, but words that a short text leaves out count in full. Chosen by hand, not tuned.
+MIN_CTC_PER_TOKEN = -10.0
+# Where the frames' own tokens are likelier than blanks by more than this, in nats, something was said, even when no hypothesis
+# matches them. 100 generated clips of music, noise and clicks reach 4 at most, 240 clips of cut speech 17 at least.
+SURE_OF_SPEECH = 10.0
+
+
+@dataclass
+class Hypothesis:
+    """
+    One text that the reader proposes.
+
+    Args:
+        decoded ([`DecodedText`]): the text in the LLM's tokens; `score_hypotheses` adds the LLM's states and scores.
+        known (`torch.BoolTensor` of shape `(tokens,)`): which of the tokens the LLM can judge: all but digits, where it was
+            trained on texts without them.
+        ctc_ids (`list[int]`): without capitals and punctuation, as the projector's frames spell it; `ANYTHING` stands for
+            numbers in digits, which they cannot spell.
+        reader_logprob (`float`): the reader's log-probability of the whole text.
+        end_logprob (`float`): the LLM's log-probability of the text ending there.
+    """
+
+    decoded: DecodedText
+    known: torch.Tensor
+    ctc_ids: list[int]
+    reader_logprob: float
+    end_logprob: float = 0.0
+
+    @property
+    def llm_logprob(self) -> float:
+        """The LLM's log-probability of the whole text, its end included, without tokens that it cannot judge."""
+        return float(self.decoded.logprobs[self.known].sum()) + self.end_logprob
+
+
+def hypotheses_of(model, processor: VoxLMProcessor, n_best: list) -> list[Hypothesis]:
+    """
+    The n-best list of one recording in the LLM's tokens; of texts that differ in capitals and punctuation only, the likeliest,
+    with the probability of all of them.
+
+    Args:
+        model ([`VoxLMForSpeechSeq2Seq`]): with a reader.
+        processor ([`VoxLMProcessor`])
+        n_best (`list[ReaderHypothesis]`): likeliest first.
+    """
+    hypotheses: dict[tuple[int, ...], Hypothesis] = {}
+    for proposed in n_best:
+        groups = model.reader.to_llm_tokens(proposed.ids)
+        flat = [token for group in groups for token in group]
+        text, words = processor.decode_text(flat).strip(), processor.split_words(flat)
+        surface = [word.text for word in words]
+        plain_ids, plain_token_words = processor.encode_words(text, surface, plain_words(surface))
+        key = tuple(plain_ids)
+        if key in hypotheses:
+            same = hypotheses[key]
+            same.reader_logprob = float(np.logaddexp(same.reader_logprob, proposed.logprob))
+            continue
+        in_digits = np.array([any(char.isdigit() for char in word) for word in surface], dtype=bool)
+        if model.config.reader_config["plain_text"]:
+            ids, token_words = plain_ids, plain_token_words
+            known = torch.tensor([not in_digits[word] for word in token_words], dtype=torch.bool)
+        else:
+            ids, token_words = processor.encode_words(text, surface, surface)
+            known = torch.ones(len(ids), dtype=torch.bool)
+        decoded = DecodedText(
+            ids,
+            proposed.ended,
+            text=text,
+            words=surface,
+            token_words=token_words,
+            mean_logprob=float(np.mean(proposed.logprobs)) if proposed.ids else proposed.end_logprob,
+            reader_logprobs=_word_logprobs(processor, groups, words, proposed.logprobs),
+        )
+        ctc_ids = _with_wildcards(plain_ids, in_digits[plain_token_words])
+        hypotheses[key] = Hypothesis(decoded, known, ctc_ids, proposed.logprob)
+    return list(hypotheses.values())
+
+
+def _with_wildcards(ids: list[int], unknown: np.ndarray) -> list[int]:
+    """Token ids with one `ANYTHING` for every run of `unknown` tokens."""
+    marked = [ANYTHING if flag else token for token, flag in zip(ids, unknown)]
+    return [token for token, before in zip(marked, [None, *marked]) if token != ANYTHING or before != ANYTHING]
+
+
+def _word_logprobs(processor, groups: list[list[int]], words: list, logprobs: list[float]) -> list[float]:
+    """
+    The reader's log-probability of each word.
+
+    Args:
+        groups (`list[list[int]]`): the LLM's tokens for each of the reader's.
+        words (`list[Word]`): of the LLM's tokens one after another.
+        logprobs (`list[float]`): of the reader's tokens.
+    """
+    owners = [number for number, group in enumerate(groups) for _ in group]
+    # Punctuation is not part of what was said, unless the word is nothing else (or a character of several tokens).
+    audible = [any(char.isalnum() for char in processor.decode_text(group)) for group in groups]
+    parts = [{owners[token] for token in word.tokens} for word in words]
+    spoken = [[part for part in sorted(word) if audible[part]] or sorted(word) for word in parts]
+    return [sum(logprobs[part] for part in word) for word in spoken]
+
+
+def rescore(model, processor: VoxLMProcessor, prompt: dict, budgets: list[int], audio) -> list[DecodedText]:
+    """
+    The best hypothesis of each recording of a batch.
+
+    Args:
+        model ([`VoxLMForSpeechSeq2Seq`]): with a reader.
+        processor ([`VoxLMProcessor`])
+        prompt (`dict`): of `decoding_voxlm.pack_prompt`.
+        budgets (`list[int]`): most tokens of each recording.
+        audio ([`VoxLMAudioOutput`]): of the same batch.
+    """
+    settings = model.config.reader_config
+    n_best = model.reader(audio.last_hidden_state, audio.frame_mask, budgets)
+    hypotheses = [hypotheses_of(model, processor, texts) for texts in n_best]
+    # A projector without token scores affects the text only through the LLM's prompt.
+    frames = ctc_frames(model, audio) if settings["ctc_weight"] else [None] * len(hypotheses)
+    embeddings = model.get_input_embeddings().weight
+    score_hypotheses(model, prompt, hypotheses)
+    totals = [total_scores(texts, row, embeddings, settings) for texts, row in zip(hypotheses, frames)]
+    return [texts[int(np.argmax(scores))].decoded for texts, scores in zip(hypotheses, totals)]
+
+
+def total_scores(
+    texts: list[Hypothesis], frames: CTCFrames | None, embeddings: torch.Tensor, settings: dict
+) -> list[float]:
+    """
+    The weighted log-probability of each hypothesis of one recording, minus infinity for the empty text where CTC is sure of
+    speech.
+
+    Args:
+        texts (`list[Hypothesis]`): scored by the LLM.
+        frames ([`CTCFrames`], *optional*): of the recording.
+        embeddings (`torch.Tensor` of shape `(vocabulary, text_size)`): of the LLM.
+        settings (`dict`): `config.reader_config`.
+    """
+    ctc = [0.0] * len(texts)
+    if frames is not None:
+        least = MIN_CTC_PER_TOKEN * max(len(text.ctc_ids) for text in texts)
+        ctc = text_logprobs(frames, embeddings, [text.ctc_ids for text in texts])
+        ctc = [max(score, least) if text.decoded.ids else score for text, score in zip(texts, ctc)]
+    totals = [
+        text.reader_logprob
+        + settings["llm_weight"] * text.llm_logprob
+        + settings["ctc_weight"] * ctc_score
+        + settings["word_bonus"] * len(text.decoded.words)
+        for text, ctc_score in zip(texts, ctc)
+    ]
+    # The frames decide whether anything was said: a model that knows none of the words prefers the empty text.
+    sure = frames is not None and frames.speech_log_odds > SURE_OF_SPEECH
+    return [
+        -np.inf if not text.decoded.ids and (sure or ctc_score < max(ctc)) else total
+        for text, ctc_score, total in zip(texts, ctc, totals)
+    ]
+
+
+def score_hypotheses(model, prompt: dict, hypotheses: list[list[Hypothesis]]):
+    """
+    Let the LLM score each hypothesis of each recording, in place. Each prompt goes through the LLM once, and so does each
+    hypothesis.
+
+    Args:
+        prompt (`dict`): of the recordings, padded on the left.
+        hypotheses (`list[list[Hypothesis]]`): of each recording.
+    """
+    output = model(**prompt, use_cache=True, logits_to_keep=1, output_hidden_states=True)
+    cache, mask = output.past_key_values, prompt["attention_mask"]
+    first_logprobs = output.logits[:, -1].float().log_softmax(-1)
+    first_states = output.hidden_states[-1][:, -1]
+    del output
+    suppressed = model.generation_config.suppress_tokens or []
+    stops = sorted(stop_tokens(model.generation_config.eos_token_id))
+    rows = [(number, text) for number, texts in enumerate(hypotheses) for text in texts]
+    for batch in padded_batches(rows, lambda row: len(row[1].decoded.ids), TOKENS_AT_ONCE):
+        owners = torch.tensor([number for number, _ in batch], device=mask.device)
+        lengths = [len(text.decoded.ids) for _, text in batch]
+        ids = pad_ids([text.decoded.ids for _, text in batch], mask.device)
+        logprobs, states = first_logprobs[owners].unsqueeze(1), first_states[owners].unsqueeze(1)
+        if ids.shape[1]:
+            real = torch.arange(ids.shape[1]) < torch.tensor(lengths).unsqueeze(1)
+            output = model(
+                input_ids=ids,
+                attention_mask=torch.cat([mask[owners], real.to(mask)], dim=1),
+                past_key_values=_select_cache_rows(cache, owners),
+                use_cache=True,
+                output_hidden_states=True,
+            )
+            logprobs = torch.cat([logprobs, output.logits.float().log_softmax(-1)], dim=1)
+            states = torch.cat([states, output.hidden_states[-1]], dim=1)
+            del output
+        entropies = torch.stack([token_entropies(row) for row in logprobs])
+        logprobs[..., suppressed] = -torch.inf
+        states = model.text_states(states, 1)
+        for row, ((_, text), length) in enumerate(zip(batch, lengths)):
+            text.decoded.logprobs = logprobs[row, :length].gather(-1, ids[row, :length].unsqueeze(-1)).squeeze(-1)
+            # Copies, so that the padded batch can be freed.
+            text.decoded.entropies, text.decoded.states = entropies[row, :length].clone(), states[row, :length].clone()
+            text.end_logprob = float(logprobs[row, length, stops].max()) if stops else 0.0
+
+
+def _select_cache_rows(cache, rows: torch.Tensor):
+    """A copy of the LLM's cache with these rows of its batch, each as often as it is named."""
+    copied = copy.copy(cache)
+    copied.layers = [copy.copy(layer) for layer in cache.layers]
+    copied.reorder_cache(rows)
+    return copied

@@ -1,0 +1,260 @@
+"""Rescoring: the reader's hypotheses, scored by LLM, CTC frames and reader, and the best of them."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests import tiny
+from tests.test_decoding import states_of
+from voxlm_hf import rescoring_voxlm
+from voxlm_hf.ctc_voxlm import ANYTHING
+from voxlm_hf.decoding_voxlm import DecodedText, pack_prompt
+from voxlm_hf.reader_voxlm import ReaderHypothesis
+from voxlm_hf.rescoring_voxlm import Hypothesis, hypotheses_of, rescore, score_hypotheses, total_scores
+
+
+READER_ALONE = {"llm_weight": 0.0, "ctc_weight": 0.0, "word_bonus": 0.0}
+
+
+def request(model, *clips):
+    """Clips as an encoded batch, and their packed prompt."""
+    batch = tiny.encoded(model, *clips)
+    return batch, pack_prompt(model, batch)
+
+
+def hypothesis(ids, reader_logprob=0.0, llm_logprobs=None, end_logprob=0.0, words=(), known=None, ctc_ids=None):
+    """A hypothesis as the LLM has scored it."""
+    logprobs = None if llm_logprobs is None else torch.tensor(llm_logprobs)
+    return Hypothesis(
+        decoded=DecodedText(ids, True, words=list(words), logprobs=logprobs),
+        known=torch.tensor([True] * len(ids) if known is None else known, dtype=torch.bool),
+        ctc_ids=ids if ctc_ids is None else ctc_ids,
+        reader_logprob=reader_logprob,
+        end_logprob=end_logprob,
+    )
+
+
+# The n-best list in the LLM's tokens
+
+# Reader tokens 3, 4, ... stand for these letters.
+LETTERS = "Hi, yo.h"
+
+
+@pytest.fixture(scope="module")
+def capitals():
+    """The one hypothesis for "Hi, yo" and "hi yo.", which differ in capitals and punctuation only; and the model."""
+    model = tiny.with_reader(LETTERS, plain_text=True)
+    n_best = [
+        ReaderHypothesis([3, 4, 5, 6, 7, 8], [-0.5, -1.0, -9.0, -0.1, -0.2, -0.3], -0.1),  # H i , _ y o
+        ReaderHypothesis([10, 4, 6, 7, 8, 9], [-2.0] * 6, -0.1),  # h i _ y o .
+    ]
+    (found,) = hypotheses_of(model, model.processor, n_best)
+    return model, n_best, found
+
+
+def test_the_likeliest_spelling_is_kept(capitals):
+    _, _, found = capitals
+    assert found.decoded.text == "Hi, yo" and found.decoded.words == ["Hi,", "yo"]
+
+
+def test_spellings_of_the_same_words_are_likely_together(capitals):
+    _, (first, second), found = capitals
+    assert found.reader_logprob == pytest.approx(np.logaddexp(first.logprob, second.logprob))
+
+
+def test_an_llm_that_was_trained_on_plain_text_scores_plain_text(capitals):
+    model, _, found = capitals
+    assert model.processor.decode_text(found.decoded.ids) == "hi yo"
+
+
+def test_punctuation_does_not_count_against_a_word(capitals):
+    _, _, found = capitals
+    assert found.decoded.reader_logprobs == pytest.approx([-0.5 - 1.0, -0.2 - 0.3])
+
+
+def test_each_token_has_its_word(capitals):
+    model, _, found = capitals
+    own = [[], []]
+    for token, word in zip(found.decoded.ids, found.decoded.token_words):
+        own[word].append(token)
+    assert [model.processor.decode_text(ids).strip() for ids in own] == ["hi", "yo"]
+
+
+@pytest.fixture(scope="module")
+def digits():
+    model = tiny.with_reader("hi 18.", plain_text=True)
+    n_best = [ReaderHypothesis([3, 4, 5, 6, 7, 8, 5, 3], [-1.0] * 8)]
+    (found,) = hypotheses_of(model, model.processor, n_best)
+    assert found.decoded.text == "hi 18. h"
+    return found
+
+
+def test_an_llm_that_never_saw_digits_does_not_judge_them(digits):
+    is_number = [digits.decoded.words[word] == "18." for word in digits.decoded.token_words]
+    assert digits.known.tolist() == [not number for number in is_number] and any(is_number)
+
+
+def test_frames_that_cannot_spell_digits_get_a_wildcard(digits):
+    assert digits.ctc_ids.count(ANYTHING) == 1
+    assert len(digits.ctc_ids) == int(digits.known.sum()) + 1
+
+
+def test_with_capitals_in_training_the_llm_scores_the_text_as_it_is():
+    model = tiny.with_reader(LETTERS)
+    (found,) = hypotheses_of(model, model.processor, [ReaderHypothesis([3, 4, 5], [-1.0] * 3)])
+    assert model.processor.decode_text(found.decoded.ids) == "Hi," and found.known.all()
+
+
+# Scores of the LLM
+
+
+@torch.no_grad()
+def test_the_llm_scores_texts_as_one_pass_over_each_does(monkeypatch):
+    """Batches of unlike texts of two recordings, several batches of them."""
+    monkeypatch.setattr(rescoring_voxlm, "TOKENS_AT_ONCE", 6)
+    model = tiny.with_reader()
+    _, prompt = request(model, tiny.noise(1.4, 2), tiny.noise(0.8, 3))
+    rows = [[hypothesis(ids) for ids in ([5, 9, 11], [7], [])], [hypothesis([8, 8, 30, 31])]]
+    score_hypotheses(model, prompt, rows)
+    eos = model.generation_config.eos_token_id
+    for row, texts in enumerate(rows):
+        for text in texts:
+            ids = text.decoded.ids
+            logprobs = model.get_output_embeddings()(states_of(model, prompt, row, [*ids, eos])).log_softmax(-1)
+            expected = logprobs[range(len(ids)), ids]
+            torch.testing.assert_close(text.decoded.logprobs, expected, atol=1e-4, rtol=1e-4)
+            entropies = -(logprobs.exp() * logprobs).sum(-1)[: len(ids)]
+            torch.testing.assert_close(text.decoded.entropies, entropies, atol=1e-4, rtol=1e-4)
+            assert text.end_logprob == pytest.approx(float(logprobs[-1, eos]), abs=1e-4)
+            if ids:
+                torch.testing.assert_close(text.decoded.states, states_of(model, prompt, row, ids), atol=1e-4, rtol=0)
+
+
+def test_each_prompt_goes_through_the_llm_once():
+    model = tiny.with_reader()
+    _, prompt = request(model, tiny.noise(1.4, 2), tiny.noise(0.8, 3))
+    lengths = []
+    model.register_forward_hook(lambda *call: lengths.append(call[2]["input_ids"].shape[1]), with_kwargs=True)
+    score_hypotheses(model, prompt, [[hypothesis([5, 9]), hypothesis([7, 8])], [hypothesis([4, 4])]])
+    assert lengths == [prompt["input_ids"].shape[1], 2]
+
+
+def test_tokens_that_the_llm_cannot_judge_do_not_count():
+    text = hypothesis([5, 6, 7], llm_logprobs=[-1.0, -50.0, -2.0], end_logprob=-0.5, known=[True, False, True])
+    assert text.llm_logprob == pytest.approx(-3.5)
+
+
+# Weighted scores
+
+
+def totals(texts, monkeypatch=None, by_frames=None, log_odds=0.0, **settings):
+    """`total_scores` with CTC log-probabilities given by hand."""
+    frames = None
+    if by_frames is not None:
+
+        class Frames:
+            speech_log_odds = log_odds
+
+        frames = Frames()
+        monkeypatch.setattr(rescoring_voxlm, "text_logprobs", lambda *_: by_frames)
+    return total_scores(texts, frames, None, {**READER_ALONE, **settings})
+
+
+def test_the_weighted_sum_by_hand():
+    text = hypothesis([5, 6], -4.0, [-1.0, -2.0], end_logprob=-1.0, words=["a", "b", "c"])
+    assert totals([text], llm_weight=0.5, word_bonus=1.5) == pytest.approx([-4.0 + 0.5 * -4.0 + 3 * 1.5])
+
+
+def test_frames_have_their_weight(monkeypatch):
+    texts = [hypothesis([5], -4.0, [0.0]), hypothesis([6], -5.0, [0.0])]
+    assert totals(texts, monkeypatch, [-3.0, -1.0], ctc_weight=2.0) == pytest.approx([-10.0, -7.0])
+
+
+def test_frames_count_at_most_ten_nats_for_each_token_of_the_longest_text(monkeypatch):
+    """A text that the frames cannot spell at all is unlikely, not impossible."""
+    texts = [hypothesis([5, 6], -1.0, [0.0, 0.0]), hypothesis([7], -1.0, [0.0])]
+    assert totals(texts, monkeypatch, [-1e9, -3.0], ctc_weight=1.0) == pytest.approx([-21.0, -4.0])
+
+
+@pytest.mark.parametrize(
+    "by_frames, log_odds, possible",
+    [
+        ([-60.0, -10.0], 4.0, True),  # no text is what the frames prefer
+        ([-60.0, -10.0], 40.0, False),  # they prefer it, but are sure of speech
+        ([-10.0, -60.0], 4.0, False),  # they prefer the words
+    ],
+)
+def test_frames_decide_whether_anything_was_said(monkeypatch, by_frames, log_odds, possible):
+    texts = [hypothesis([5, 6], -20.0, [0.0, 0.0]), hypothesis([], -1.0, [])]
+    _, empty = totals(texts, monkeypatch, by_frames, log_odds, ctc_weight=0.1)
+    assert (empty > -np.inf) == possible
+
+
+def test_without_frames_the_empty_text_is_one_of_many():
+    _, empty = totals([hypothesis([5], -20.0, [0.0]), hypothesis([], -1.0, [])])
+    assert empty == pytest.approx(-1.0)
+
+
+# The whole
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "weights, score",
+    [
+        (READER_ALONE, lambda text: text.reader_logprob),
+        ({**READER_ALONE, "llm_weight": 1e6}, lambda text: text.llm_logprob),
+    ],
+    ids=["reader", "LLM"],
+)
+def test_weights_decide_who_chooses(weights, score):
+    model = tiny.with_reader()
+    batch, prompt = request(model, tiny.noise(1.5, 4))
+    (n_best,) = model.reader(batch.audio.last_hidden_state, batch.audio.frame_mask, [8])
+    texts = hypotheses_of(model, model.processor, n_best)
+    score_hypotheses(model, prompt, [texts])
+    assert len({score(text) for text in texts}) > 1
+    model.config.reader_config.update(weights)
+    (chosen,) = rescore(model, model.processor, prompt, [8], batch.audio)
+    best = max(texts, key=score)
+    assert (chosen.text, chosen.ids) == (best.decoded.text, best.decoded.ids)
+    torch.testing.assert_close(chosen.logprobs, best.decoded.logprobs)
+
+
+@pytest.fixture(scope="module")
+def talkative():
+    """A model that prefers many words, and the results for three clips in one batch."""
+    model = tiny.with_reader(word_bonus=1e3)
+    model.reader.decoder.embed_tokens.weight.data[tiny.READER_END] = 0  # the random end would be likelier than any word
+    clips = [tiny.noise(seconds, 3) for seconds in (0.7, 2.0, 1.1)]
+    results = model.transcribe(clips)
+    assert all(result.text for result in results)
+    return model, clips, results
+
+
+def test_the_text_does_not_depend_on_the_batch(talkative):
+    model, clips, results = talkative
+    assert [model.transcribe(clip).text for clip in clips] == [result.text for result in results]
+
+
+def test_the_text_does_not_depend_on_timestamps(talkative):
+    model, clips, results = talkative
+    plain = model.transcribe(clips, return_timestamps=False)
+    assert [result.text for result in plain] == [result.text for result in results]
+
+
+def test_words_are_those_of_the_text_in_order(talkative):
+    for result in talkative[2]:
+        assert " ".join(word["word"] for word in result.words).split() == result.text.split()
+        times = [time for word in result.words for time in (word["start"], word["end"])]
+        assert times == sorted(times) and 0 <= times[0] and times[-1] <= result.duration
+
+
+def test_words_have_the_scores_of_both_models(talkative):
+    for result in talkative[2]:
+        assert all({"logprob", "entropy", "reader"} == set(score) for score in result.word_scores)
+
+
+def test_the_empty_text_is_one_of_the_hypotheses():
+    (result,) = tiny.with_reader(word_bonus=-1e6).transcribe([tiny.noise(1.3, 5)])
+    assert (result.text, result.words, result.truncated) == ("", [], False)
