@@ -107,14 +107,18 @@ class VoxLMGenerationMixin(GenerationMixin):
                 kwargs["attention_mask"] = self.visible_positions(input_ids, kwargs.get("attention_mask"), audio)
         return super().generate(inputs, *args, **kwargs)
 
-    def prepare_inputs_for_generation(self, *args, inputs_embeds=None, is_first_iteration=False, **kwargs):
+    def prepare_inputs_for_generation(
+        self, *args, inputs_embeds=None, is_first_iteration=False, cache=None, **kwargs
+    ) -> dict:
         """[`GenerationMixin.prepare_inputs_for_generation`]; only the pass over the prompt takes the encoded audio."""
-        cache = kwargs.get("past_key_values", kwargs.get("cache"))  # `cache` from 5.24 on
-        continued = cache is not None and cache.get_seq_length() > 0
+        if cache is not None:  # what `past_key_values` is called from 5.24 on
+            kwargs["cache"] = cache
+        past = kwargs.get("past_key_values") if cache is None else cache
+        continued = past is not None and past.get_seq_length() > 0
         if continued or not is_first_iteration and kwargs.get("use_cache", True):
             for name in ("audio_embeds", "audio_embeds_mask"):
                 kwargs.pop(name, None)
-        # `generate` looks for `inputs_embeds` in the signature before it accepts them.
+        # `generate` accepts what this signature names.
         options = {"inputs_embeds": inputs_embeds, "is_first_iteration": is_first_iteration}
         return super().prepare_inputs_for_generation(*args, **options, **kwargs)
 
