@@ -65,6 +65,18 @@ def copy_code(folder: Path):
         shutil.copyfile(PACKAGE / name, folder / name)
 
 
+def refresh_code(folder: Path):
+    """`copy_code` into a checkpoint that exists.
+
+    Raises:
+        ValueError: for a folder that is no VoxLM checkpoint.
+    """
+    config = folder / "config.json"
+    if not config.is_file() or json.loads(config.read_text()).get("model_type") != "voxlm":
+        raise ValueError(f"{folder} is no VoxLM checkpoint: it has no config.json whose model_type is 'voxlm'")
+    copy_code(folder)
+
+
 def to_int8(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     """
     A matrix as 8-bit integers with one scale per row, in the format of compressed-tensors.
@@ -352,15 +364,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--code", action="store_true", help="only update the code files in FOLDER")
     parser.add_argument("--frozen-from", type=Path, help="earlier export whose frozen shards are reused byte for byte")
     arguments = parser.parse_args(argv)
-    if arguments.code:
-        copy_code(arguments.folder)
-        return 0
-    if arguments.model is None:
+    if arguments.model is None and not arguments.code:
         parser.error("MODEL and FOLDER are needed")
     bases = (arguments.audio_base, arguments.text_base) if arguments.mode == "delta" else None
     if bases and None in bases:
         parser.error("--mode delta needs --audio-base and --text-base")
     try:
+        if arguments.code:
+            refresh_code(arguments.folder)
+            return 0
         export(
             VoxLMForSpeechSeq2Seq.from_pretrained(arguments.model),
             arguments.folder,

@@ -325,3 +325,11 @@ def test_an_untested_transformers_is_named(tmp_path, monkeypatch, version, warne
     tiny.model().save_pretrained(tmp_path)
     VoxLMForSpeechSeq2Seq.from_pretrained(tmp_path)
     assert bool(said) == warned and all(version in message for message in said)
+
+
+def test_code_goes_into_checkpoints_only(tmp_path, capsys):
+    (tmp_path / "mine_voxlm.py").write_text("mine")
+    for folder in (tmp_path, tmp_path / "missing"):
+        assert main(["--code", str(folder)]) == 1
+        assert "no VoxLM checkpoint" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine_voxlm.py"]

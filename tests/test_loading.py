@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -437,3 +438,25 @@ def test_a_folders_own_code_does_not_run_unless_asked(tmp_path):
     except ValueError as error:
         assert "trust_remote_code" in str(error)
     assert not (tmp_path / "ran").exists()
+
+
+def test_other_processes_write_nothing(tmp_path):
+    tiny.model().save_pretrained(tmp_path, is_main_process=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_pushed_holds_the_code(tmp_path, monkeypatch):
+    """The library uploads the files that a save has changed."""
+    model, uploaded = tiny.model(), []
+
+    def upload(self, folder, repo_id, before, **kwargs):
+        uploaded.extend(path.name for path in Path(folder).iterdir() if before.get(path.name) is None)
+
+    monkeypatch.setattr(type(model), "_upload_modified_files", upload)
+    monkeypatch.setattr(
+        "transformers.modeling_utils.hf_api",
+        lambda: types.SimpleNamespace(create_repo=lambda repo_id, **kwargs: types.SimpleNamespace(repo_id=repo_id)),
+        raising=False,
+    )
+    model.save_pretrained(tmp_path, push_to_hub=True, repo_id="me/model")
+    assert {"modeling_voxlm.py", "config.json"} <= set(uploaded)

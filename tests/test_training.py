@@ -11,6 +11,7 @@ import pytest
 import soundfile
 import torch
 import yaml
+from praatio import textgrid
 from transformers import Trainer, TrainingArguments
 
 from tests import tiny
@@ -666,3 +667,23 @@ def test_a_key_that_a_recipe_lacks_is_named(tmp_path):
 def test_unknown_stages_are_refused():
     with pytest.raises(ValueError, match="'dance'"):
         run({"model": "a", "output": "b", "data": {}, "stages": [{"kind": "dance"}]})
+
+
+def test_a_recipe_reads_nothing_of_the_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET", "token")
+    text = "model: a\noutput: '${oc.env:SECRET}'\ndata: {train: []}\nstages: []\n"
+    (tmp_path / "recipe.yaml").write_text(text)
+    recipe = read_recipe(tmp_path / "recipe.yaml", ["data.prompt=${what}"])
+    assert recipe["output"] == "${oc.env:SECRET}" and recipe["data"]["prompt"] == "${what}"
+    with pytest.raises(ValueError, match="recipe"):
+        read_recipe(tmp_path / "recipe.yaml", ["model=???"])
+
+
+def test_a_textgrid_of_points_is_refused(tmp_path):
+    grid = textgrid.Textgrid()
+    grid.addTier(textgrid.PointTier("words", [(0.5, "a")], 0, 1))
+    grid.save(str(tmp_path / "a.TextGrid"), "long_textgrid", True)
+    (tmp_path / "b.TextGrid").write_text("{}")
+    for name in ("a", "b"):
+        with pytest.raises(ValueError, match=f"{name}.TextGrid"):
+            read_textgrid(tmp_path / f"{name}.TextGrid")

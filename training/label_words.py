@@ -60,11 +60,13 @@ def read_textgrid(path: Path, tier: str = "words") -> list[dict]:
     """
     try:
         grid = textgrid.openTextgrid(str(path), includeEmptyIntervals=False, duplicateNamesMode="rename")
-    except (PraatioException, IndexError, ValueError) as error:
+    except (PraatioException, IndexError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is not a valid TextGrid: {error}") from error
     if tier not in grid.tierNames:
         names = ", ".join(map(repr, grid.tierNames)) or "none"
         raise ValueError(f"{path} has no tier {tier!r}; its tiers are {names}")
+    if not isinstance(grid.getTier(tier), textgrid.IntervalTier):
+        raise ValueError(f"{path}: the tier {tier!r} has points, not intervals")
     return [
         {"word": interval.label, "start": interval.start, "end": interval.end}
         for interval in grid.getTier(tier).entries

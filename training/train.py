@@ -68,7 +68,7 @@ class Recipe:
 def read_recipe(path: Path, overrides: list[str]) -> dict:
     """
     A recipe from YAML, with values replaced by `key.subkey=value`, as in OmegaConf: numbers index lists, values are
-    YAML.
+    YAML. Interpolations such as `${oc.env:HOME}` stay text, so a recipe reads nothing of the machine.
 
     Returns:
         the fields of [`Recipe`] as plain dicts and lists.
@@ -86,7 +86,7 @@ def read_recipe(path: Path, overrides: list[str]) -> dict:
         raise ValueError(f"Unknown keys in the recipe: {', '.join(unknown)}; known are {', '.join(known)}")
     try:
         recipe = OmegaConf.merge(OmegaConf.structured(Recipe), recipe)
-        return OmegaConf.to_container(recipe, resolve=True, throw_on_missing=True)
+        return OmegaConf.to_container(recipe, resolve=False, throw_on_missing=True)
     except (OmegaConfBaseException, TypeError) as error:
         raise ValueError(f"{path} is not a valid recipe: {error}") from error
 
@@ -96,9 +96,10 @@ def apply_override(recipe: DictConfig, override: str):
     name, equals, _ = override.partition("=")
     if not equals:
         raise ValueError(f"An override has the form key.subkey=value, got {override!r}")
-    value = OmegaConf.from_dotlist(["value=" + override.removeprefix(name + "=")]).value
     parent = name.rpartition(".")[0]
     try:
+        parsed = OmegaConf.from_dotlist(["value=" + override.removeprefix(name + "=")])
+        value = OmegaConf.to_container(parsed, resolve=False)["value"]
         # OmegaConf would make a missing parent, and a misspelt one would then do nothing.
         if parent and not OmegaConf.is_config(OmegaConf.select(recipe, parent)):
             raise KeyError(parent)

@@ -208,7 +208,7 @@ class VoxLMConfig(PreTrainedConfig):
             value = getattr(self, name)
             _require(value is None or value >= least, f"`{name}` must be at least {least}, got {value}")
         window, chunk, gate = self.audio_window_s, self.chunk_length_s, self.frame_gate_threshold
-        _require(0 < window <= 3600, f"`audio_window_s` must be above 0 and at most 3600, got {window}")
+        _require(1 <= window <= 3600, f"`audio_window_s` must be at least 1 and at most 3600, got {window}")
         message = f"`chunk_length_s` must be at least 1 and at most the window of {window} s, got {chunk}"
         _require(chunk is None or 1 <= chunk <= window, message)
         _require(gate is None or 0 <= gate < 1, f"`frame_gate_threshold` must lie in [0, 1) or be None, got {gate}")

@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import os
 from pathlib import Path
 
 import torch
@@ -13,12 +12,11 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers import __version__ as transformers_version
 from transformers import initialization as init
-from transformers.dynamic_module_utils import custom_object_save
 from transformers.generation import GenerationConfig
 from transformers.utils import is_peft_available, logging
 
 from .configuration_voxlm import DEFAULT_LORA, DEFAULT_READER, preset_bases
-from .processing_voxlm import VoxLMProcessor
+from .processing_voxlm import VoxLMProcessor, saved_with_code
 from .reader_voxlm import READER_MODELS, VoxLMReader, decoder_prompt, token_table
 
 
@@ -137,9 +135,8 @@ class VoxLMLoadingMixin:
             state_dict = self.state_dict() if state_dict is None else state_dict
             state_dict = {key.replace(".base_layer.", "."): value for key, value in state_dict.items()}
         self.config.auto_map, self.config.custom_pipelines = dict(AUTO_MAP), copy.deepcopy(CUSTOM_PIPELINES)
-        os.makedirs(save_directory, exist_ok=True)
-        custom_object_save(self, save_directory)
-        super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+        with saved_with_code(type(self), "AutoModel"):
+            super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
 
     def freeze_base_weights(self):
         """Freeze the audio model (unless `freeze_audio_encoder=False`) and, under LoRA, the LLM's own weights."""

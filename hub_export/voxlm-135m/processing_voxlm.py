@@ -1,5 +1,8 @@
 """VoxLMProcessor: audio and prompts to model inputs, token ids to text and words."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -50,6 +53,19 @@ def one_for_each(prompt: str | list | None, count: int) -> list:
     if len(prompts) != count:
         raise ValueError(f"Got {len(prompts)} prompts for {count} recordings")
     return prompts
+
+
+@contextmanager
+def saved_with_code(cls: type, auto_class: str) -> Iterator[None]:
+    """
+    Let the library save a class's code as it does for remote code. Only meanwhile: the library also takes a class that is
+    registered for an auto class for one whose folder is trusted.
+    """
+    before, cls._auto_class = cls._auto_class, auto_class
+    try:
+        yield
+    finally:
+        cls._auto_class = before
 
 
 class VoxLMProcessorKwargs(ProcessingKwargs, total=False):
@@ -137,12 +153,10 @@ class VoxLMProcessor(ProcessorMixin):
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """[`ProcessorMixin.save_pretrained`]; the code travels along, and no file names a folder of this machine."""
-        self._auto_class = (
-            "AutoProcessor"  # of the instance: the class itself is remote code only where it came as such
-        )
         for name in ("is_local", "local_files_only", "name_or_path"):
             self.tokenizer.init_kwargs.pop(name, None)
-        return super().save_pretrained(save_directory, *args, **kwargs)
+        with saved_with_code(type(self), "AutoProcessor"):
+            return super().save_pretrained(save_directory, *args, **kwargs)
 
     @property
     def sampling_rate(self) -> int:
