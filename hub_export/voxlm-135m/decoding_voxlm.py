@@ -119,7 +119,7 @@ class EncodedBatch:
             [self.prompts[number]],
             self.input_ids[number][kept].unsqueeze(0),
             self.attention_mask[number][kept].unsqueeze(0),
-            type(audio)(**fields),
+            VoxLMAudioOutput(**fields),
         )
 
 
@@ -250,6 +250,7 @@ class _GreedyRow:
 
     @property
     def finished(self) -> bool:
+        """Whether the text ended by itself or has used up its budget."""
         return self.ended or len(self.ids) >= self.budget
 
     def next_chunk(self) -> list[int]:
@@ -289,6 +290,7 @@ class _GreedyRow:
         return agreed
 
     def decoded(self) -> DecodedText:
+        """The finished text with its states, log-probabilities and entropies."""
         if not self.ids:
             return DecodedText([], self.ended)
         parts = (torch.cat(part) for part in (self.states, self.logprobs, self.entropies))

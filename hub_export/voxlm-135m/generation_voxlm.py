@@ -220,13 +220,12 @@ class VoxLMGenerationMixin(GenerationMixin):
             given = "one text" if isinstance(texts, str) else len(texts)
             raise ValueError(f"Got {given} for {len(waveforms)} recordings")
         known = [known_text(processor, item) for item in texts]
-        longest_s = longest_segment(self.config, None)
+        options = TranscriptionOptions(longest_s=longest_segment(self.config, None))
         window, results = int(self.config.audio_window_s * processor.sampling_rate), []
         for waveform, item, request in zip(waveforms, known, one_for_each(prompt, len(waveforms))):
             if len(waveform) <= window:
                 results.append(align_text(self, processor, waveform, item, request))
             else:
-                options = TranscriptionOptions(longest_s=longest_s)
                 tasks = raise_errors(transcribe_recordings(self, [waveform], [request], options, at_once=True))
                 segments = [task.result for task in tasks if task.result is not None]
                 results.append(align_segments(self, processor, waveform, item, request, segments))

@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -56,10 +56,8 @@ class Segment:
 
     def summary(self) -> dict:
         """The segment as an item of `VoxLMTranscription.segments`."""
-        fields = asdict(self)
-        return {
-            name: fields[name] for name in ("start", "end", "text", "mean_logprob", "gates", "fallback", "rejected")
-        }
+        names = ("start", "end", "text", "mean_logprob", "gates", "fallback", "rejected")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass

@@ -71,7 +71,8 @@ def split_words(tokenizer, token_ids: Sequence[int], special_ids: set[int]) -> l
 def _decoded_units(tokenizer, token_ids, special_ids: set[int]) -> list[tuple[str, list[int]]]:
     """The shortest runs of tokens that decode to whole characters, as text and token positions."""
     kept = [(position, int(token)) for position, token in enumerate(token_ids) if int(token) not in special_ids]
-    ids, ends, length = [token for _, token in kept], [], 0
+    ids = [token for _, token in kept]
+    text, ends, length = decode_tokens(tokenizer, ids), [], 0
     try:
         stream = DecodeStream(skip_special_tokens=True)
         for token in ids:
@@ -81,8 +82,7 @@ def _decoded_units(tokenizer, token_ids, special_ids: set[int]) -> list[tuple[st
         if "prefix" not in str(error):
             raise
         # Decoders with byte fallback (Llama 2, Gemma) change what they decoded before when an invalid byte follows it.
-        ends = _ends_of_prefixes(tokenizer, ids)
-    text = decode_tokens(tokenizer, ids)
+        ends = _ends_of_prefixes(tokenizer, ids, text)
     units, waiting, start = [], [], 0
     for (position, _), end in zip(kept, [*ends[:-1], len(text)]):
         waiting.append(position)
@@ -92,9 +92,9 @@ def _decoded_units(tokenizer, token_ids, special_ids: set[int]) -> list[tuple[st
     return units
 
 
-def _ends_of_prefixes(tokenizer, ids: list[int]) -> list[int]:
-    """How many characters of the text each prefix of `ids` completes, at quadratic cost."""
-    text, ends = decode_tokens(tokenizer, ids), [0]
+def _ends_of_prefixes(tokenizer, ids: list[int], text: str) -> list[int]:
+    """How many characters of `text`, which `ids` decode to, each prefix of `ids` completes, at quadratic cost."""
+    ends = [0]
     for count in range(1, len(ids) + 1):
         prefix = decode_tokens(tokenizer, ids[:count])
         ends.append(max(ends[-1], len(prefix)) if text.startswith(prefix) else ends[-1])
