@@ -22,6 +22,7 @@ REFERENCES = {
     "pieces to be ladled out in thick peppered flour fattened sauce",
     "84-121123-0001.flac": "but in less than five minutes the staircase groaned beneath an extraordinary weight",
     "austen-0880.flac": "he was not an ill disposed young man",
+    "arctic-b0273.flac": "then it was that a strange thing happened",
 }
 # Word starts of austen-0880.flac by PocketSphinx' forced alignment.
 AUSTEN_STARTS = [0.21, 0.33, 0.56, 1.13, 1.30, 1.48, 2.11, 2.33]
@@ -104,10 +105,13 @@ def test_the_auto_classes_load_all_of_it(answers):
 
 
 @pytest.mark.parametrize(
-    "name, most", [("1089-134686-0000.flac", 2), ("84-121123-0001.flac", 0), ("austen-0880.flac", 0)]
+    "name, most", [("1089-134686-0000.flac", 2), ("84-121123-0001.flac", 0), ("austen-0880.flac", 0), ("arctic-b0273.flac", 0)]
 )
 def test_transcripts_are_those_of_a_model_with_five_percent_word_errors(answers, name, most):
-    """In all two of 49 words; of the first recording the shipped model makes "fattened sauce" "fat and sauce"."""
+    """
+    In all two of 57 words; of the first recording the shipped model makes "fattened sauce" "fat and sauce". The last one has to
+    be decoded twice: of the bare audio the reader writes "then it was".
+    """
     assert word_errors(name, answers["results"][name]["text"]) <= most
 
 

@@ -1,9 +1,12 @@
 """Encoded batches, prompts and budgets; greedy decoding with drafts and teacher forcing against stock `generate`."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from transformers import DynamicCache
+from transformers.generation import GenerationConfig, StoppingCriteriaList
 
 from tests import tiny
 from voxlm_hf import fallback_voxlm
@@ -12,13 +15,14 @@ from voxlm_hf.decoding_voxlm import (
     draft_texts,
     generate_text,
     greedy_decode,
-    is_plain_greedy,
     next_draft,
     pack_left,
     pack_prompt,
+    search_options,
     split_decoded,
     stop_tokens,
     teacher_force,
+    token_budget,
     token_budgets,
     token_entropies,
 )
@@ -192,7 +196,7 @@ def test_transcripts_do_not_depend_on_the_loop(fields, monkeypatch):
     model = tiny.model(llm="qwen3", **fields)
     clips = [tiny.noise(seconds, 3) for seconds in (0.7, 2.0, 1.1)]
     loop = model.transcribe(clips)
-    monkeypatch.setattr(fallback_voxlm, "is_plain_greedy", lambda *_: False)
+    monkeypatch.setattr(fallback_voxlm, "search_options", lambda *_: {"num_beams": 2})
     library = model.transcribe(clips)
     assert any(result.words for result in loop)
     assert [result.text for result in loop] == [result.text for result in library]
@@ -216,24 +220,67 @@ def test_the_draft_goes_on_after_a_mistake(draft, position, token, expected):
 
 
 @pytest.mark.parametrize(
-    "options, plain",
+    "options",
     [
-        ({"max_new_tokens": 4}, True),
-        ({"do_sample": False}, True),
-        ({"num_beams": 2}, False),
-        ({"do_sample": True}, False),
-        ({"repetition_penalty": 1.2}, False),
-        ({"no_such_option": 1}, False),
+        {"max_new_tokens": 4},
+        {"do_sample": False, "temperature": 0.5, "top_k": 3},
+        {"num_beams": 1, "use_cache": True, "synced_gpus": False},
+        {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "length_penalty": 1.0, "num_return_sequences": 1},
+        {"use_cache": False, "output_scores": True, "return_dict_in_generate": True},
+        {"num_beams": None, "streamer": None, "assistant_model": None},
+        {"logits_processor": [], "stopping_criteria": StoppingCriteriaList()},
+        {"generation_config": GenerationConfig(max_new_tokens=3, num_beams=1)},
+        {"eos_token_id": 1},  # the tiny model's own
     ],
 )
-def test_only_a_bare_greedy_search_takes_the_loop(options, plain):
-    assert is_plain_greedy(tiny.model().generation_config, options) == plain
+def test_options_at_their_defaults_change_nothing(options):
+    assert search_options(tiny.model().generation_config, options) == {}
 
 
-def test_a_saved_generation_config_that_asks_for_more_does_not_take_the_loop():
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 2},
+        {"do_sample": True},
+        {"repetition_penalty": 1.2},
+        {"no_such_option": 1},
+        {"eos_token_id": 7},
+        {"suppress_tokens": [4, 5]},
+        {"logits_processor": [lambda ids, scores: scores]},
+    ],
+)
+def test_only_a_bare_greedy_search_takes_the_loop(options):
+    assert search_options(tiny.model().generation_config, options) == options
+
+
+def test_a_generation_config_that_asks_for_more_does_not_take_the_loop():
     config = tiny.model().generation_config
+    assert search_options(config, {"generation_config": GenerationConfig(num_beams=3)}) == {"num_beams": 3}
     config.no_repeat_ngram_size = 4
-    assert not is_plain_greedy(config, {})
+    assert search_options(config, {}) == {"no_repeat_ngram_size": 4}
+    assert search_options(config, {"no_repeat_ngram_size": 0}) == {}
+
+
+@pytest.mark.parametrize("options", [{"max_new_tokens": value} for value in (0, -1, 2.5, "3", True, math.nan)])
+def test_a_token_budget_is_a_whole_number_of_at_least_one(options):
+    with pytest.raises(ValueError, match=f"at least 1, got {options['max_new_tokens']!r}"):
+        tiny.model().transcribe([tiny.noise(1.0)], **options)
+
+
+@pytest.mark.parametrize(
+    "options, message", [({"max_length": 30}, "max_new_tokens"), ({"num_return_sequences": 2}, "one")]
+)
+def test_options_that_mean_nothing_for_a_transcript_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny.model().transcribe(tiny.noise(1.0), **options)
+
+
+@pytest.mark.parametrize(
+    "options, budget",
+    [({}, None), ({"max_new_tokens": np.int64(4)}, 4), ({"generation_config": GenerationConfig(max_new_tokens=2)}, 2)],
+)
+def test_the_callers_token_budget_is_found(options, budget):
+    assert token_budget(options) == budget
 
 
 # Other searches and known texts

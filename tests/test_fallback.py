@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests import tiny
-from voxlm_hf import fallback_voxlm
+from voxlm_hf import fallback_voxlm, rescoring_voxlm
 from voxlm_hf.configuration_voxlm import DEFAULT_GATES
 from voxlm_hf.decoding_voxlm import DecodedText
 from voxlm_hf.fallback_voxlm import fired_gates, judged_segment, longest_loop
@@ -31,12 +31,14 @@ def fired(
     "text, facts",
     [
         ("mister quilter is the apostle of the middle classes and we are glad to welcome his gospel", {}),
-        ("no, no, no, no", {"active_s": 1.5, "visible_frames": 8}),
+        ("no, no, no, no", {"active_s": 1.5, "visible_frames": 3, "num_tokens": 4}),
         ("yes", {"active_s": 0.3, "visible_frames": 1}),
         ("yes", {"active_s": 1.5, "visible_frames": 5, "num_tokens": 1}),
         ("up", {"active_s": 2.0, "visible_frames": 1}),
         ("", {"mean_logprob": None, "active_s": 0.0, "visible_frames": 0, "num_tokens": 0}),
-        ("five " * 12, {"active_s": 20.0}),  # a loop is no nonsense by itself: people do count like this
+        ("five " * 12, {"active_s": 12.0, "visible_frames": 14, "num_tokens": 12}),  # people do count like this
+        ("one two " * 9, {"active_s": 20.0, "visible_frames": 18, "num_tokens": 18}),
+        ("March 20th, 1970", {"active_s": 1.3, "visible_frames": 5, "num_tokens": 16}),
     ],
 )
 def test_ordinary_speech_passes(text, facts):
@@ -51,6 +53,10 @@ def test_ordinary_speech_passes(text, facts):
         ("one two three four five six seven eight nine ten", {"active_s": 0.2}, ["words_per_second"]),
         ("thank you very much " * 8, {"active_s": 60, "visible_frames": 60}, ["compression_ratio"]),
         ("five " * 15, {"out_of_tokens": True}, ["token_budget", "loop"]),
+        ("Stirred " * 7, {"visible_frames": 2, "num_tokens": 14, "active_s": 1.0}, ["loop"]),
+        ("9 9 9 9", {"visible_frames": 1, "num_tokens": 7, "active_s": 0.4}, ["loop"]),
+        ("in the house " * 4, {"visible_frames": 4, "num_tokens": 12, "active_s": 1.0}, ["loop"]),
+        ("and so " * 10, {"visible_frames": 14, "num_tokens": 20, "active_s": 10.0}, ["loop"]),
         ("let it be", {"visible_frames": 3, "active_s": 15.0}, ["no_speech"]),
         (
             "up",
@@ -67,6 +73,8 @@ def test_nonsense_fires_its_gate(text, facts, gates):
 
 def test_models_without_a_frame_gate_judge_by_the_text():
     assert fired("let it be", visible_frames=None, active_s=15.0, num_tokens=0) == []
+    assert fired("no no no no", visible_frames=None, active_s=15.0, num_tokens=4) == []
+    assert fired("so " * 9, visible_frames=None, active_s=15.0, num_tokens=9) == ["loop"]
 
 
 def test_a_gate_without_a_threshold_never_fires():
@@ -181,6 +189,33 @@ def test_the_words_of_halves_lie_in_both(halved):
     assert times == sorted(times) and times[-1] <= 3.0
     assert any(end <= 2.0 for end in times[1::2]) and any(start >= 1.5 for start in times[::2])
     assert len(result.word_scores) == len(result.words)
+
+
+@pytest.fixture
+def something_left_out(monkeypatch):
+    """A model with a reader, which prefers long texts and has no doubts; the gate "left_out" fires for the first text."""
+    gates = iter([["left_out"], [], []])
+    monkeypatch.setattr(fallback_voxlm, "fired_gates", lambda *inputs: next(gates))
+    monkeypatch.setattr(rescoring_voxlm, "in_doubt", lambda *inputs: False)
+    monkeypatch.setattr(rescoring_voxlm, "total_scores", lambda texts, *_: [len(text.decoded.ids) for text in texts])
+    return tiny.with_reader()
+
+
+def test_the_window_comes_before_the_halves(something_left_out):
+    """The reader then decodes the encoder's whole window, in which silence follows the audio, without learned end frames."""
+    model, seen = something_left_out, []
+    model.reader.register_forward_pre_hook(lambda _, inputs: seen.append((inputs[1].sum().item(), inputs[3])))
+    (segment,) = model.transcribe(tiny.noise(3.0, 1)).segments
+    window = model.config.audio_config.max_source_positions
+    assert segment["fallback"] == "window" and seen[0][0] < window
+    assert seen == [(seen[0][0], False), (window, True)]
+
+
+def test_an_audio_that_fills_the_window_has_no_window_fallback(something_left_out):
+    model = something_left_out
+    clip = tiny.noise(model.config.audio_window_s - 0.5, 1)
+    (segment,) = model.transcribe(clip, chunk_length_s=model.config.audio_window_s).segments
+    assert segment["fallback"] == "halves"
 
 
 class Calls:

@@ -10,7 +10,15 @@ from voxlm_hf import rescoring_voxlm
 from voxlm_hf.ctc_voxlm import ANYTHING
 from voxlm_hf.decoding_voxlm import DecodedText, pack_prompt
 from voxlm_hf.reader_voxlm import ReaderHypothesis
-from voxlm_hf.rescoring_voxlm import Hypothesis, hypotheses_of, rescore, score_hypotheses, total_scores
+from voxlm_hf.rescoring_voxlm import (
+    Hypothesis,
+    hypotheses_of,
+    in_doubt,
+    is_unjudged,
+    rescore,
+    score_hypotheses,
+    total_scores,
+)
 
 
 READER_ALONE = {"llm_weight": 0.0, "ctc_weight": 0.0, "word_bonus": 0.0}
@@ -97,6 +105,38 @@ def test_an_llm_that_never_saw_digits_does_not_judge_them(digits):
 def test_frames_that_cannot_spell_digits_get_a_wildcard(digits):
     assert digits.ctc_ids.count(ANYTHING) == 1
     assert len(digits.ctc_ids) == int(digits.known.sum()) + 1
+
+
+@pytest.mark.parametrize("word", ["18.", "D-E-R-E-K.", "'A-B'", "é-à", "4th"])
+def test_digits_and_spelt_words_are_judged_by_the_reader_alone(word):
+    assert is_unjudged(word)
+
+
+@pytest.mark.parametrize("word", ["Derek", "I", "well-known", "e-mail", "U.S.A.", "-", "x-"])
+def test_other_words_are_judged_by_all(word):
+    assert not is_unjudged(word)
+
+
+def test_a_spelt_word_is_rewarded_for_its_length_once():
+    """ "a-b" has three tokens; said twice it earns no more."""
+    model = tiny.with_reader("a-b h", plain_text=True)
+    spelt, gap, plain = [3, 4, 5], 6, [7]
+    hypotheses = [
+        hypotheses_of(model, model.processor, [ReaderHypothesis(ids, [-1.0] * len(ids))])[0]
+        for ids in (spelt, [*spelt, gap, *spelt], plain)
+    ]
+    assert [found.decoded.text for found in hypotheses] == ["a-b", "a-b a-b", "h"]
+    assert [found.unjudged_tokens for found in hypotheses] == [2, 2, 0]
+
+
+@pytest.mark.parametrize("budget, text, ended", [(9, "Hi, yo", True), (3, "Hi,", False), (1, "H", False)])
+def test_the_budget_counts_the_llms_tokens(budget, text, ended):
+    model = tiny.with_reader(LETTERS)
+    proposed = ReaderHypothesis([3, 4, 5, 6, 7, 8], [-1.0] * 6, end_logprob=-0.5)
+    (found,) = hypotheses_of(model, model.processor, [proposed], budget)
+    assert (found.decoded.text, found.decoded.ended) == (text, ended)
+    assert len(found.decoded.ids) <= budget
+    assert found.reader_logprob == (-6.5 if ended else -1.0 * budget)
 
 
 def test_with_capitals_in_training_the_llm_scores_the_text_as_it_is():
@@ -215,7 +255,7 @@ def test_weights_decide_who_chooses(weights, score):
     score_hypotheses(model, prompt, [texts])
     assert len({score(text) for text in texts}) > 1
     model.config.reader_config.update(weights)
-    (chosen,) = rescore(model, model.processor, prompt, [8], batch.audio)
+    (chosen,) = rescore(model, model.processor, prompt, [8], batch)
     best = max(texts, key=score)
     assert (chosen.text, chosen.ids) == (best.decoded.text, best.decoded.ids)
     torch.testing.assert_close(chosen.logprobs, best.decoded.logprobs)
@@ -258,3 +298,53 @@ def test_words_have_the_scores_of_both_models(talkative):
 def test_the_empty_text_is_one_of_the_hypotheses():
     (result,) = tiny.with_reader(word_bonus=-1e6).transcribe([tiny.noise(1.3, 5)])
     assert (result.text, result.words, result.truncated) == ("", [], False)
+
+
+# Lists in doubt
+
+
+def doubted(tokens, frames, empty=-9.0):
+    first, nothing = hypothesis(list(range(tokens))), hypothesis([])
+    nothing.reader_logprob = empty
+    return in_doubt([first, nothing], frames)
+
+
+@pytest.mark.parametrize(
+    "tokens, frames, empty",
+    [(2, 8, -9.0), (0, 4, -9.0), (8, 8, -2.2), (15, 5, -9.0), (7, 1, -9.0)],
+    ids=["few tokens", "no token", "perhaps nothing", "said twice", "a loop"],
+)
+def test_a_list_that_does_not_fit_the_frames_is_in_doubt(tokens, frames, empty):
+    assert doubted(tokens, frames, empty)
+
+
+@pytest.mark.parametrize(
+    "tokens, frames, empty", [(8, 8, -9.0), (1, 2, -9.0), (1, 1, -3.0), (0, 0, -0.1), (0, None, -1)]
+)
+def test_a_list_that_fits_the_frames_is_not(tokens, frames, empty):
+    assert not doubted(tokens, frames, empty)
+
+
+def test_what_is_in_doubt_is_decoded_again_with_a_second_of_silence_behind(monkeypatch):
+    """Row by row, so that the text of a segment does not depend on its batch."""
+    model = tiny.with_reader()
+    clips = [tiny.noise(1.4, 2), tiny.noise(0.8, 3), tiny.noise(1.1, 4)]
+    monkeypatch.setattr(rescoring_voxlm, "in_doubt", lambda *_: False)
+    expected = [model.transcribe(clip)["segments"][0] for clip in clips]
+    doubts = iter([True, False, True])
+    monkeypatch.setattr(rescoring_voxlm, "in_doubt", lambda *_: next(doubts))
+    lengths = []
+    model.reader.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[1].sum(1).tolist()))
+    segments = [result.segments[0] for result in model.transcribe(clips, batch_size=3)]
+    order = np.argsort([len(clip) for clip in clips])  # batches are sorted by length
+    (first, again) = lengths
+    assert first == sorted(first) and again == [first[0] + 50, first[2] + 50]
+    assert [segments[row]["fallback"] for row in order] == ["window", None, "window"]
+    assert segments[order[1]] == expected[order[1]]
+
+
+def test_audio_that_fills_the_window_is_decoded_once(monkeypatch):
+    model = tiny.with_reader()
+    monkeypatch.setattr(rescoring_voxlm, "in_doubt", lambda *_: True)
+    (segment,) = model.transcribe(tiny.noise(model.config.audio_window_s - 0.5, 3)).segments
+    assert segment["fallback"] is None

@@ -70,6 +70,31 @@ def tone(seconds):
     return (0.3 * np.sin(np.arange(round(seconds * RATE)) * 0.3)).astype(np.float32)
 
 
+@pytest.mark.parametrize("offset", [-0.6, 0.02, 0.1, 0.5])
+def test_a_constant_offset_has_no_level(speech, offset):
+    samples = whole_frames(speech)
+    np.testing.assert_array_equal(EnergyDetector(RATE)(samples + offset), EnergyDetector(RATE)(samples))
+    assert not EnergyDetector(RATE)(silence(3)[: 90 * FRAME] + offset).any()
+    place = quietest(speech, 0, len(speech), RATE)
+    assert quietest(speech + np.float32(offset), 0, len(speech), RATE) == place
+
+
+def test_an_offset_that_drifts_hides_no_speech(speech):
+    samples = whole_frames(speech)
+    found = EnergyDetector(RATE)(samples + np.linspace(0, 0.5, len(samples)))
+    assert found.mean() == pytest.approx(EnergyDetector(RATE)(samples).mean(), abs=0.02)
+
+
+@pytest.mark.parametrize("hertz", [50, 60, 100])
+def test_hum_hides_no_speech_and_is_none(speech, hertz):
+    """Ten times as loud as the speech."""
+    samples = whole_frames(speech)
+    hum = 10 * samples.std() * np.sqrt(2) * np.sin(np.arange(len(samples)) * 2 * np.pi * hertz / RATE)
+    clean = EnergyDetector(RATE)(samples)
+    assert (EnergyDetector(RATE)(samples + hum) & clean).sum() > 0.3 * clean.sum()
+    assert not EnergyDetector(RATE)(hum).any()
+
+
 def test_silero_finds_speech(speech):
     assert 0.6 <= SileroDetector(RATE)(whole_frames(speech)).mean() <= 1
 
@@ -111,7 +136,7 @@ def test_start_and_duration_are_in_seconds():
 
 
 def test_the_quietest_place_is_the_middle_of_the_longest_dip():
-    samples = np.ones(2 * RATE)
+    samples = np.tile([1.0, -1.0], RATE)
     samples[RATE : RATE + RATE // 5] = 0  # from 1.0 to 1.2 s
     assert quietest(samples, 0, len(samples), RATE) / RATE == pytest.approx(1.1, abs=0.06)
 

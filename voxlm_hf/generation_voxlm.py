@@ -13,7 +13,7 @@ from transformers.generation import GenerationMixin
 from transformers.utils import logging
 
 from .audio_voxlm import is_batch, stream_audio
-from .decoding_voxlm import padded_batches
+from .decoding_voxlm import padded_batches, token_budget
 from .fallback_voxlm import transcribe_batch
 from .forced_alignment_voxlm import align_segments, align_text, known_text
 from .pipeline_voxlm import VoxLMASRPipeline
@@ -270,9 +270,10 @@ def transcribe_recordings(
         at_once (`bool`): prefer an early first result to full batches.
 
     Raises:
-        ValueError: at once, for a prompt or a voice activity detector that cannot be used.
+        ValueError: at once, for a prompt, an option or a voice activity detector that cannot be used.
     """
     processor = model.get_processor()
+    token_budget(options.generate_kwargs)
     prompts = [processor.render_prompt(prompt) for prompt in prompts]
     DETECTORS[options.vad](processor.sampling_rate)
     seconds = known_seconds(items, options.sampling_rate or processor.sampling_rate)
