@@ -130,7 +130,7 @@ def feature_key(encoder: str, row: Row, augmentation: Augmentation) -> str:
     return f"{encoder}-{audio_key(row.audio)}-{change}"
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def encode_missing(
     model,
     processor,
