@@ -147,6 +147,15 @@ class StageTrainer(Trainer):
         finally:
             self.model._keys_to_ignore_on_save = None
 
+    def _issue_warnings_after_load(self, load_result):
+        """In place of the library's warning: frozen weights are missing on purpose, trained ones must not be."""
+        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        if missing := sorted(trained.intersection(load_result.missing_keys)):
+            raise ValueError(
+                f"The checkpoint in {self.args.output_dir} lacks what this stage trains, such as {missing[0]}; was the "
+                "recipe changed? Remove the checkpoint, or choose another `output`"
+            )
+
     def _save_rng_state(self, output_dir):
         """As in [`Trainer`]; older checkpoints are removed only after all processes have saved theirs."""
         super()._save_rng_state(output_dir)
