@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from tests import tiny
 from voxlm_hf import VoxLMForSpeechSeq2Seq
 from voxlm_hub_export.export import export
-from voxlm_training.reader import train_reader
-from voxlm_training.train import run
+from voxlm_training.data import Row, SpeechDataset
+from voxlm_training.train import reader_trainer, run
 
 
 @pytest.fixture
@@ -27,11 +27,17 @@ def model(bases):
     return VoxLMForSpeechSeq2Seq.from_base_models(*bases).add_reader(bases[0], end_frames=4)
 
 
-def test_training_teaches_the_end_and_nothing_else(model):
+QUIET = {"report_to": [], "disable_tqdm": True, "logging_steps": 1}
+
+
+def test_training_teaches_the_end_and_nothing_else(model, tmp_path):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    clips = [tiny.noise(seconds, number) for number, seconds in enumerate((0.5, 0.8, 1.0))]
-    losses = train_reader(model, clips, steps=30, learning_rate=0.05)
-    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+    rows = [Row(str(n), tiny.noise(seconds, n), "") for n, seconds in enumerate((0.5, 0.8, 1.0))]
+    data = SpeechDataset(rows, model.processor)
+    made = reader_trainer(model, data, None, tmp_path, 0, max_steps=30, learning_rate=0.05, **QUIET)
+    made.resume()
+    losses = [log["loss"] for log in made.state.log_history if "loss" in log]
+    assert len(losses) == 30 and np.mean(losses[-5:]) < np.mean(losses[:5])
     after = model.state_dict()
     assert [name for name in before if not torch.equal(before[name], after[name])] == ["reader.end"]
 

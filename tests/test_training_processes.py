@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import soundfile
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from tests import HANGS_AFTER_S, tiny
 from voxlm_hf import VoxLMForSpeechSeq2Seq
+from voxlm_training.train import run
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,19 +51,17 @@ def recipe(tmp_path_factory):
     return folder
 
 
-def losses(recipe: Path, name: str, launcher: list[str], kind: str, *overrides: str) -> list[float]:
-    command = [
-        *launcher,
-        "-m",
-        "voxlm_training.train",
-        str(recipe / "recipe.yaml"),
-        f"output={recipe / name}",
-        *overrides,
-    ]
+def launched(folder: Path, launcher: list[str], *overrides: str) -> str:
+    """What a run of the recipe in a folder prints."""
+    command = [*launcher, "-m", "voxlm_training.train", str(folder / "recipe.yaml"), *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=HANGS_AFTER_S)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert kind in done.stdout
+    return done.stdout
+
+
+def losses(recipe: Path, name: str, launcher: list[str], kind: str, *overrides: str) -> list[float]:
+    assert kind in launched(recipe, launcher, f"output={recipe / name}", *overrides)
     log = json.loads((recipe / name / "1-transcription" / "log.json").read_text())
     return [entry["loss"] for entry in log if "loss" in entry]
 
@@ -79,16 +80,60 @@ def test_two_processes_have_the_losses_of_one(recipe, alone):
     assert VoxLMForSpeechSeq2Seq.from_pretrained(recipe / "two" / "final").config.lora_config["r"] == 2
 
 
-def test_two_processes_read_a_cache_that_one_has_filled(recipe):
-    """Compared with one process on the same cache, because its float16 states give other losses than encoding does."""
-    cache = f"data.cache={recipe / 'features'}"
-    accumulated = "stages.0.gradient_accumulation_steps=2"
-    alone = losses(recipe, "cached", [sys.executable], "1 process(es), DistributedType.NO", accumulated, cache)
-    shards = {path.name: path.stat().st_mtime_ns for path in (recipe / "features").iterdir()}
-    assert shards
-    together = losses(recipe, "cached-two", TWO_PROCESSES, "2 process(es), DistributedType.MULTI_CPU", cache)
-    assert together == pytest.approx(alone, abs=1e-3)
-    assert {path.name: path.stat().st_mtime_ns for path in (recipe / "features").iterdir()} == shards
+@pytest.fixture(scope="module")
+def all_stages(tmp_path_factory):
+    """A recipe with every kind of stage, whose batches all lack something: silence has no word times, LoRA no gate."""
+    folder = tmp_path_factory.mktemp("stages")
+    tiny.save_whisper(folder)
+    lines = []
+    for number in range(8):
+        words = [{"word": "fox", "start": 0.1, "end": 0.4}]
+        soundfile.write(folder / f"{number}.wav", tiny.noise(1.0, number), 16000)
+        lines.append(json.dumps({"audio": f"{number}.wav", "text": "fox", **({"words": words} if number == 0 else {})}))
+    (folder / "broken.wav").write_text("no audio")
+    lines.append(json.dumps({"audio": "broken.wav", "text": "fox", "duration": 1.0}))
+    (folder / "manifest.jsonl").write_text("\n".join(lines))
+    common = {"report_to": [], "logging_steps": 1, "save_steps": 1, "warmup_steps": 0}
+    trained = {"seconds_per_batch": 1.0, "max_steps": 2, **common}
+    contents = {
+        "model": {
+            "audio": str(folder / "audio"),
+            "text": str(folder / "text"),
+            "projector_readout": "token_mixture",
+            "frame_gate_threshold": 0.3,
+            "lora_config": {"r": 2},
+        },
+        "output": str(folder / "out"),
+        "data": {"normaliser": "lower", "cache": str(folder / "features"), "train": [{"manifest": str(folder / "manifest.jsonl")}]},
+        "stages": [
+            {"kind": "transcription", "parts": ["projector", "lora", "alignment"], **trained},
+            {"kind": "warm_start", "merges": 5, "steps": 2, "frames_per_batch": 60, **common},
+            {"kind": "alignment", "parts": ["alignment"], **trained},
+            {"kind": "reader", "base": str(folder / "audio"), "settings": {"end_frames": 4}, "recordings": 3, "steps": 2, **common},
+        ],
+    }  # fmt: skip
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(contents))
+    return folder
+
+
+def test_two_processes_run_all_stages_and_fill_one_cache(all_stages):
+    launched(all_stages, TWO_PROCESSES)
+    trained = sorted(path.parent.name for path in (all_stages / "out").glob("*/trained.safetensors"))
+    assert trained == ["1-transcription", "2-warm_start", "3-alignment", "4-reader"]
+    shards = {path: path.stat().st_mtime_ns for path in (all_stages / "features").iterdir()}
+    assert len(shards) == 2, "each process writes its own"
+    keys = [key for path in shards for key in load_file(path)]
+    assert len(keys) == len(set(keys)) == 8
+    # One process finds all of it, and its encoder makes the same of the recordings.
+    contents = {**yaml.safe_load((all_stages / "recipe.yaml").read_text()), "stages": []}
+    run({**contents, "output": str(all_stages / "alone")})
+    assert {path: path.stat().st_mtime_ns for path in (all_stages / "features").iterdir()} == shards
+    contents["data"]["cache"] = str(all_stages / "again")
+    run({**contents, "output": str(all_stages / "alone")})
+    again = {key: tensor for path in (all_stages / "again").iterdir() for key, tensor in load_file(path).items()}
+    for path in shards:
+        for key, tensor in load_file(path).items():
+            torch.testing.assert_close(tensor, again[key], atol=2e-3, rtol=0)
 
 
 SHARDED = """

@@ -3,7 +3,12 @@ Rows of speech to train or evaluate on, from manifests, folders, LibriSpeech or 
 """
 
 import functools
+import inspect
+import io
 import json
+import math
+import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -13,12 +18,16 @@ import numpy as np
 import soundfile
 import torch
 from datasets import Audio, load_dataset
+from datasets.distributed import split_dataset_by_node
 
 from voxlm_hf.decoding_voxlm import padded_batches
 
 from .augment import Augmentation, misheard, non_speech
 from .text import NORMALISERS
 
+
+# What reading a recording may raise.
+READ_ERRORS = (OSError, ValueError)
 
 # Examples of each reason in a report; a few are enough to recognise a pattern. Chosen by hand, not tuned.
 EXAMPLES = 3
@@ -42,6 +51,7 @@ class Row:
             evaluation only.
         place (`tuple[int, int]`): number of its source and its own number there, the same whichever other rows are left
             out.
+        where (`str`): file and line it comes from, for messages.
     """
 
     id: str
@@ -52,6 +62,7 @@ class Row:
     speaker: str | None = None
     anchors: list[dict] | None = None
     place: tuple[int, int] = (0, 0)
+    where: str = ""
 
 
 @dataclass
@@ -75,28 +86,38 @@ class Report:
         return "\n".join(lines)
 
 
+def error_line(error: Exception) -> str:
+    """An error in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def manifest_rows(path: Path, report: Report) -> Iterator[dict]:
     """
     Rows of a JSONL manifest: "audio" (relative to it) and "text", optionally "duration", "words", "word_anchors",
     "speaker", "id".
 
-    A line that is not a JSON object or lacks a field goes into the report and is left out.
+    A line that is not a JSON object in UTF-8 or lacks a field goes into the report and is left out.
     """
     path = Path(path)
-    with path.open() as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
+                row = json.loads(line.decode("utf-8-sig"))
+            except UnicodeDecodeError as error:
+                report.leave_out("not UTF-8", f"{path}:{number}: {error}")
+                continue
+            except (json.JSONDecodeError, RecursionError) as error:
                 report.leave_out("not JSON", f"{path}:{number}: {error}")
                 continue
             missing = [name for name in ("audio", "text") if not isinstance(row, dict) or row.get(name) is None]
             if missing:
                 report.leave_out(f"no {missing[0]!r}", f"{path}:{number}")
                 continue
-            yield {"id": f"{path.stem}-{number}", **row, "audio": str(path.parent / row["audio"])}
+            if isinstance(row["audio"], str):
+                row["audio"] = str(path.parent / row["audio"])
+            yield {"id": f"{path.stem}-{number}", **row, "where": f"{path}:{number}"}
 
 
 def folder_rows(folder: Path, report: Report) -> Iterator[dict]:
@@ -110,10 +131,15 @@ def folder_rows(folder: Path, report: Report) -> Iterator[dict]:
     kinds = (".wav", ".flac", ".mp3", ".ogg", ".opus")
     for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in kinds):
         transcript = path.with_suffix(".txt")
-        if not transcript.exists():
+        try:
+            text = transcript.read_text("utf-8-sig").strip()
+        except FileNotFoundError:
             report.leave_out("no transcript beside it", str(path))
             continue
-        yield {"id": str(path.relative_to(folder)), "audio": str(path), "text": transcript.read_text().strip()}
+        except (OSError, UnicodeDecodeError) as error:
+            report.leave_out("unreadable transcript", f"{transcript}: {error_line(error)}")
+            continue
+        yield {"id": str(path.relative_to(folder)), "audio": str(path), "text": text, "where": str(path)}
 
 
 def librispeech_rows(folder: Path, report: Report) -> Iterator[dict]:
@@ -123,37 +149,54 @@ def librispeech_rows(folder: Path, report: Report) -> Iterator[dict]:
     if not transcripts:
         raise ValueError(f"{folder} has no *.trans.txt below it, so it is not in LibriSpeech's layout")
     for transcript in transcripts:
-        for line in transcript.read_text().splitlines():
-            name, _, text = line.partition(" ")
+        for number, line in enumerate(transcript.read_bytes().splitlines(), 1):
+            try:
+                name, _, text = line.decode("utf-8-sig").partition(" ")
+            except UnicodeDecodeError as error:
+                report.leave_out("not UTF-8", f"{transcript}:{number}: {error}")
+                continue
             yield {
                 "id": name,
                 "audio": str(transcript.parent / f"{name}.flac"),
                 "text": text,
                 "speaker": name.split("-")[0],
+                "where": f"{transcript}:{number}",
             }
 
 
 def dataset_rows(
-    name: str, report: Report, split="train", streaming=False, audio_column="audio", text_column="text", **options
+    name: str,
+    report: Report,
+    split="train",
+    streaming=False,
+    audio_column="audio",
+    text_column="text",
+    share: tuple[int, int] = (0, 1),
+    **options,
 ) -> Iterator[dict]:
     """
-    Rows of a `datasets` dataset: a Hub name, a folder of audio, or "parquet" with `data_files`.
+    Rows of a `datasets` dataset: a Hub name, a folder of audio, or "parquet" or "webdataset" with `data_files`.
 
     Audio stays as bytes or path until it is needed, so `datasets` needs no audio decoder.
 
     Args:
+        share: number of this process and of all; each reads other shards, or other rows where the shards are fewer.
         **options: for `datasets.load_dataset`.
     """
     dataset = load_dataset(name, split=split, streaming=streaming, **options)
-    columns = dataset.column_names or list(next(iter(dataset)))
+    columns = dataset.column_names or list(next(iter(dataset), {}))
     for column in (audio_column, text_column):
         if column not in columns:
             raise ValueError(f"The dataset {name} has no column {column!r}; it has {', '.join(columns)}")
     if isinstance((dataset.features or {}).get(audio_column), Audio):
         dataset = dataset.cast_column(audio_column, Audio(decode=False))
+    index, count = share
+    if count > 1:
+        dataset = split_dataset_by_node(dataset, rank=index, world_size=count)
     for number, row in enumerate(dataset):
         kept = {key: row[key] for key in ("duration", "words", "speaker") if key in row}
-        yield {"id": f"{split}-{number}", **kept, "audio": row[audio_column], "text": row[text_column]}
+        where = f"{name}, row {number}" + (f" of share {index + 1} of {count}" if count > 1 else "")
+        yield {"id": f"{split}-{number}", **kept, "audio": row[audio_column], "text": row[text_column], "where": where}
 
 
 def silent_rows(count: int, report: Report, seed: int = 0) -> Iterator[dict]:
@@ -166,6 +209,8 @@ def silent_rows(count: int, report: Report, seed: int = 0) -> Iterator[dict]:
         yield {"id": f"silent-{seed}-{number}", "audio": waveform, "text": "", "duration": len(waveform) / 16000}
 
 
+# Options of every kind of source.
+SLICE_OPTIONS = ("first", "count", "every", "exclude_speakers", "only_speakers", "streaming")
 READERS: dict[str, Callable[..., Iterator[dict]]] = {
     "manifest": manifest_rows,
     "folder": folder_rows,
@@ -175,44 +220,71 @@ READERS: dict[str, Callable[..., Iterator[dict]]] = {
 }
 
 
-def read_rows(
-    sources: Iterable[dict],
-    normaliser: str = "none",
-    min_s: float = 0.1,
-    max_s: float = 30.0,
-    max_characters: int = 1000,
-    max_characters_per_s: float = 40.0,
-) -> tuple[list[Row], Report]:
+@dataclass
+class Limits:
     """
-    All usable rows of some sources, in order. The default limits were chosen by hand, not tuned.
+    What a usable row keeps to. The defaults were chosen by hand, not tuned.
+
+    Args:
+        normaliser (`str`): name in `voxlm_training.text.NORMALISERS`, applied to transcripts and words.
+        min_s, max_s (`float`): shortest and longest recording in seconds.
+        max_characters (`int`): longest transcript.
+        max_characters_per_s (`float`): nobody speaks faster, so where the transcript has more, it belongs to other
+            audio.
+    """
+
+    normaliser: str = "none"
+    min_s: float = 0.1
+    max_s: float = 30.0
+    max_characters: int = 1000
+    max_characters_per_s: float = 40.0
+
+    def __post_init__(self):
+        if self.normaliser not in NORMALISERS:
+            raise ValueError(f"Unknown normaliser {self.normaliser!r}; known are {', '.join(NORMALISERS)}")
+
+
+def read_rows(sources: Iterable[dict], normaliser: str = "none", **limits) -> tuple[list[Row], Report]:
+    """
+    All usable rows of some sources, in order.
 
     Args:
         sources: each names its kind and place, `{"manifest": PATH}`, `{"folder": FOLDER}`, `{"librispeech": FOLDER}`,
             `{"dataset": NAME, ...}` or `{"silence": COUNT}`, with the options of that kind (see the functions in
             `READERS`) and, for any kind: "first" and "count" (a slice), "every" (only each N-th), "exclude_speakers" or
             "only_speakers".
-        normaliser: name in `voxlm_training.text.NORMALISERS`, applied to transcripts and words.
-        min_s, max_s: shortest and longest recording in seconds; max_characters: longest transcript;
-        max_characters_per_s: nobody speaks faster, so where the transcript has more, it belongs to other audio.
+        normaliser, **limits: of [`Limits`].
 
     Returns:
         the rows, and a report of what was left out.
 
     Raises:
-        ValueError: for a source of an unknown kind.
+        ValueError: for a source of an unknown kind or with unknown options, or an unknown normaliser.
     """
-    normalise, report, rows = NORMALISERS[normaliser], Report(), []
-    for source_number, source in enumerate(sources):
-        for number, raw in _slice(source, report):
-            reason = unusable(raw, min_s, max_s, max_characters, max_characters_per_s)
-            if not reason and raw["text"].strip() and not normalise(raw["text"]):
-                reason = "nothing left of the text after normalisation"
-            if reason:
-                report.leave_out(reason, str(raw["id"]))
-            else:
-                rows.append(_make_row(raw, normalise, (source_number, number)))
-    report.kept = len(rows)
+    limits, report = Limits(normaliser, **limits), Report()
+    rows = [row for number, source in enumerate(sources) for row in usable_rows(source, number, limits, report)]
     return rows, report
+
+
+def usable_rows(
+    source: dict, source_number: int, limits: Limits, report: Report, share: tuple[int, int] = (0, 1)
+) -> Iterator[Row]:
+    """
+    The usable rows of one source, one at a time; see `read_rows`. The report counts them and all others.
+
+    Args:
+        share: number of this process and of all, which deal the rows out among them.
+    """
+    for number, raw in _slice(source, report, share):
+        raw.setdefault("where", str(raw["id"]))
+        reason = unusable(raw, limits)
+        if reason:
+            report.leave_out(
+                reason, raw["where"] if raw["where"] == str(raw["id"]) else f"{raw['where']} ({raw['id']})"
+            )
+        else:
+            report.kept += 1
+            yield _make_row(raw, NORMALISERS[limits.normaliser], (source_number, number))
 
 
 def _make_row(raw: dict, normalise: Callable[[str], str], place: tuple[int, int]) -> Row:
@@ -227,47 +299,144 @@ def _make_row(raw: dict, normalise: Callable[[str], str], place: tuple[int, int]
         speaker=raw.get("speaker"),
         anchors=raw.get("word_anchors"),
         place=place,
+        where=raw["where"],
     )
 
 
-def _slice(source: dict, report: Report) -> Iterator[tuple[int, dict]]:
-    """The rows of one source that its "first", "count", "every" and speaker options select, each with its number."""
-    options = dict(source)
-    kinds = [kind for kind in READERS if kind in options]
+def kind_of(source: dict) -> str:
+    """
+    The kind of a source.
+
+    Raises:
+        ValueError: for a source that is no dict, has no kind or several, or options that its kind does not have.
+    """
+    kinds = [kind for kind in READERS if isinstance(source, dict) and kind in source]
     if len(kinds) != 1:
-        raise ValueError(f"A data source needs exactly one of {', '.join(READERS)}; got keys {sorted(source)}")
-    place = options.pop(kinds[0])
+        got = f"keys {sorted(source)}" if isinstance(source, dict) else repr(source)
+        raise ValueError(f"A data source needs exactly one of {', '.join(READERS)}; got {got}")
+    parameters = inspect.signature(READERS[kinds[0]]).parameters
+    known = {*kinds, *SLICE_OPTIONS, *list(parameters)[2:]} - {"share", "options"}
+    if unknown := sorted(set(source) - known):
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            raise ValueError(
+                f"A source of kind {kinds[0]} has no option {unknown[0]!r}; it has {', '.join(sorted(known))}"
+            )
+    return kinds[0]
+
+
+def _slice(source: dict, report: Report, share: tuple[int, int]) -> Iterator[tuple[int, dict]]:
+    """
+    The rows of one source that its "first", "count", "every" and speaker options select, and of those the share of this
+    process, each with its number.
+    """
+    kind, options = kind_of(source), dict(source)
+    place = options.pop(kind)
     first, count, every = options.pop("first", 0), options.pop("count", None), options.pop("every", 1)
-    exclude, only = set(options.pop("exclude_speakers", ())), options.pop("only_speakers", None)
-    for number, row in enumerate(READERS[kinds[0]](place, report=report, **options)):
+    exclude, only = list(options.pop("exclude_speakers", ())), options.pop("only_speakers", None)
+    if kind != "dataset":
+        options.pop("streaming", None)
+    index, processes = share
+    by_shards = kind == "dataset" and not {"first", "count", "every"} & set(source)
+    if by_shards:
+        options["share"] = share
+    for number, row in enumerate(READERS[kind](place, report=report, **options)):
         if number < first or (number - first) % every:
             continue
         if count is not None and number >= first + count:
             return
         if row.get("speaker") in exclude or only is not None and row.get("speaker") not in only:
             continue
-        yield (number - first) // every, row
+        chosen = (number - first) // every
+        if by_shards:
+            yield chosen * processes + index, row
+        elif chosen % processes == index:
+            yield chosen, row
 
 
-def unusable(row: dict, min_s, max_s, max_characters, max_characters_per_s) -> str | None:
+def unusable(row: dict, limits: Limits) -> str | None:
     """Why a raw row cannot be used, or `None`. Fills in "duration" from the file's header where it is not given."""
-    if not isinstance(row["text"], str):
-        return f"the text is {type(row['text']).__name__}, not a string"
-    if not row["text"].strip() and not isinstance(row["audio"], np.ndarray):
-        return "empty text"
-    if row.get("duration") is None and isinstance(row["audio"], str):
-        try:
-            row["duration"] = soundfile.info(row["audio"]).duration
-        except (soundfile.LibsndfileError, OSError) as error:
-            return f"unreadable audio ({type(error).__name__})"
+    reason = unusable_text(row, limits) or unusable_audio(row) or unusable_words(row)
+    if reason:
+        return reason
     duration = row.get("duration")
-    if duration is not None and not min_s <= duration <= max_s:
-        return f"not between {min_s} and {max_s} s long"
-    if len(row["text"]) > max_characters:
-        return f"more than {max_characters} characters"
-    if duration is not None and len(row["text"]) > max_characters_per_s * duration:
-        return f"more than {max_characters_per_s} characters a second"
+    if duration is not None and not limits.min_s <= duration <= limits.max_s:
+        return f"not between {limits.min_s} and {limits.max_s} s long"
+    if duration is not None and len(row["text"]) > limits.max_characters_per_s * duration:
+        return f"more than {limits.max_characters_per_s} characters a second"
     return None
+
+
+def unusable_text(row: dict, limits: Limits) -> str | None:
+    """What is wrong with the text of a raw row, or `None`."""
+    text = row["text"]
+    if not isinstance(text, str):
+        return f"the text is {type(text).__name__}, not a string"
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        return "the text has half a character (a surrogate)"
+    if not text.strip():
+        return None if isinstance(row["audio"], np.ndarray) else "empty text"
+    if not NORMALISERS[limits.normaliser](text):
+        return "nothing left of the text after normalisation"
+    if len(text) > limits.max_characters:
+        return f"more than {limits.max_characters} characters"
+    return None
+
+
+def unusable_audio(row: dict) -> str | None:
+    """What is wrong with the audio or the duration of a raw row, or `None`; only a file's header is read."""
+    audio, duration = row["audio"], row.get("duration")
+    if not isinstance(audio, (str, bytes, dict, np.ndarray)):
+        return f"the audio is {type(audio).__name__}, not a path"
+    if duration is not None and not (is_number(duration) and duration > 0):
+        return f"a duration of {duration!r}"
+    file = audio
+    if isinstance(audio, dict):
+        file = audio.get("path") if audio.get("bytes") is None else audio["bytes"]
+    if isinstance(file, bytes):
+        file = io.BytesIO(file)
+    if isinstance(file, str) and not os.path.isfile(file):
+        return "no such audio file"
+    if duration is None and isinstance(file, (str, io.BytesIO)):
+        try:
+            row["duration"] = soundfile.info(file).duration
+        except (soundfile.LibsndfileError, *READ_ERRORS) as error:
+            return f"unreadable audio ({type(error).__name__})"
+    return None
+
+
+def unusable_words(row: dict) -> str | None:
+    """What is wrong with the times of the words of a raw row, or `None`."""
+    for name in ("words", "word_anchors"):
+        items = row.get(name) or []
+        if not isinstance(items, (list, tuple)):
+            return f"{name!r} is {type(items).__name__}, not a list"
+        for item in items:
+            if not isinstance(item, dict) or name == "words" and not isinstance(item.get("word"), str):
+                return f"{name!r} has an item that is no word with its times"
+            start, end = item.get("start"), item.get("end")
+            if not (is_number(start) and is_number(end) and 0 <= start <= end):
+                return f"{name!r} has a word from {start!r} to {end!r} s"
+    return None
+
+
+def is_number(value) -> bool:
+    """Whether a value from JSON is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def load_augmented(processor, row: Row, augmentation: Augmentation) -> np.ndarray:
+    """
+    The augmented waveform `(samples,)` of a row.
+
+    Raises:
+        OSError, ValueError: when it cannot be read, is longer than the window or too short for one frame.
+    """
+    waveform = augmentation(processor.load_audio(row.audio), processor.sampling_rate)
+    if len(waveform) > processor.audio_window_s * processor.sampling_rate:
+        seconds = len(waveform) / processor.sampling_rate
+        raise ValueError(f"{seconds:.1f} s of audio, more than the window of {processor.audio_window_s} s")
+    processor.check_length(len(waveform))
+    return waveform
 
 
 class SpeechDataset(torch.utils.data.Dataset):
@@ -313,17 +482,46 @@ class SpeechDataset(torch.utils.data.Dataset):
         ]
         return [max(1, round(item / self.processor.frame_s)) for item in seconds]
 
+    def draw(self, count: int, seed: int, longest_s: float) -> list[Row]:
+        """At most `count` rows of at most `longest_s`, drawn at random."""
+        rows = [row for row in self.rows if row.duration is None or row.duration <= longest_s]
+        return [rows[number] for number in np.random.default_rng(seed).permutation(len(rows))[:count]]
+
     def __getitem__(self, index: int) -> dict:
+        """
+        A row; in the place of one whose audio turns out to be unreadable, with a line that names it, the next one.
+
+        Raises:
+            ValueError: when no row can be read.
+        """
+        for number in (*range(index, len(self.rows)), *range(index)):
+            try:
+                return self._item(number)
+            except READ_ERRORS as error:
+                print_skipped(self.rows[number], error)
+        raise ValueError(f"None of the {len(self.rows)} recordings can be read")
+
+    def _item(self, index: int) -> dict:
         row, augmentation = self.rows[index], self.augmentations[index]
-        item = {"text": row.text}
-        if row.words:
-            item["words"] = augmentation.move_words(row.words)
-            if self.misheard:
-                rng = np.random.default_rng([index, len(self.rows)])
-                item["text"], item["words"] = misheard(row.text, item["words"], self.vocabulary, self.misheard, rng)
+        rng = np.random.default_rng([index, len(self.rows)])
+        item = described(row, augmentation, self.vocabulary if self.misheard else [], self.misheard, rng)
         if self.cache is not None:
             return {**item, "states": self.cache[self.keys[index]]}
-        return {**item, "audio": augmentation(self.processor.load_audio(row.audio), self.processor.sampling_rate)}
+        return {**item, "audio": load_augmented(self.processor, row, augmentation)}
+
+
+def described(row: Row, augmentation: Augmentation, vocabulary: list[str], share: float, rng) -> dict:
+    """The "text" and, where times are known, "words" of a row, a share of them replaced by others of `vocabulary`."""
+    if not row.words:
+        return {"text": row.text}
+    words = augmentation.move_words(row.words)
+    text, words = misheard(row.text, words, vocabulary, share, rng) if share else (row.text, words)
+    return {"text": text, "words": words}
+
+
+def print_skipped(row: Row, error: Exception):
+    """Say in one line that a row is skipped and why."""
+    print(f"skipped {row.where or row.id}: {error_line(error)}", file=sys.stderr)
 
 
 def length_batches(lengths: dict[int, int], limit: float) -> list[list[int]]:
@@ -341,30 +539,43 @@ class LengthBatchSampler(torch.utils.data.Sampler):
     Batches of rows of similar length, limited by their padded length and not by their number; shuffled again in each
     epoch.
 
+    Every epoch of the Trainer has the same number of batches, as resuming needs, although a new order makes a few more or
+    fewer of them: the passes over the rows follow each other, and an epoch takes the next so many batches.
+
     Args:
         lengths (`list[int]`): of each row; limit (`float`): largest padded length of a whole batch.
         seed (`int`): of the order. pool (`int`): so many rows of the shuffled order are sorted by length together;
             chosen by hand, not tuned.
-        multiple (`int`): the number of batches is cut to a multiple of this, the number of processes.
+        multiple (`int`): the number of batches of an epoch is a multiple of this, the number of processes.
     """
 
     def __init__(self, lengths: list[int], limit: float, seed: int = 0, pool: int = 512, multiple: int = 1):
-        self.lengths, self.limit, self.seed, self.pool, self.multiple = lengths, limit, seed, pool, multiple
+        self.lengths, self.limit, self.seed, self.pool = lengths, limit, seed, pool
+        self.count = -(-len(self.one_pass(0)) // multiple) * multiple
         self.set_epoch(0)
 
-    def set_epoch(self, epoch: int):
-        """Draw the order of an epoch; accelerate's data loader calls it."""
-        rng = np.random.default_rng([self.seed, epoch])
+    def one_pass(self, number: int) -> list[list[int]]:
+        """The batches of one pass over all rows."""
+        rng = np.random.default_rng([self.seed, number])
         order = rng.permutation(len(self.lengths)).tolist()
-        self.batches = []
+        batches = []
         for first in range(0, len(order), self.pool):
             pool = {index: self.lengths[index] for index in order[first : first + self.pool]}
-            batches = length_batches(pool, self.limit)
-            self.batches += [batches[place] for place in rng.permutation(len(batches))]
-        self.batches = self.batches[: len(self.batches) // self.multiple * self.multiple]
+            of_pool = length_batches(pool, self.limit)
+            batches += [of_pool[place] for place in rng.permutation(len(of_pool))]
+        return batches
+
+    def set_epoch(self, epoch: int):
+        """Choose the batches of an epoch; the Trainer calls it."""
+        skipped, number, self.batches = epoch * self.count, 0, []
+        while len(self.batches) < self.count:
+            batches = self.one_pass(number)
+            self.batches += batches[skipped:]
+            skipped, number = max(0, skipped - len(batches)), number + 1
+        self.batches = self.batches[: self.count]
 
     def __iter__(self):
         return iter(self.batches)
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return self.count

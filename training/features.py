@@ -2,30 +2,39 @@
 
 import hashlib
 import os
+import socket
+import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 from voxlm_hf.audio_voxlm import read_audio
 
 from .augment import Augmentation
-from .data import Report, Row, length_batches
+from .data import READ_ERRORS, Report, Row, error_line, length_batches, load_augmented
 
 
 # What an interrupted run loses at most; more recordings a shard make fewer files. Chosen by hand, not tuned.
 RECORDINGS_PER_SHARD = 256
+# What ends the name of a shard that is being written.
+UNFINISHED = ".unfinished"
 
 
-class FeatureCache:
+class TensorStore:
     """
-    Encoder states by key, in a folder of safetensors shards; shards are added and never changed.
+    Tensors by name, in a folder of safetensors shards, to which any number of processes may add at the same time.
+
+    A shard is called by its contents' names, so no two processes write different contents to one file, and no shard
+    takes the place of one that was removed.
 
     Args:
-        folder (`Path`): created if it does not exist; only one process at a time may write to it.
+        folder (`Path`): created if it does not exist.
     """
 
     def __init__(self, folder: Path):
@@ -33,31 +42,63 @@ class FeatureCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.files: dict[str, Path] = {}
         self._open: dict[Path, object] = {}
+        remove_abandoned(self.folder)
+        self.refresh()
+
+    def refresh(self):
+        """Find the shards that other processes have added. A damaged one is left out, with a line that names it."""
         for path in sorted(self.folder.glob("*.safetensors")):
-            self._index(path)
+            if path not in self._open:
+                try:
+                    self._index(path)
+                except (SafetensorError, OSError) as error:
+                    print(f"{path} is skipped, what it held is made again: {error}")
 
     def _index(self, path: Path):
         self._open[path] = safe_open(path, "pt")
         self.files.update(dict.fromkeys(self._open[path].keys(), path))
 
-    def __contains__(self, key: str) -> bool:
-        return key in self.files
+    def __contains__(self, name: str) -> bool:
+        return name in self.files
 
-    def __getitem__(self, key: str) -> torch.Tensor:
-        """Encoder states `(frames, audio_size)` in float32."""
-        return self._open[self.files[key]].get_tensor(key).float()
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._open[self.files[name]].get_tensor(name)
 
-    def frames(self, key: str) -> int:
-        """Number of frames under a key, from the shard's header."""
-        return self._open[self.files[key]].get_slice(key).get_shape()[0]
+    def frames(self, name: str) -> int:
+        """Length of a tensor's first axis, from the shard's header."""
+        return self._open[self.files[name]].get_slice(name).get_shape()[0]
 
-    def add(self, states: dict[str, torch.Tensor]):
-        """Write `{key: (frames, audio_size)}` as one new shard in float16, either completely or not at all."""
-        number = len(list(self.folder.glob("*.safetensors")))
-        path, unfinished = self.folder / f"{number:05d}.safetensors", self.folder / f"{number:05d}.unfinished"
-        save_file({key: tensor.to(torch.float16).contiguous() for key, tensor in states.items()}, unfinished)
+    def add(self, tensors: dict[str, torch.Tensor]):
+        """Write `{name: tensor}` as one new shard, either completely or not at all."""
+        path = self.folder / f"{hashlib.sha1('|'.join(sorted(tensors)).encode()).hexdigest()[:20]}.safetensors"
+        # The writer's name, so that nobody removes what is still being written.
+        unfinished = path.with_suffix(f".{socket.gethostname()}.{os.getpid()}{UNFINISHED}")
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished)
         os.replace(unfinished, path)
         self._index(path)
+
+
+class FeatureCache(TensorStore):
+    """Encoder states `(frames, audio_size)` by key: float16 on disk, float32 in memory."""
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        return super().__getitem__(key).float()
+
+    def add(self, states: dict[str, torch.Tensor]):
+        """Write `{key: (frames, audio_size)}` as one new shard, either completely or not at all."""
+        super().add({key: tensor.to(torch.float16) for key, tensor in states.items()})
+
+
+def remove_abandoned(folder: Path):
+    """Remove the unfinished shards of processes of this machine that are no longer there."""
+    for path in folder.glob(f"*.{socket.gethostname()}.*{UNFINISHED}"):
+        process = int(path.name.removesuffix(UNFINISHED).rpartition(".")[2])
+        try:
+            os.kill(process, 0)  # sends nothing, but fails where there is no such process
+        except ProcessLookupError:
+            path.unlink(missing_ok=True)
+        except PermissionError:
+            continue  # another user's
 
 
 def encoder_key(encoder: torch.nn.Module) -> str:
@@ -89,7 +130,7 @@ def feature_key(encoder: str, row: Row, augmentation: Augmentation) -> str:
     return f"{encoder}-{audio_key(row.audio)}-{change}"
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def encode_missing(
     model,
     processor,
@@ -100,7 +141,8 @@ def encode_missing(
     seconds_per_batch: float = 60.0,
 ) -> list[str | None]:
     """
-    Encode the recordings that the cache lacks. An interrupted run resumes and skips the recordings in finished shards.
+    Encode the recordings that the cache lacks, on the encoder's device. Several processes share the work. An interrupted
+    run resumes and skips the recordings in finished shards.
 
     Args:
         model ([`VoxLMForSpeechSeq2Seq`]), processor ([`VoxLMProcessor`])
@@ -111,47 +153,51 @@ def encode_missing(
     Returns:
         the key of each row, `None` for those that were left out.
     """
-    keys = _feature_keys(encoder_key(model.encoder), rows, augmentations, report)
-    missing = [number for number, key in enumerate(keys) if key is not None and key not in cache]
-    blocks = range(0, len(missing), RECORDINGS_PER_SHARD)
-    for first in tqdm(blocks, desc="encoding", unit=f"{RECORDINGS_PER_SHARD} clips", disable=not missing):
+    processes = PartialState()
+    keys, errors = _feature_keys(encoder_key(model.encoder), rows, augmentations)
+    # The same recording with the same augmentation may be there twice.
+    missing = {key: number for number, key in enumerate(keys) if key is not None and key not in cache}
+    # By the key and not by the place, since another run may be adding to the cache meanwhile.
+    mine = [
+        number
+        for key, number in missing.items()
+        if zlib.crc32(key.encode()) % processes.num_processes == processes.process_index
+    ]
+    blocks = range(0, len(mine), RECORDINGS_PER_SHARD)
+    hidden = not mine or not processes.is_local_main_process
+    for first in tqdm(blocks, desc="encoding", unit=f"{RECORDINGS_PER_SHARD} clips", disable=hidden):
         waveforms = {}
-        for number in missing[first : first + RECORDINGS_PER_SHARD]:
+        for number in mine[first : first + RECORDINGS_PER_SHARD]:
             try:
-                waveforms[number] = _augmented(processor, rows[number], augmentations[number])
-            except (OSError, ValueError) as error:
-                report.leave_out(f"unreadable audio ({type(error).__name__})", f"{rows[number].id}: {error}")
-                keys[number] = None
+                waveforms[number] = load_augmented(processor, rows[number], augmentations[number])
+            except READ_ERRORS as error:
+                errors[number] = error_line(error)
         states = _encode(model, processor, waveforms, seconds_per_batch)
         if states:
             cache.add({keys[number]: frames for number, frames in states.items()})
-    return keys
+    if processes.num_processes > 1:
+        errors = dict(sorted(gather_object(list(errors.items()))))
+        processes.wait_for_everyone()
+        cache.refresh()
+    failed = {keys[number] for number in errors} - {None}
+    for number, reason in errors.items():
+        report.leave_out("unreadable audio", f"{rows[number].where}: {reason}")
+    return [None if key in failed else key for key in keys]
 
 
-def _feature_keys(encoder: str, rows: list[Row], augmentations: list[Augmentation], report: Report) -> list[str | None]:
-    """The key of each row, `None` for a recording that cannot be read, which goes into the report."""
+def _feature_keys(
+    encoder: str, rows: list[Row], augmentations: list[Augmentation]
+) -> tuple[list[str | None], dict[int, str]]:
+    """The key of each row, `None` for a recording that cannot be read; and what is wrong with those, by number."""
     keys: list[str | None] = []
-    for row, augmentation in zip(rows, augmentations):
+    errors: dict[int, str] = {}
+    for number, (row, augmentation) in enumerate(zip(rows, augmentations)):
         try:
             keys.append(feature_key(encoder, row, augmentation))
-        except (OSError, ValueError) as error:
-            report.leave_out(f"unreadable audio ({type(error).__name__})", f"{row.id}: {error}")
+        except READ_ERRORS as error:
+            errors[number] = error_line(error)
             keys.append(None)
-    return keys
-
-
-def _augmented(processor, row: Row, augmentation: Augmentation) -> np.ndarray:
-    """
-    The augmented waveform `(samples,)` of a row.
-
-    Raises:
-        OSError, ValueError: when it cannot be read, or is longer than the window.
-    """
-    waveform = augmentation(processor.load_audio(row.audio), processor.sampling_rate)
-    if len(waveform) > processor.audio_window_s * processor.sampling_rate:
-        seconds = len(waveform) / processor.sampling_rate
-        raise ValueError(f"{seconds:.1f} s of audio, more than the window of {processor.audio_window_s} s")
-    return waveform
+    return keys, errors
 
 
 def _encode(model, processor, waveforms: dict[int, np.ndarray], seconds_per_batch: float) -> dict[int, torch.Tensor]:

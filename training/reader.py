@@ -7,24 +7,36 @@ targets for the same recordings without padding; the learned end frames start as
 the silence. No transcripts are needed.
 """
 
-import random
+from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from torch import nn
 from torch.func import functional_call
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from .data import length_batches
+from .data import READ_ERRORS, Row, print_skipped
+from .features import TensorStore
+from .trainer import StageTrainer
 
 
 # These were chosen by hand, not tuned.
 # Longest text to learn from.
 TARGET_TOKENS = 200
-# The learning rate falls linearly to this share of its start.
+# Recordings whose examples an interrupted run loses at most.
+EXAMPLES_PER_SHARD = 16
+# Arguments of the Trainer, which a recipe may override: Adam, whose learning rate falls linearly to a share of its start.
+ARGUMENTS = {
+    "max_steps": 300,
+    "learning_rate": 3e-3,
+    "max_grad_norm": 0.0,
+    "warmup_steps": 0,
+    "eval_strategy": "no",
+    "save_steps": 50,
+}
 FINAL_SHARE = 0.05
-# Steps whose mean loss the progress bar shows.
-SHOWN_STEPS = 20
 
 
 @torch.no_grad()
@@ -47,80 +59,140 @@ def decode_full_window(model, waveform: np.ndarray) -> tuple[list[int] | None, t
     return (hypotheses[0].ids if hypotheses[0].ended else None), silence
 
 
-def make_examples(
-    model, waveforms: list[np.ndarray]
-) -> tuple[list[tuple[torch.Tensor, list[int]]], list[torch.Tensor]]:
+@torch.no_grad()
+def make_example(model, waveform: np.ndarray) -> dict[str, torch.Tensor]:
     """
-    What a reader learns from.
-
-    Returns:
-        `(frames, audio_size)` encoder states without padding and the target ids, for each recording that the decoder
-        ends by itself on the full window; and the states of the padding, `(end_frames, audio_size)`, of those of them
-        whose padding is long enough.
-    """
-    reader, examples, silences = model.reader, [], []
-    for waveform in tqdm(waveforms, desc="full windows", unit="clip"):
-        ids, silence = decode_full_window(model, waveform)
-        if ids is None:
-            continue
-        with torch.no_grad():
-            states = model.encode_audio(**model.processor.extract_features([waveform])).last_hidden_state[0]
-        examples.append((states, reader.prompt_ids + ids + [reader.eos_token_id]))
-        if len(silence) == len(reader.end):
-            silences.append(silence)
-    return examples, silences
-
-
-def train_reader(
-    model,
-    waveforms: list[np.ndarray],
-    steps: int = 300,
-    learning_rate: float = 3e-3,
-    frames_per_batch: int = 6000,
-    seed: int = 0,
-) -> list[float]:
-    """
-    Train `model.reader.end` in place. The defaults were chosen by hand, not tuned.
-
-    Args:
-        model ([`VoxLMForSpeechSeq2Seq`]): with a reader, and its processor.
-        waveforms (`list[np.ndarray]`): each `(samples,)`, shorter than the window.
-
-    Returns:
-        the loss per token of each step.
-
-    Raises:
-        ValueError: when the decoder ends no text by itself.
+    What a reader learns from one recording: "states", the encoder's without padding, `(frames, audio_size)`; "ids", the
+    decoder's prompt, the text and its end; and "silence" (see `decode_full_window`). Empty where the decoder did not end
+    the text by itself.
     """
     reader = model.reader
-    examples, silences = make_examples(model, waveforms)
-    if not examples or not silences:
-        raise ValueError(
-            f"Of {len(waveforms)} recordings the reader ends {len(examples)} texts by itself: none to learn from"
+    ids, silence = decode_full_window(model, waveform)
+    if ids is None:
+        return {}
+    states = model.encode_audio(**model.processor.extract_features([waveform])).last_hidden_state[0]
+    # On the CPU, as the rows of any dataset.
+    ids = torch.tensor(reader.prompt_ids + ids + [reader.eos_token_id], device="cpu")
+    return {"states": states.cpu(), "ids": ids, "silence": silence.cpu()}
+
+
+class ReaderExamples(torch.utils.data.Dataset):
+    """
+    What a reader learns from, in a folder of shards, so that a run that was killed continues with them.
+
+    Args:
+        store ([`TensorStore`]): tensors NUMBER.states, NUMBER.ids and NUMBER.silence of `make_example`.
+        numbers (`list[int]`): of the recordings that have an example.
+    """
+
+    def __init__(self, store: TensorStore, numbers: list[int]):
+        self.store, self.numbers = store, numbers
+
+    @property
+    def lengths(self) -> list[int]:
+        """Encoder frames of each example."""
+        return [self.store.frames(f"{number}.states") for number in self.numbers]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {name: self.store[f"{self.numbers[index]}.{name}"] for name in ("states", "ids")}
+
+    def mean_silence(self, frames: int) -> torch.Tensor:
+        """
+        The mean of the encoder's states of the first frames after a recording, `(frames, audio_size)`.
+
+        Raises:
+            ValueError: when no recording has so much padding.
+        """
+        silences = [self.store[f"{number}.silence"] for number in self.numbers]
+        long_enough = [silence for silence in silences if len(silence) == frames]
+        if not long_enough:
+            raise ValueError(
+                f"The reader ends the texts of {len(self.numbers)} recordings by itself, and after none of them is there "
+                f"room for {frames} frames: nothing to learn from"
+            )
+        return torch.stack(long_enough).mean(0)
+
+
+def make_examples(model, rows: list[Row], folder: Path) -> ReaderExamples:
+    """
+    Decode recordings on the full window, on the model's device; several processes share the work. What `folder` has of an
+    earlier run is kept.
+    """
+    processes, store = PartialState(), TensorStore(folder)
+    done = {name.partition(".")[0] for name in store.files}
+    share = range(processes.process_index, len(rows), processes.num_processes)
+    mine = [number for number in share if str(number) not in done]
+    hidden = not mine or not processes.is_local_main_process
+    blocks = range(0, len(mine), EXAMPLES_PER_SHARD)
+    for first in tqdm(blocks, desc="full windows", unit=f"{EXAMPLES_PER_SHARD} clips", disable=hidden):
+        found = {}
+        for number in mine[first : first + EXAMPLES_PER_SHARD]:
+            try:
+                example = make_example(model, model.processor.load_audio(rows[number].audio))
+            except READ_ERRORS as error:
+                print_skipped(rows[number], error)
+                example = {}
+            # A recording without an example is remembered too.
+            example = example or {"none": torch.zeros(0, device="cpu")}
+            found.update({f"{number}.{name}": tensor for name, tensor in example.items()})
+        store.add(found)
+    processes.wait_for_everyone()
+    store.refresh()
+    return ReaderExamples(store, [number for number in range(len(rows)) if f"{number}.states" in store])
+
+
+class ReaderDistillation(nn.Module):
+    """The reader with its loss: one module with one `forward`, so that data-parallel wrappers see all that it computes."""
+
+    # The Trainer then counts the target tokens of accumulated batches.
+    accepts_loss_kwargs = True
+
+    def __init__(self, reader: nn.Module):
+        super().__init__()
+        self.reader = reader
+
+    def forward(self, audio_states, audio_states_mask, decoder_input_ids, labels) -> torch.Tensor:
+        """`(batch,)` cross-entropies, summed over the tokens of each text."""
+        logits = self.reader.teacher_force(audio_states, audio_states_mask, decoder_input_ids)
+        losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none")
+        return losses.sum(1)
+
+
+class ReaderTrainer(StageTrainer):
+    """
+    [`StageTrainer`] of the end that a reader learns.
+
+    Args:
+        reader ([`VoxLMReader`]), train_dataset ([`ReaderExamples`])
+    """
+
+    def __init__(self, *, reader, train_dataset: ReaderExamples, **kwargs):
+        with torch.no_grad():
+            reader.end.copy_(train_dataset.mean_silence(len(reader.end)))
+        reader.requires_grad_(False)
+        reader.end.requires_grad_(True)
+        self.prompt_length = len(reader.prompt_ids)
+        super().__init__(
+            model=ReaderDistillation(reader), train_dataset=train_dataset, data_collator=self.collate, **kwargs
         )
-    with torch.no_grad():
-        reader.end.copy_(torch.stack(silences).mean(0))
-    reader.end.requires_grad_(True)
-    optimizer = torch.optim.Adam([reader.end], learning_rate)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, FINAL_SHARE, steps)
-    drawn, losses = random.Random(seed), []
-    batches = list(length_batches({n: len(states) for n, (states, _) in enumerate(examples)}, frames_per_batch))
-    for _ in (progress := tqdm(range(steps), desc="reader", unit="step")):
-        loss = reader_loss(reader, [examples[number] for number in drawn.choice(batches)])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step(), schedule.step()
-        losses.append(float(loss.detach()))
-        progress.set_postfix(loss=f"{np.mean(losses[-SHOWN_STEPS:]):.4f}", refresh=False)
-    return losses
 
+    def collate(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        """Examples as a padded batch; each position of `labels` is what follows that of `decoder_input_ids`."""
+        ids = pad_sequence([row["ids"] for row in rows], batch_first=True, padding_value=-100)
+        labels = ids[:, 1:].clone()
+        labels[:, : self.prompt_length - 1] = -100
+        masks = [torch.ones(len(row["states"]), dtype=torch.long) for row in rows]
+        return {
+            "audio_states": pad_sequence([row["states"] for row in rows], batch_first=True),
+            "audio_states_mask": pad_sequence(masks, batch_first=True),
+            "decoder_input_ids": ids[:, :-1].clamp(min=0),
+            "labels": labels,
+        }
 
-def reader_loss(reader, batch: list[tuple[torch.Tensor, list[int]]]) -> torch.Tensor:
-    """Cross-entropy per token, the prompt left out, of one batch of `make_examples`."""
-    ids = pad_sequence([torch.tensor(text) for _, text in batch], batch_first=True, padding_value=-100)
-    mask = pad_sequence([torch.ones(len(states), dtype=torch.long) for states, _ in batch], batch_first=True)
-    states = pad_sequence([states for states, _ in batch], batch_first=True)
-    logits = reader.teacher_force(states, mask, ids[:, :-1].clamp(min=0))
-    targets = ids[:, 1:].clone()
-    targets[:, : len(reader.prompt_ids) - 1] = -100
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        losses = model(**inputs)
+        loss = self.with_all_parameters(model, self.scaled(losses, inputs, num_items_in_batch))
+        return (loss, losses) if return_outputs else loss

@@ -34,8 +34,15 @@ def encode_subwords(subwords: Tokenizer, text: str) -> list[int]:
     return subwords.encode(" " + text, add_special_tokens=False).ids if text else []
 
 
-def subword_vocabulary(subwords: Tokenizer, texts: list[str], at_least: int = 3) -> list[int]:
-    """The ids that occur in `texts`, in order: single characters always, all others from `at_least` times on."""
-    counts = Counter(token for text in texts for token in encode_subwords(subwords, text))
+def subword_vocabulary(subwords: Tokenizer, texts: list[str] | None, at_least: int = 3) -> list[int]:
+    """
+    The ids that occur in `texts`, in order: single characters always, all others from `at_least` times on. Without texts,
+    all that the merges make.
+    """
     characters = {subwords.token_to_id(token) for token in subwords.get_vocab() if len(token.strip("Ġ▁")) <= 1}
+    if texts is None:
+        merges = json.loads(subwords.to_str())["model"]["merges"]
+        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
+        return sorted(characters | {subwords.token_to_id("".join(pair)) for pair in pairs})
+    counts = Counter(token for text in texts for token in encode_subwords(subwords, text))
     return sorted(token for token, count in counts.items() if count >= at_least or token in characters)

@@ -7,39 +7,52 @@ recipes.
 """
 
 import argparse
+import difflib
+import inspect
 import json
-from collections.abc import Callable
+import shutil
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.utils.data import Subset
 from transformers import TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from yaml import YAMLError
 
-from voxlm_hf import VoxLMForSpeechSeq2Seq
+from voxlm_hf import VoxLMConfig, VoxLMForSpeechSeq2Seq
 
+from . import reader, warm_start
 from .augment import Augmentation
-from .data import SpeechDataset, read_rows
+from .checkpoints import written_whole
+from .data import Limits, SpeechDataset, error_line, kind_of, read_rows
 from .features import FeatureCache, encode_missing
-from .reader import train_reader
-from .trainer import VoxLMTrainer, trained_share
-from .warm_start import warm_start
+from .streaming import BUFFER, SpeechStream
+from .trainer import StageTrainer, VoxLMTrainer, trained_share
 
 
 # Rows of the dev set that a warm start reports its error rate on, so that an evaluation is quick. Chosen by hand,
 # not tuned.
 WARM_START_DEV_ROWS = 100
-# Steps at each end of a reader's training whose mean loss is printed. Chosen by hand, not tuned.
-REPORTED_STEPS = 20
 # Parts of the model that a stage can train, and what tells their parameters' names from all others.
 PARTS = {"projector": "projector.", "alignment": "alignment.", "lora": ".lora_"}
 # Options of `VoxLMTrainer` that a stage may set; all others are for `TrainingArguments`.
 TRAINER_OPTIONS = ("seconds_per_batch", "state_noise", "max_new_tokens")
+# Kinds of sources whose place is a file or a folder.
+ON_DISK = ("manifest", "folder", "librispeech")
+
+
+class RecipeError(ValueError):
+    """What a recipe asks for cannot be done; its message is all that the user needs."""
 
 
 @dataclass
@@ -74,20 +87,25 @@ def read_recipe(path: Path, overrides: list[str]) -> dict:
         the fields of [`Recipe`] as plain dicts and lists.
 
     Raises:
-        ValueError: for an override without "=" or whose parent is not in the recipe, for an unknown or missing key at
-            the top level, and for a value of the wrong type.
+        OSError, ValueError: for a file that cannot be read or is no YAML, for an override without "=" or whose parent is
+            not in the recipe, for an unknown or missing key at the top level, and for a value of the wrong type.
     """
-    recipe = OmegaConf.load(path)
+    try:
+        recipe = OmegaConf.load(path)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(recipe, DictConfig):
+        raise ValueError(f"{path} is not a recipe: it holds no keys and values")
     for override in overrides:
         apply_override(recipe, override)
     known = [field.name for field in fields(Recipe)]
-    unknown = sorted(set(recipe) - set(known))
+    unknown = sorted(map(str, set(recipe) - set(known)))
     if unknown:
         raise ValueError(f"Unknown keys in the recipe: {', '.join(unknown)}; known are {', '.join(known)}")
     try:
         recipe = OmegaConf.merge(OmegaConf.structured(Recipe), recipe)
         return OmegaConf.to_container(recipe, resolve=False, throw_on_missing=True)
-    except (OmegaConfBaseException, TypeError) as error:
+    except (OmegaConfBaseException, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a valid recipe: {error}") from error
 
 
@@ -125,22 +143,22 @@ def make_dataset(
     cache: str | None = None,
     misheard: float = 0.0,
     seed: int = 0,
-    **filters,
+    **limits,
 ) -> SpeechDataset:
     """
-    The rows of `sources` as a dataset; prints which rows it leaves out and why.
+    The rows of `sources` as a dataset; prints which rows are left out and why.
 
     Args:
         augment (`bool`): augment each recording at random, in `copies` different ways.
         cache (`str`, *optional*): folder in which to keep encoder states.
         misheard (`float`): see [`SpeechDataset`].
         seed (`int`): of the augmentations.
-        **filters: of `voxlm_training.data.read_rows`.
+        **limits: of [`Limits`].
 
     Raises:
         ValueError: when no row is left.
     """
-    rows, report = read_rows(sources, **filters)
+    rows, report = read_rows(sources, **limits)
     # By the row's place in its source, so that leaving some rows out does not change the others, nor encodes them
     # again.
     seeds = [[seed + row.place[0], row.place[1]] + ([copy] if copy else []) for copy in range(copies) for row in rows]
@@ -156,7 +174,8 @@ def make_dataset(
         kept = [number for number, key in enumerate(keys) if key is not None]
         rows, augmentations, keys = ([items[number] for number in kept] for items in (rows, augmentations, keys))
         report.kept = len(rows)
-    print(report)
+    if PartialState().is_main_process:
+        print(report)
     if not rows:
         raise ValueError("No recording is left to use; see the report above")
     return SpeechDataset(rows, model.processor, augmentations, store, keys, misheard)
@@ -173,68 +192,77 @@ def trained_state(model) -> dict[str, torch.Tensor]:
     }
 
 
-def run_warm_start(model, train: SpeechDataset, dev: SpeechDataset | None, folder: Path, seed: int, **options):
-    """A stage of kind "warm_start"; its options are those of `voxlm_training.warm_start.warm_start`."""
-    for parameter in model.projector.parameters():
-        parameter.requires_grad_(True)
-    dev_rows = [dev[index] for index in range(min(WARM_START_DEV_ROWS, len(dev)))] if dev else []
-    warm_start(model, model.processor, train, dev_rows, **options)
-
-
-def run_reader(
-    model, train: SpeechDataset, dev: SpeechDataset | None, folder: Path, seed: int, recordings=300, **options
+def warm_start_trainer(
+    model, train, dev, folder: Path, seed: int, merges=800, noise=1.0, frames_per_batch=8000, **options
 ):
     """
-    A stage of kind "reader".
+    The trainer of a stage of kind "warm_start".
+
+    Args:
+        merges, noise, frames_per_batch: of [`WarmStartTrainer`]; the defaults were chosen by hand, not tuned.
+        options: of [`TrainingArguments`].
+    """
+    arguments = training_arguments(folder, seed, bool(dev), **{**warm_start.ARGUMENTS, **options})
+    return warm_start.WarmStartTrainer(
+        voxlm=model.to(arguments.device),
+        args=arguments,
+        merges=merges,
+        noise=noise,
+        frames_per_batch=frames_per_batch,
+        train_dataset=train,
+        eval_dataset=Subset(dev, range(min(WARM_START_DEV_ROWS, len(dev)))) if dev else None,
+    )
+
+
+def reader_trainer(model, train, dev, folder: Path, seed: int, recordings=300, frames_per_batch=6000, **options):
+    """
+    The trainer of a stage of kind "reader".
 
     Args:
         recordings (`int`): how many recordings to draw from those that leave room in the window for the end that the
             reader learns.
-        options: of `voxlm_training.reader.train_reader`.
+        frames_per_batch: of [`ReaderTrainer`]; the default was chosen by hand, not tuned.
+        options: of [`TrainingArguments`].
     """
+    options = {**reader.ARGUMENTS, **options}
+    decay = {"lr_end": reader.FINAL_SHARE * options["learning_rate"], "power": 1.0}
+    schedule = {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": decay}
+    arguments = training_arguments(folder, seed, False, **{**schedule, **options})
     longest_s = model.config.audio_window_s - model.processor.frame_s * len(model.reader.end)
-    rows = [row for row in train.rows if row.duration is None or row.duration <= longest_s]
-    drawn = np.random.default_rng(seed).permutation(len(rows))[:recordings]
-    waveforms = [model.processor.load_audio(rows[number].audio) for number in drawn]
-    losses = train_reader(model, waveforms, seed=seed, **options)
-    first, last = np.mean(losses[:REPORTED_STEPS]), np.mean(losses[-REPORTED_STEPS:])
-    print(f"reader: mean loss {first:.3f} over the first {REPORTED_STEPS} steps, {last:.3f} over the last")
+    rows = train.draw(recordings, seed, longest_s)
+    examples = reader.make_examples(model.to(arguments.device), rows, folder / "examples")
+    return reader.ReaderTrainer(
+        reader=model.reader, args=arguments, frames_per_batch=frames_per_batch, train_dataset=examples
+    )
 
 
-def run_trainer(model, train: SpeechDataset, dev: SpeechDataset | None, folder: Path, seed: int, **options):
+def transcription_trainer(model, train, dev, folder: Path, seed: int, parts: list[str], **options):
     """
-    A stage of kind "transcription" or "alignment".
+    The trainer of a stage of kind "transcription" or "alignment".
 
     Args:
-        options: "parts" (a list of the `PARTS` to train), `TRAINER_OPTIONS` of [`VoxLMTrainer`], and, all others, of
+        parts: of the `PARTS`, those to train; options: `TRAINER_OPTIONS` of [`VoxLMTrainer`] and, all others, of
             [`TrainingArguments`].
 
     Raises:
         ValueError: for parts that do not exist, or that the data cannot train.
     """
-    parts = options.pop("parts")
     check_parts(parts, train)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(PARTS[part] in name for part in parts))
     own = {name: options.pop(name) for name in TRAINER_OPTIONS if name in options}
-    trainer = VoxLMTrainer(
+    return VoxLMTrainer(
         model=model,
-        args=training_arguments(folder, seed, evaluates=bool(dev), **options),
+        args=training_arguments(folder, seed, bool(dev), **options),
         train_dataset=train,
         eval_dataset=dev,
         data_collator=model.processor.collate,
         processor=model.processor,
         **own,
     )
-    if trainer.is_world_process_zero():
-        state = trainer.accelerator.state
-        print(trained_share(model), f"{state.num_processes} process(es), {state.distributed_type}", sep="\n")
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
-    if trainer.is_world_process_zero():
-        (folder / "log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
 
 
-def check_parts(parts: list[str], train: SpeechDataset):
+def check_parts(parts: list[str], train: SpeechDataset | SpeechStream):
     """
     Raises:
         ValueError: for parts that do not exist, or that the data cannot train.
@@ -242,7 +270,8 @@ def check_parts(parts: list[str], train: SpeechDataset):
     unknown = set(parts) - set(PARTS)
     if unknown:
         raise ValueError(f"Unknown parts {sorted(unknown)}; known are {sorted(PARTS)}")
-    if "alignment" in parts and not any(row.words for row in train.rows):
+    # What a stream holds is not known beforehand.
+    if "alignment" in parts and train.rows is not None and not any(row.words for row in train.rows):
         raise ValueError(
             "This stage trains the alignment head, but no recording has word times; add them with "
             "python -m voxlm_training.label_words"
@@ -256,7 +285,7 @@ def check_parts(parts: list[str], train: SpeechDataset):
 
 def training_arguments(folder: Path, seed: int, evaluates: bool, **options) -> TrainingArguments:
     """[`TrainingArguments`] with the defaults of our recipes, chosen by hand and not tuned; `options` override them."""
-    has_gpu = torch.cuda.is_available()
+    has_accelerator = torch.accelerator.is_available()
     defaults = {
         "lr_scheduler_type": "cosine",
         "warmup_steps": 100,
@@ -267,18 +296,21 @@ def training_arguments(folder: Path, seed: int, evaluates: bool, **options) -> T
         "eval_strategy": "steps" if evaluates else "no",
         "eval_steps": 200,
         "per_device_eval_batch_size": 8,
-        "dataloader_pin_memory": has_gpu,
+        "dataloader_pin_memory": has_accelerator,
         "report_to": ["tensorboard"],
-        "use_cpu": not has_gpu,
+        "use_cpu": not has_accelerator,
+        # Every parameter that a stage trains has a gradient in every step.
+        "ddp_find_unused_parameters": False,
     }
     return TrainingArguments(output_dir=str(folder), remove_unused_columns=False, seed=seed, **{**defaults, **options})
 
 
-STAGES: dict[str, Callable] = {
-    "warm_start": run_warm_start,
-    "transcription": run_trainer,
-    "alignment": run_trainer,
-    "reader": run_reader,
+# What makes the trainer of each kind of stage.
+STAGES: dict[str, Callable[..., StageTrainer]] = {
+    "warm_start": warm_start_trainer,
+    "transcription": transcription_trainer,
+    "alignment": transcription_trainer,
+    "reader": reader_trainer,
 }
 
 
@@ -293,64 +325,228 @@ def run(recipe: dict) -> Path:
         the folder of the trained model, OUTPUT/final.
 
     Raises:
-        ValueError: for an unknown stage, or no usable recording.
+        RecipeError: for a recipe with unknown keys, stages or paths, or without a usable recording.
     """
-    unknown = [stage.get("kind") for stage in recipe["stages"] if stage.get("kind") not in STAGES]
-    if unknown:
-        raise ValueError(f"Unknown kind of stage {unknown[0]!r}; known are {', '.join(STAGES)}")
     output, seed = Path(recipe["output"]), recipe.get("seed", 0)
-    set_seed(seed)
-    model = make_model(recipe["model"])
-    train, dev = make_datasets(model, recipe["data"], seed)
+    try:
+        check_recipe(recipe)
+        set_seed(seed)
+        model = make_model(recipe["model"])
+        on_cpu = bool(recipe["stages"]) and all(stage.get("use_cpu") for stage in recipe["stages"])
+        model.encoder.to(training_arguments(output, seed, False, **({"use_cpu": True} if on_cpu else {})).device)
+        train, dev = make_datasets(model, recipe["data"], seed)
+        for stage in recipe["stages"]:
+            check_parts(stage.get("parts", []), train)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        raise RecipeError(error_line(error)) from error
     for number, stage in enumerate(recipe["stages"], 1):
         run_stage(model, train, dev, output / f"{number}-{stage['kind']}", seed, **stage)
-    model.save_pretrained(output / "final")
-    model.processor.save_pretrained(output / "final")
+    if PartialState().is_main_process:
+        save_model(model, output / "final")
+    PartialState().wait_for_everyone()
     return output / "final"
 
 
-def make_datasets(model, data: dict, seed: int) -> tuple[SpeechDataset, SpeechDataset | None]:
-    """The datasets to train and to evaluate on; the latter is neither augmented nor given wrong words."""
+def save_model(model, folder: Path):
+    """Save a model and its processor in a folder that is never half a model: the one before stays until it is whole."""
+    unfinished, before = (folder.with_name(f"{folder.name}.{state}") for state in ("unfinished", "before"))
+    for leftover in (unfinished, before):
+        shutil.rmtree(leftover, ignore_errors=True)
+    model.save_pretrained(unfinished)
+    model.processor.save_pretrained(unfinished)
+    if folder.exists():
+        folder.rename(before)
+    unfinished.rename(folder)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def make_datasets(model, data: dict, seed: int) -> tuple[SpeechDataset | SpeechStream, SpeechDataset | None]:
+    """
+    The datasets to train and to evaluate on; the latter is neither augmented nor given wrong words, and always in memory.
+
+    Raises:
+        ValueError: when no row is left, and for streamed data with a cache or copies.
+    """
     options = dict(data)
     train_sources, dev_sources = options.pop("train"), options.pop("dev", None)
-    train = make_dataset(model, train_sources, seed=seed, **options)
+    buffer = options.pop("buffer", BUFFER)
+    if is_streamed(data):
+        if options.pop("cache", None) is not None or options.pop("copies", 1) != 1:
+            raise ValueError(
+                "data: streamed data has no `cache` and no `copies`, which need all rows beforehand; every pass over it has "
+                "other augmentations"
+            )
+        train = SpeechStream(train_sources, model.processor, seed=seed, buffer=buffer, **options)
+    else:
+        train = make_dataset(model, train_sources, seed=seed, **options)
     if not dev_sources:
         return train, None
     plain = {**options, "augment": False, "copies": 1, "misheard": 0.0}
     return train, make_dataset(model, dev_sources, **plain)
 
 
-def run_stage(model, train: SpeechDataset, dev: SpeechDataset | None, folder: Path, seed: int, kind: str, **options):
+def is_streamed(data: dict) -> bool:
+    """Whether a source of the training data has `streaming`; then all of it is streamed."""
+    return any(isinstance(source, dict) and source.get("streaming") for source in data.get("train") or [])
+
+
+def run_stage(model, train, dev, folder: Path, seed: int, kind: str, **options):
     """
     Run one stage and save what it trained in `folder`; if it is there from an earlier run, load it instead.
 
     Args:
         kind (`str`): a key of `STAGES`; options: of that kind, and for "reader" those of `add_reader`, "base" and
             "settings".
+
+    Raises:
+        RecipeError: when the stage cannot begin.
     """
-    number = folder.name.partition("-")[0]
-    if kind == "reader":
-        base, settings = options.pop("base"), options.pop("settings", {})
-        if model.reader is None:
-            model.add_reader(base, **settings)
-    result = folder / "trained.safetensors"
-    if result.exists():
-        print(f"stage {number}, {kind}: finished before")
-        load_trained(model, result)
-        return
-    print(f"stage {number}, {kind}")
-    folder.mkdir(parents=True, exist_ok=True)
-    set_seed(seed)
-    STAGES[kind](model, train, dev, folder, seed, **options)
-    save_file(trained_state(model), result)
+    number, processes, result = folder.name.partition("-")[0], PartialState(), folder / "trained.safetensors"
+    if "steps" in options:
+        options["max_steps"] = options.pop("steps")
+    try:
+        if kind == "reader":
+            base, settings = options.pop("base"), options.pop("settings", {})
+            if model.reader is None:
+                model.add_reader(base, **settings)
+        finished = load_trained(model, result)
+        processes.wait_for_everyone()  # nobody may see a result that this run is about to write
+        if processes.is_main_process:
+            print(f"stage {number}, {kind}" + (": finished before" if finished else ""))
+        if finished:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        set_seed(seed)
+        trainer = STAGES[kind](model.eval(), train, dev, folder, seed, **options)
+    except (ValueError, TypeError, OSError) as error:
+        raise RecipeError(f"stage {number}, {kind}: {error_line(error)}") from error
+    if processes.is_main_process:
+        state = trainer.accelerator.state
+        print(trained_share(trainer.model), f"{state.num_processes} process(es), {state.distributed_type}", sep="\n")
+    trainer.resume()
+    if processes.is_main_process:
+        (folder / "log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
+        with written_whole(result) as unfinished:
+            save_file(trained_state(model), unfinished)
+    model.eval()
+    processes.wait_for_everyone()
 
 
-def load_trained(model, path: Path):
-    """Load what `trained_state` saved, with the projector's vocabulary of then."""
-    state = load_file(path)
+def load_trained(model, path: Path) -> bool:
+    """
+    Load what `trained_state` saved, with the projector's vocabulary of then. Whether it is there and whole; a line says
+    when it is damaged.
+    """
+    if not path.exists():
+        return False
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        print(f"{path} is damaged, the stage runs again: {error_line(error)}")
+        return False
     if "projector.token_ids" in state:
         model.set_projector_vocabulary(state["projector.token_ids"].tolist())
     model.load_state_dict(state, strict=False)
+    return True
+
+
+def check_recipe(recipe: dict):
+    """
+    Raises:
+        ValueError, OSError: for unknown keys, unknown kinds, values of the wrong type, and files that are not there, each
+            with its place in the recipe.
+    """
+    if isinstance(recipe["model"], dict):
+        parameters = [field.name for field in fields(VoxLMConfig)]
+        check_keys("model", recipe["model"], {"audio", "text", "preset", "dtype", *parameters})
+    data = recipe["data"]
+    known = {*options_of(make_dataset), *options_of(Limits), "train", "dev", "buffer"}
+    check_keys("data", data, known - {"model", "sources", "seed", "limits"})
+    streamed = is_streamed(data)
+    for number, stage in enumerate(recipe["stages"]):
+        check_stage(f"stages.{number}", stage, streamed)
+    for name in ("train", "dev"):
+        sources = data.get(name) or []
+        if not isinstance(sources, list) or not sources and name == "train":
+            raise ValueError(f"data.{name} must be a list of sources, got {data.get(name)!r}")
+        for number, source in enumerate(sources):
+            check_source(f"data.{name}.{number}", source)
+
+
+def check_source(place: str, source: dict):
+    """
+    Raises:
+        ValueError, OSError: for a source of no kind, with unknown options, or whose file or folder is not there.
+    """
+    try:
+        kind = kind_of(source)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+    if kind in ON_DISK and not Path(str(source[kind])).exists():
+        raise FileNotFoundError(f"{place}.{kind}: there is no {source[kind]}")
+
+
+def check_stage(place: str, stage: dict, streamed: bool):
+    """
+    Raises:
+        ValueError: for a stage of an unknown kind, with unknown or missing options or values of the wrong type, or
+            without `max_steps` on streamed data.
+    """
+    kind = stage.get("kind")
+    if kind not in STAGES:
+        raise ValueError(f"{place}: unknown kind of stage {kind!r}; known are {', '.join(STAGES)}")
+    arguments = {field.name: field.default for field in fields(TrainingArguments)}
+    taken = {"output_dir", "remove_unused_columns", "seed"}
+    own = options_of(STAGES[kind]) - {"model", "train", "dev", "folder", "seed", "options"}
+    extra = {"reader": {"base", "settings", "steps"}, "warm_start": {"steps"}}.get(kind, set(TRAINER_OPTIONS))
+    check_keys(place, stage, {"kind", *own, *extra, *arguments} - taken)
+    needed = {"reader": ["base"], "warm_start": []}.get(kind, ["parts", "seconds_per_batch"])
+    for name in needed:
+        if name not in stage:
+            raise ValueError(f"{place}: a stage of kind {kind} needs `{name}`")
+    parts = stage.get("parts", [])
+    if not isinstance(parts, list) or not set(parts) <= set(PARTS) or "parts" in stage and not parts:
+        raise ValueError(f"{place}.parts: unknown parts {parts!r}; a list of some of {', '.join(PARTS)} is needed")
+    numbers = {
+        "steps": 0,
+        "seconds_per_batch": 0.0,
+        "state_noise": 0.0,
+        "max_new_tokens": 0,
+        **defaults_of(STAGES[kind]),
+    }
+    for name, value in stage.items():
+        default = arguments.get(name, numbers.get(name, NO_DEFAULT))
+        check_number(f"{place}.{name}", value, default)
+    if streamed and kind in ("transcription", "alignment") and stage.get("max_steps", 0) < 1:
+        raise ValueError(f"{place}: streamed data has no end, so the stage needs `max_steps`")
+
+
+def check_number(place: str, value, default):
+    """Raise a `ValueError` for a value that is no number in the place of one."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(default, (int, float)) and not isinstance(default, bool) and not is_number:
+        raise ValueError(f"{place} must be a number, got {value!r}")
+
+
+def check_keys(place: str, given: dict, known: Iterable[str]):
+    """Raise a `ValueError` that names the first key of `given` that is not known, and the likeliest one that is."""
+    if not isinstance(given, dict):
+        raise ValueError(f"{place} must have keys and values, got {given!r}")
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}"
+            raise ValueError(f"{place} has no option {key!r}; {hint}")
+
+
+def options_of(function: Callable) -> set[str]:
+    """The names of the arguments that a function takes."""
+    return set(inspect.signature(function).parameters)
+
+
+def defaults_of(function: Callable) -> dict[str, Any]:
+    """The defaults of a function's arguments."""
+    return {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
 
 
 def main():
@@ -358,7 +554,23 @@ def main():
     parser.add_argument("recipe", type=Path)
     parser.add_argument("overrides", nargs="*", help="key.subkey=value, the value in YAML")
     arguments = parser.parse_args()
-    print("the trained model:", run(read_recipe(arguments.recipe, arguments.overrides)))
+    try:
+        recipe = read_recipe(arguments.recipe, arguments.overrides)
+    except (ValueError, OSError) as error:
+        sys.exit(refusal(error))
+    try:
+        print("the trained model:", run(recipe))
+    except RecipeError as error:
+        sys.exit(refusal(error))
+    except KeyboardInterrupt:
+        print("voxlm-train: interrupted; run it again to resume", file=sys.stderr)
+        sys.exit(130)
+
+
+def refusal(error: Exception) -> int:
+    """Say on one line of stderr why nothing is trained; returns the exit code."""
+    print(f"voxlm-train: {error_line(error)}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

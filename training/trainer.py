@@ -1,17 +1,21 @@
-"""[`VoxLMTrainer`]: transformers' Trainer with what transcription and alignment need."""
+"""transformers' Trainer for the stages of a recipe, and with what transcription and alignment need."""
+
+from pathlib import Path
 
 import jiwer
 import numpy as np
 import torch
 from accelerate.utils import DistributedType
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalPrediction
 
 from voxlm_hf.decoding_voxlm import pack_inputs, pack_left
 from voxlm_hf.timing_voxlm import word_times
 
+from .checkpoints import last_whole_checkpoint, remove_checkpoints_after
 from .data import LengthBatchSampler
+from .streaming import SpeechStream
 
 
 def trained_share(model) -> str:
@@ -46,58 +50,92 @@ def prompts_alone(inputs: dict, pad_token_id: int) -> dict:
     return pack_left(is_prompt, columns)
 
 
-class VoxLMTrainer(Trainer):
-    """
-    [`Trainer`] for [`VoxLMForSpeechSeq2Seq`] on a [`SpeechDataset`], collated by its processor.
+def encoded_once(model, inputs: dict) -> dict:
+    """The same batch with `audio_states` in the place of features, so that several passes share one of the encoder."""
+    names = ("input_features", "input_values", "input_features_mask", "input_values_mask")
+    features = {name: value for name, value in inputs.items() if name in names}
+    if not features:
+        return inputs
+    audio = model.encode_audio(**features)
+    states = {"audio_states": audio.last_hidden_state, "audio_states_mask": audio.frame_mask}
+    return {**{name: value for name, value in inputs.items() if name not in names}, **states}
 
-    Seconds of audio limit the size of a batch; checkpoints hold only what is trained; evaluation generates the text
-    from the prompt alone and reports WER, CER and the share of texts that end with eos.
+
+class StageTrainer(Trainer):
+    """
+    [`Trainer`] for one stage of a recipe: batches are limited by their frames, checkpoints hold only what is trained, and
+    a run that was killed at any moment resumes exactly.
 
     Args:
-        processor ([`VoxLMProcessor`]): of the model.
-        seconds_per_batch (`float`): audio in one batch of one process, padding included; replaces
+        train_dataset ([`SpeechDataset`] or [`SpeechStream`], or any dataset with `lengths`)
+        frames_per_batch (`float`): frames in one batch of one process, padding included; replaces
             `per_device_train_batch_size`.
-        state_noise (`float`): largest standard deviation of the noise that training adds to the encoder states (each
-            row draws its own), so that the projector makes the errors that it makes on new recordings and the LLM
-            learns to cope with them.
-        max_new_tokens (`int`): token budget of a text in evaluation; the default was chosen by hand, not tuned.
     """
 
-    def __init__(self, *args, processor, seconds_per_batch: float, state_noise=0.0, max_new_tokens=200, **kwargs):
-        self.processor, self.seconds_per_batch = processor, seconds_per_batch
-        self.max_new_tokens, self.state_noise, self.logged = max_new_tokens, state_noise, {}
-        super().__init__(*args, compute_metrics=kwargs.pop("compute_metrics", self.text_metrics), **kwargs)
-
-    def train(self, *args, **kwargs):
-        """As [`Trainer.train`], with noise on the encoder states; a trained model adds none."""
-        hook = self.model.projector.register_forward_pre_hook(
-            lambda projector, inputs: disturb(projector, inputs, self.state_noise)
-        )
-        try:
-            return super().train(*args, **kwargs)
-        finally:
-            hook.remove()
+    def __init__(self, *args, frames_per_batch: float, **kwargs):
+        self.frames_per_batch = frames_per_batch
+        super().__init__(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
-        """Batches of rows of similar length, of at most `seconds_per_batch`."""
-        sampler = LengthBatchSampler(
-            self.train_dataset.lengths,
-            self.seconds_per_batch / self.processor.frame_s,
-            self.args.seed,
-            multiple=self.args.world_size,
-        )
+        """Batches of rows of similar length."""
+        arguments, streamed = self.args, isinstance(self.train_dataset, SpeechStream)
+        if streamed:
+            share = (arguments.process_index, arguments.world_size)
+            sampler = self.train_dataset.batches(self.frames_per_batch, arguments.seed, share)
+        else:
+            lengths, processes = self.train_dataset.lengths, arguments.world_size
+            sampler = LengthBatchSampler(lengths, self.frames_per_batch, arguments.seed, multiple=processes)
         loader = DataLoader(
             self.train_dataset,
             batch_sampler=sampler,
             collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
+            num_workers=arguments.dataloader_num_workers,
+            pin_memory=arguments.dataloader_pin_memory,
+            # Of its own, so that starting the workers of a resumed run takes no number from the model's generator.
+            generator=torch.Generator().manual_seed(arguments.seed),
         )
-        self.accelerator.even_batches = False
-        return self.accelerator.prepare(loader)
+        if streamed:
+            return loader  # each process has its own rows already
+        # Only here: batches have other numbers of rows, and evaluation needs the same number in all processes.
+        even, self.accelerator.even_batches = self.accelerator.even_batches, False
+        try:
+            return self.accelerator.prepare(loader)
+        finally:
+            self.accelerator.even_batches = even
+
+    def resume(self):
+        """
+        Train from the last whole checkpoint in the stage's folder, or from the beginning.
+
+        Prints a line about damaged checkpoints, which are removed.
+        """
+        folder = Path(self.args.output_dir)
+        last, damages = last_whole_checkpoint(folder, self.args)
+        # Nobody removes anything before all have looked.
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero() and damages:
+            start = f"from {last.name}" if last else "from the beginning"
+            print(f"cannot resume from {'; '.join(damages)}; continues {start}")
+            remove_checkpoints_after(folder, last)
+        self.accelerator.wait_for_everyone()
+        try:
+            return self.train(resume_from_checkpoint=str(last) if last else None)
+        finally:
+            # accelerate gave the model a forward in mixed precision; the next stage may want another.
+            for name in ("forward", "_original_forward"):
+                self.model.__dict__.pop(name, None)
+
+    def _save(self, output_dir=None, state_dict=None):
+        """As in [`Trainer`]; a module that is no [`PreTrainedModel`] saves only what is trained."""
+        if state_dict is None and not isinstance(self.model, PreTrainedModel):
+            trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+            state_dict = {name: tensor for name, tensor in self.model.state_dict().items() if name in trained}
+        super()._save(output_dir, state_dict)
 
     def _save_checkpoint(self, model, trial):
         """As in [`Trainer`], without the frozen weights; `save_model` and `save_pretrained` still save all of them."""
+        if not isinstance(self.model, PreTrainedModel):
+            return super()._save_checkpoint(model, trial)
         frozen = [
             name.replace(".base_layer.", ".")
             for name, parameter in self.model.named_parameters(remove_duplicate=False)
@@ -109,6 +147,76 @@ class VoxLMTrainer(Trainer):
         finally:
             self.model._keys_to_ignore_on_save = None
 
+    def _issue_warnings_after_load(self, load_result):
+        """In place of the library's warning: frozen weights are missing on purpose, trained ones must not be."""
+        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        if missing := sorted(trained.intersection(load_result.missing_keys)):
+            raise ValueError(
+                f"The checkpoint in {self.args.output_dir} lacks what this stage trains, such as {missing[0]}; was the "
+                "recipe changed? Remove the checkpoint, or choose another `output`"
+            )
+
+    def _save_rng_state(self, output_dir):
+        """As in [`Trainer`]; older checkpoints are removed only after all processes have saved theirs."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
+    def scaled(self, losses, inputs, num_items_in_batch, at_least: int = 1) -> torch.Tensor:
+        """
+        The loss of one batch, such that those of all processes and of all accumulated batches add up to the mean per
+        target token.
+
+        Args:
+            losses (`torch.Tensor` of shape `(batch,)`): summed over the target tokens of each row.
+            inputs (`dict`): with `labels`, -100 where there is no target.
+            num_items_in_batch: target tokens of all these batches; `None` in evaluation, which looks at one.
+            at_least (`int`): the least number of tokens to divide by.
+        """
+        count = (inputs["labels"] != -100).sum() if num_items_in_batch is None else num_items_in_batch
+        processes = self.accelerator.num_processes if num_items_in_batch is not None else 1
+        return losses.sum() * processes / count.clamp(min=at_least)
+
+    def with_all_parameters(self, model, loss):
+        """
+        The same loss with a gradient, at least of 0, for every parameter that is trained: a batch need not have all that
+        the stage learns from (no word has times in silence), and processes with other batches wait for all gradients.
+        """
+        if self.is_fsdp_enabled or not torch.is_grad_enabled():
+            return loss
+        return loss + 0.0 * sum(parameter.sum() for parameter in model.parameters() if parameter.requires_grad)
+
+
+class VoxLMTrainer(StageTrainer):
+    """
+    [`StageTrainer`] for [`VoxLMForSpeechSeq2Seq`] on a [`SpeechDataset`], collated by its processor.
+
+    Evaluation generates the text from the prompt alone and reports WER, CER and the share of texts that end with eos.
+
+    Args:
+        processor ([`VoxLMProcessor`]): of the model.
+        seconds_per_batch (`float`): audio in one batch of one process, padding included.
+        state_noise (`float`): largest standard deviation of the noise that training adds to the encoder states (each
+            row draws its own), so that the projector makes the errors that it makes on new recordings and the LLM
+            learns to cope with them.
+        max_new_tokens (`int`): token budget of a text in evaluation; the default was chosen by hand, not tuned.
+    """
+
+    def __init__(self, *args, processor, seconds_per_batch: float, state_noise=0.0, max_new_tokens=200, **kwargs):
+        self.processor = processor
+        self.max_new_tokens, self.state_noise, self.logged = max_new_tokens, state_noise, {}
+        kwargs.setdefault("compute_metrics", self.text_metrics)
+        super().__init__(*args, frames_per_batch=seconds_per_batch / processor.frame_s, **kwargs)
+
+    def train(self, *args, **kwargs):
+        """As [`Trainer.train`], with noise on the encoder states; a trained model adds none."""
+        hook = self.model.projector.register_forward_pre_hook(
+            lambda projector, inputs: disturb(projector, inputs, self.state_noise)
+        )
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            hook.remove()
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         alone = self.accelerator.distributed_type == DistributedType.NO
         if alone and "audio_states" in inputs and model.projector.gate is not None:
@@ -118,6 +226,7 @@ class VoxLMTrainer(Trainer):
             first = int((inputs["labels"] != -100).any(0).int().argmax())
             inputs = {**inputs, "logits_to_keep": inputs["labels"].shape[1] - first + 1, "use_cache": False}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        loss = self.with_all_parameters(model, loss)
         if outputs.alignment_loss is not None:
             self.logged.setdefault("alignment_loss", []).append(float(outputs.alignment_loss.detach()))
         return (loss, outputs) if return_outputs else loss
@@ -133,15 +242,15 @@ class VoxLMTrainer(Trainer):
         Loss of the reference text; the text that the model generates from the prompt alone; and the word-time errors on
         the reference text.
         """
-        inputs = self._prepare_inputs(inputs)
-        loss = self.compute_loss(model, inputs).detach()
+        unwrapped = self.accelerator.unwrap_model(model)
+        inputs = encoded_once(unwrapped, self._prepare_inputs(inputs))
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs).detach()
         if prediction_loss_only:
             return loss, None, None
-        unwrapped = self.accelerator.unwrap_model(model)
-        errors = word_time_errors(unwrapped, inputs, self.processor.frame_s).to(loss.device)
+        errors = word_time_errors(unwrapped, inputs, self.processor.frame_s)
         prompt = prompts_alone(inputs, unwrapped.config.pad_token_id)
-        names = ("input_features", "input_values", "audio_states")
-        audio = {name: value for name, value in inputs.items() if name.removesuffix("_mask") in names}
+        audio = {name: value for name, value in inputs.items() if name.removesuffix("_mask") == "audio_states"}
         ids = unwrapped.generate(**prompt, **audio, max_new_tokens=self.max_new_tokens, do_sample=False)
         return loss, (ids[:, prompt["input_ids"].shape[1] :], errors), inputs["labels"]
 
@@ -181,7 +290,7 @@ def word_time_errors(model, inputs: dict, frame_s: float) -> torch.Tensor:
     Returns:
         `(batch, 2)` mean absolute errors of word starts and ends in seconds, NaN for rows without word times.
     """
-    errors = torch.full((len(inputs["labels"]), 2), torch.nan)
+    errors = inputs["labels"].new_full((len(inputs["labels"]), 2), torch.nan, dtype=torch.float)
     if "word_times" not in inputs:
         return errors
     output = model(**inputs, output_hidden_states=True, use_cache=False)
@@ -195,7 +304,7 @@ def word_time_errors(model, inputs: dict, frame_s: float) -> torch.Tensor:
         if not len(known):
             continue
         found = word_times(scores, row, inputs["token_words"][row, first:].cpu().numpy(), frames, frame_s)
-        errors[row] = torch.tensor(np.abs(np.array(found)[known] - targets[known]).mean(0), dtype=torch.float)
+        errors[row] = errors.new_tensor(np.abs(np.array(found)[known] - targets[known]).mean(0))
     return errors
 
 

@@ -6,19 +6,17 @@ which one: the score of a subword is the dot product of its embedding with the o
 the subwords).
 """
 
-import itertools
 import math
-import random
-from collections.abc import Iterator
 
 import jiwer
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
+from transformers.trainer_utils import EvalPrediction
 
-from .data import LengthBatchSampler
 from .subwords import encode_subwords, subword_tokenizer, subword_vocabulary
+from .trainer import StageTrainer, encoded_once
 
 
 # All of these were chosen by hand, not tuned.
@@ -30,154 +28,167 @@ MIN_TARGET_TOKENS = 8
 FRAMES_PER_MASK, LONGEST_MASK = 100, 12
 # An untrained projector's scores are scaled so that an output like an embedding has this dot product with it.
 INITIAL_SCORE = 20
-# AdamW, and a learning rate with linear warmup, then a cosine down to a share of its peak.
-BETAS, WEIGHT_DECAY, MAX_GRADIENT_NORM = (0.9, 0.98), 0.01, 1.0
-WARMUP_STEPS, FINAL_SHARE = 200, 0.02
+# Arguments of the Trainer, which a recipe may override: the optimiser, and a learning rate with linear warmup, then a
+# cosine down to a share of its peak.
+ARGUMENTS = {
+    "max_steps": 5000,
+    "learning_rate": 1e-3,
+    "adam_beta2": 0.98,
+    "weight_decay": 0.01,
+    "max_grad_norm": 1.0,
+    "warmup_steps": 200,
+    "lr_scheduler_type": "cosine_with_min_lr",
+    "lr_scheduler_kwargs": {"min_lr_rate": 0.02},
+    "bf16": True,
+    "eval_steps": 500,
+}
 
 
-def ctc_loss(embeds, mask, gate_logits, token_embeddings, scale, targets):
+def ctc_losses(embeds, mask, gate_logits, token_embeddings, scale, labels):
     """
     CTC over a factorised distribution: whether a frame carries a token, and if so, which one.
 
     Args:
         embeds (`torch.Tensor` of shape `(batch, frames, text_size)`), mask (`(batch, frames)`), gate_logits (same).
         token_embeddings (`torch.Tensor` of shape `(tokens, text_size)`): of the tokens in the softmax.
-        targets (`list[list[int]]`): for each row, indices into `token_embeddings`.
+        labels (`torch.LongTensor` of shape `(batch, length)`): indices into `token_embeddings`, then -100.
 
     Returns:
-        the mean loss per target token.
+        `(batch,)` loss of each row, summed over its target tokens.
     """
     tokens = (embeds @ token_embeddings.T).float() * scale
     gate_logits = gate_logits.float().unsqueeze(-1)
     blank = nn.functional.logsigmoid(-gate_logits)
     logprobs = torch.cat([blank, nn.functional.logsigmoid(gate_logits) + tokens.log_softmax(-1)], dim=-1)
-    lengths = torch.tensor([len(target) for target in targets])
-    labels = torch.tensor([token + 1 for target in targets for token in target], dtype=torch.long)
-    losses = nn.functional.ctc_loss(
-        logprobs.transpose(0, 1), labels, mask.sum(1), lengths, reduction="none", zero_infinity=True
+    targets, lengths = (labels + 1).clamp(min=0), (labels != -100).sum(1)
+    return nn.functional.ctc_loss(
+        logprobs.transpose(0, 1), targets, mask.sum(1), lengths, reduction="none", zero_infinity=True
     )
-    return losses.sum() / lengths.sum().clamp(min=MIN_TARGET_TOKENS)
 
 
-def disturb(frames: torch.Tensor, noise: float) -> torch.Tensor:
+def disturb(frames: torch.Tensor, mask: torch.Tensor, noise: float) -> torch.Tensor:
     """
-    Encoder states `(frames, size)` with noise of a standard deviation drawn up to `noise`, and a few spans set to zero.
-    """
-    frames = frames + noise * random.random() * torch.randn_like(frames)
-    for _ in range(len(frames) // FRAMES_PER_MASK + 1):
-        start, width = random.randrange(len(frames)), random.randint(1, LONGEST_MASK)
-        frames[start : start + width] = 0
-    return frames
-
-
-@torch.no_grad()
-def greedy_wer(model, processor, rows: list[dict]) -> float:
-    """
-    Word error rate of the projector alone, decoded greedily.
+    Encoder states with noise and with a few spans set to zero.
 
     Args:
-        rows: with "states" `(frames, audio_size)` and "text".
+        frames (`torch.Tensor` of shape `(batch, frames, size)`), mask (`(batch, frames)`)
+        noise (`float`): largest standard deviation; each row draws its own.
     """
-    hypotheses = []
-    for row in rows:
-        states = row["states"].unsqueeze(0)
-        tokens = model.project(states, torch.ones(states.shape[:2], dtype=torch.long)).tokens[0]
-        hypotheses.append(processor.decode_text(tokens[tokens >= 0]).strip())
-    spoken = [(row["text"], hypothesis) for row, hypothesis in zip(rows, hypotheses) if row["text"]]
-    return jiwer.wer([text for text, _ in spoken], [hypothesis for _, hypothesis in spoken])
+    device, lengths = frames.device, mask.sum(1, keepdim=True)
+    frames = frames + noise * torch.rand(len(frames), 1, 1, device=device) * torch.randn_like(frames)
+    spans = lengths // FRAMES_PER_MASK + 1
+    drawn = torch.rand(2, len(frames), frames.shape[1] // FRAMES_PER_MASK + 1, device=device)
+    starts, widths = (drawn[0] * lengths).long(), (drawn[1] * LONGEST_MASK).long() + 1
+    widths = widths * (torch.arange(drawn.shape[2], device=device) < spans)
+    places = torch.arange(frames.shape[1], device=device)[:, None]
+    covered = (places >= starts[:, None]) & (places < (starts + widths)[:, None])
+    return frames.masked_fill(covered.any(-1).unsqueeze(-1), 0.0)
 
 
-def choose_subwords(model, processor, texts: list[str], merges: int) -> list[list[int]]:
+def choose_subwords(model, processor, texts: list[str] | None, merges: int):
     """
-    Give the projector the vocabulary of subwords that `texts` need.
+    Give the projector the vocabulary of subwords that `texts` need, or of all subwords when the texts are not known.
 
     Returns:
-        for each text, the places of its subwords in that vocabulary.
+        a function from a text to the places of its subwords in that vocabulary.
     """
     subwords = subword_tokenizer(processor.tokenizer, merges)
     model.set_projector_vocabulary(subword_vocabulary(subwords, texts))
     place = {token: index for index, token in enumerate(model.projector.token_ids.tolist())}
-    return [[place[token] for token in encode_subwords(subwords, text) if token in place] for text in texts]
+    return lambda text: [place[token] for token in encode_subwords(subwords, text) if token in place]
 
 
-def warm_start(
-    model,
-    processor,
-    dataset,
-    dev_rows: list[dict],
-    merges: int = 800,
-    steps: int = 5000,
-    learning_rate: float = 1e-3,
-    noise: float = 1.0,
-    frames_per_batch: int = 8000,
-    eval_steps: int = 500,
-):
+class ProjectorCTC(nn.Module):
     """
-    Train the projector of `model` in place. The defaults were chosen by hand, not tuned.
+    The projector with its loss: one module with one `forward`, so that data-parallel wrappers see all that it computes.
 
     Args:
-        model ([`VoxLMForSpeechSeq2Seq`]): with a frame gate.
-        dataset: sequence of rows with "states" `(frames, audio_size)` and "text"; `dataset.lengths` gives their frames.
-        dev_rows: rows to report the greedy word error rate on.
-        merges: see `voxlm_training.subwords`. noise: see `disturb`.
+        projector ([`VoxLMProjector`]): with a frame gate and token scores.
+        embeddings (`torch.Tensor` of shape `(vocabulary, text_size)`): of the LLM.
+    """
+
+    # The Trainer then counts the target tokens of accumulated batches.
+    accepts_loss_kwargs = True
+
+    def __init__(self, projector: nn.Module, embeddings: torch.Tensor):
+        super().__init__()
+        self.projector = projector
+        self.register_buffer("embeddings", embeddings[projector.token_ids].detach(), persistent=False)
+
+    def forward(self, audio_states, audio_states_mask, labels) -> torch.Tensor:
+        """`(batch,)` CTC losses; see `ctc_losses`."""
+        projected, scale = self.projector(audio_states, audio_states_mask), self.projector.log_scale.exp()
+        embeds, mask, gate_logits = (projected[name] for name in ("pooler_output", "audio_embeds_mask", "gate_logits"))
+        return ctc_losses(embeds, mask, gate_logits, self.embeddings.to(embeds.dtype), scale, labels)
+
+
+class WarmStartTrainer(StageTrainer):
+    """
+    [`StageTrainer`] of the projector alone, by CTC; evaluation reports the word error rate of greedy decoding.
+
+    Args:
+        voxlm ([`VoxLMForSpeechSeq2Seq`]): with a frame gate and `projector_readout="token_mixture"`, on the device of
+            `args`.
+        merges (`int`): see `voxlm_training.subwords`. noise (`float`): see `disturb`.
 
     Raises:
-        ValueError: for a model without a frame gate.
+        ValueError: for a model without a frame gate or without token scores.
     """
-    if model.projector.gate is None:
-        raise ValueError("The warm start trains the frame gate as CTC's blank: set `frame_gate_threshold`")
-    targets = choose_subwords(model, processor, dataset.texts, merges)
-    embeddings = model.get_input_embeddings().weight.detach()
-    if float(model.projector.log_scale.detach()) == 0.0:  # untrained
-        model.projector.log_scale.data.fill_(math.log(INITIAL_SCORE / embeddings.norm(dim=1).mean() ** 2))
-    optimizer, schedule = make_optimizer(model.projector, learning_rate, steps)
-    batches = endless_batches(LengthBatchSampler(dataset.lengths, frames_per_batch))
-    progress = tqdm(total=steps, desc="CTC", unit="step")
-    for step, batch in enumerate(itertools.islice(batches, steps), 1):
-        states = [disturb(dataset[index]["states"], noise) for index in batch]
-        loss = projector_loss(model.projector, states, embeddings, [targets[index] for index in batch])
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.projector.parameters(), MAX_GRADIENT_NORM)
-        optimizer.step(), schedule.step(), progress.update()
-        progress.set_postfix(loss=f"{float(loss.detach()):.3f}", refresh=False)
-        if step % eval_steps == 0 or step == steps:
-            rate = 100 * greedy_wer(model, processor, dev_rows) if dev_rows else float("nan")
-            tqdm.write(f"step {step}: loss {float(loss.detach()):.3f}, greedy CTC WER {rate:.1f} %")
 
+    def __init__(self, *, voxlm, train_dataset, merges: int, noise: float, **kwargs):
+        if voxlm.projector.gate is None or voxlm.projector.log_scale is None:
+            raise ValueError(
+                "The warm start trains the frame gate as CTC's blank and the scores of tokens: set `frame_gate_threshold` "
+                "and `projector_readout: token_mixture`"
+            )
+        self.voxlm, self.noise, processor = voxlm, noise, voxlm.get_processor()
+        self.targets_of = choose_subwords(voxlm, processor, train_dataset.texts, merges)
+        embeddings = voxlm.get_input_embeddings().weight
+        if float(voxlm.projector.log_scale.detach()) == 0.0:  # untrained
+            voxlm.projector.log_scale.data.fill_(math.log(INITIAL_SCORE / embeddings.detach().norm(dim=1).mean() ** 2))
+        voxlm.projector.requires_grad_(True)
+        super().__init__(
+            model=ProjectorCTC(voxlm.projector, embeddings),
+            train_dataset=train_dataset,
+            data_collator=self.collate,
+            compute_metrics=self.error_rate,
+            **kwargs,
+        )
 
-def make_optimizer(projector, learning_rate: float, steps: int):
-    """AdamW, and its learning-rate schedule over `steps`: linear warmup, then a cosine."""
-    optimizer = torch.optim.AdamW(projector.parameters(), learning_rate, BETAS, weight_decay=WEIGHT_DECAY)
+    def collate(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        """A batch as of `VoxLMProcessor.collate`, with the subwords' places as `labels` and the texts as `text_ids`."""
+        batch = self.voxlm.processor.collate([{**row, "words": None} for row in rows])
+        targets = [torch.tensor(self.targets_of(row["text"]), dtype=torch.long) for row in rows]
+        audio = {name: batch[name] for name in batch if name not in ("input_ids", "attention_mask", "labels")}
+        labels = pad_sequence(targets, batch_first=True, padding_value=-100)
+        return {**audio, "labels": labels, "text_ids": batch["labels"]}
 
-    def share_of_peak(step):
-        cosine = 1 + math.cos(math.pi * min(1, step / steps))
-        return min(1, (step + 1) / WARMUP_STEPS) * (FINAL_SHARE + (1 - FINAL_SHARE) / 2 * cosine)
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = encoded_once(self.voxlm, inputs)
+        states, mask = inputs["audio_states"], inputs["audio_states_mask"]
+        if model.training:
+            states = disturb(states, mask, self.noise)
+        losses = model(states, mask, inputs["labels"])
+        loss = self.scaled(losses, inputs, num_items_in_batch, MIN_TARGET_TOKENS)
+        loss = self.with_all_parameters(model, loss)
+        return (loss, losses) if return_outputs else loss
 
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak)
+    @torch.no_grad()
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """The loss, and the greedy text of the projector beside the reference text."""
+        inputs = encoded_once(self.voxlm, self._prepare_inputs(inputs))
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs).detach()
+        if prediction_loss_only:
+            return loss, None, None
+        tokens = self.voxlm.project(inputs["audio_states"], inputs["audio_states_mask"]).tokens
+        return loss, tokens, inputs["text_ids"]
 
+    def error_rate(self, prediction: EvalPrediction) -> dict[str, float]:
+        """The pooled word error rate of greedy decoding over the rows that have a text."""
+        references, hypotheses = (self._decode(ids) for ids in (prediction.label_ids, prediction.predictions))
+        spoken = [pair for pair in zip(references, hypotheses) if pair[0]]
+        return {"wer": jiwer.wer(*map(list, zip(*spoken)))} if spoken else {}
 
-def endless_batches(sampler: LengthBatchSampler) -> Iterator[list[int]]:
-    """Batches of row numbers, epoch after epoch, each in an order of its own."""
-    step = 0
-    while True:
-        for batch in sampler:
-            yield batch
-            step += 1
-        sampler.set_epoch(step)
-
-
-def projector_loss(projector, states: list[torch.Tensor], embeddings: torch.Tensor, targets: list[list[int]]):
-    """
-    CTC loss of one batch, the projector in bfloat16.
-
-    Args:
-        states: of each row, `(frames, audio_size)`; embeddings: all of the LLM's; targets: of each row, places in the
-            projector's vocabulary.
-    """
-    mask = pad_sequence([torch.ones(len(frames), dtype=torch.long) for frames in states], batch_first=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        projected = projector(pad_sequence(states, batch_first=True), mask)
-        embeds, scale = projected["pooler_output"], projector.log_scale.exp()
-        tokens = embeddings[projector.token_ids].to(embeds.dtype)
-        return ctc_loss(embeds, projected["audio_embeds_mask"], projected["gate_logits"], tokens, scale, targets)
+    def _decode(self, ids: np.ndarray) -> list[str]:
+        return [self.voxlm.processor.decode_text(row[row >= 0].tolist()).strip() for row in ids]

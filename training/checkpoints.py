@@ -1,0 +1,127 @@
+"""Checkpoints and results that survive a kill at any moment: what is whole is found, what is not is left out."""
+
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from transformers import TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+
+# The files without which the Trainer cannot continue as if nothing had happened, whatever the number of processes.
+NEEDED = ("trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt")
+# Set by `accelerate launch`, which tells `TrainingArguments` nothing of it.
+SHARDED_BY_LAUNCHER = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+
+
+def checkpoints_of(folder: Path) -> list[Path]:
+    """The folders of a stage's checkpoints, in the order of their steps."""
+    steps = {path: path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-") for path in folder.glob("*") if path.is_dir()}
+    found = [path for path, step in steps.items() if step.isdecimal()]
+    return sorted(found, key=lambda path: int(steps[path]))
+
+
+@contextmanager
+def written_whole(path: Path):
+    """
+    A path beside `path` to write to, moved to its place at the end of the block: `path` holds all of it or what was
+    there before.
+    """
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    yield unfinished
+    os.replace(unfinished, path)
+
+
+def last_whole_checkpoint(folder: Path, arguments: TrainingArguments) -> tuple[Path | None, list[str]]:
+    """
+    The last checkpoint of a stage that can be resumed exactly. Changes nothing.
+
+    Args:
+        folder (`Path`): of the stage; it need not exist.
+        arguments ([`TrainingArguments`]): of the stage, for the files that it saves.
+
+    Returns:
+        the path of the checkpoint, `None` without any, and a line about each later one, saying what is wrong with it.
+    """
+    damages = []
+    for path in reversed(checkpoints_of(folder)):
+        damage = damage_of(path, arguments)
+        if damage is None:
+            return path, damages
+        damages.append(f"{path}: {damage}")
+    return None, damages
+
+
+def remove_checkpoints_after(folder: Path, last: Path | None):
+    """Remove the checkpoints after `last` (all without one), so that none is taken for a newer one later."""
+    paths = checkpoints_of(folder)
+    for path in paths[paths.index(last) + 1 if last else 0 :]:
+        shutil.rmtree(path)
+
+
+def damage_of(checkpoint: Path, arguments: TrainingArguments) -> str | None:
+    """What keeps a checkpoint from being resumed, `None` for a whole one."""
+    # Sharded weights and optimisers have files of other names.
+    sharded = arguments.fsdp or arguments.deepspeed or any(os.environ.get(name) for name in SHARDED_BY_LAUNCHER)
+    needed = NEEDED[:1] if sharded else NEEDED
+    missing = [name for name in needed if not (checkpoint / name).is_file()]
+    if not sharded:
+        missing += missing_random_states(checkpoint, arguments.world_size)
+    if missing:
+        return f"{missing[0]} is missing"
+    for path in sorted(checkpoint.iterdir()):
+        if path.is_file() and not WHOLE.get(path.suffix, lambda path: True)(path):
+            return f"{path.name} is cut off or damaged"
+    return None
+
+
+def missing_random_states(checkpoint: Path, processes: int) -> list[str]:
+    """
+    The files with the states of the random generators that a checkpoint lacks; none where another number of processes
+    has written all of its own, since the Trainer then continues without them.
+    """
+    names = ["rng_state.pth"] if processes == 1 else [f"rng_state_{number}.pth" for number in range(processes)]
+    missing = [name for name in names if not (checkpoint / name).is_file()]
+    by_others = any(path.name not in names for path in checkpoint.glob("rng_state*.pth"))
+    return [] if by_others and len(missing) == len(names) else missing
+
+
+def is_whole_json(path: Path) -> bool:
+    """Whether a file is JSON to its end."""
+    try:
+        json.loads(path.read_bytes())
+    except ValueError:
+        return False
+    return True
+
+
+def is_whole_zip(path: Path) -> bool:
+    """Whether a file of `torch.save`, a zip archive with check sums, is whole."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, EOFError):
+        return False
+
+
+def is_whole_safetensors(path: Path) -> bool:
+    """Whether a safetensors file is as long as its header says."""
+    try:
+        with safe_open(path, "pt"):
+            return True
+    except (SafetensorError, OSError):
+        return False
+
+
+WHOLE: dict[str, Callable[[Path], bool]] = {
+    ".json": is_whole_json,
+    ".safetensors": is_whole_safetensors,
+    ".pt": is_whole_zip,
+    ".pth": is_whole_zip,
+    ".bin": is_whole_zip,
+}
