@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .. import VoxLMForSpeechSeq2Seq, VoxLMProcessor
+from .. import VoxLMConfig, VoxLMForSpeechSeq2Seq, VoxLMProcessor
 from ..audio_voxlm import file_duration_s
 from ..cpu_voxlm import can_be_packed
 from ..generation_voxlm import BATCHES_AHEAD, SHORTEST_CHUNK_S
@@ -319,24 +319,33 @@ def transcribe_options(arguments) -> dict:
 
 def transcribe_sources(source: str, arguments) -> int:
     """`voxlm batch`; returns the exit code."""
-    totals = batch.run(
-        functools.partial(load_model, source, arguments.dtype, arguments.device),
-        arguments.sources,
-        arguments.output,
-        suffix=arguments.format,
-        files_per_shard=arguments.files_per_shard,
-        workers=arguments.workers,
-        threads=arguments.threads,
-        address=arguments.address,
-        retry_failed=arguments.retry_failed,
-        **transcribe_options(arguments),
-    )
+    if arguments.address is None:  # else the model is on the cluster's nodes
+        VoxLMConfig.from_pretrained(source)
+        pick_device(arguments.device, arguments.dtype)
+    try:
+        totals = batch.run(
+            functools.partial(load_model, source, arguments.dtype, arguments.device),
+            arguments.sources,
+            arguments.output,
+            suffix=arguments.format,
+            files_per_shard=arguments.files_per_shard,
+            workers=arguments.workers,
+            threads=arguments.threads,
+            address=arguments.address,
+            retry_failed=arguments.retry_failed,
+            **transcribe_options(arguments),
+        )
+    except KeyboardInterrupt as interrupt:
+        interrupt.args = (f"the same command goes on with what is finished in {arguments.output}",)
+        raise
     speed = totals["seconds"] / max(totals["wall"], 1e-9)
     say(
         f"{totals['files']} files ({totals['failed']} failed, {totals['skipped']} finished before), "
         f"{totals['seconds']:.0f} s of audio in {totals['wall']:.0f} s, {speed:.1f} times real time"
     )
-    return 1 if totals["failed"] else 0
+    if totals["failed_before"]:
+        say(f"{totals['failed_before']} files failed in an earlier run; --retry-failed transcribes them again")
+    return 1 if totals["failed"] or totals["failed_before"] else 0
 
 
 def align_file(model, arguments) -> int:
