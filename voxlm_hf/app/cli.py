@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import functools
+import json
 import os
 import signal
 import sys
@@ -237,10 +238,12 @@ def load_model(source: str, dtype: str, device: str | None) -> VoxLMForSpeechSeq
     weights = torch.float32 if dtype == "int8" else getattr(torch, dtype)
     try:
         model = VoxLMForSpeechSeq2Seq.from_pretrained(source, dtype=weights)
+        model.processor = VoxLMProcessor.from_pretrained(source)
     except SafetensorError as error:
         raise ValueError(f"{damaged_weights(source)} is damaged ({error}); fetch or export it again") from None
+    except (json.JSONDecodeError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(f"{source} has a file that is damaged ({type(error).__name__}: {error})") from error
     model.to(device)
-    model.processor = VoxLMProcessor.from_pretrained(source)
     if dtype == "int8":
         return model.quantize_dynamic()
     return model.pack_weights() if can_be_packed(model) else model
@@ -267,33 +270,31 @@ def transcribe_files(model, arguments) -> int:
     except (OSError, ValueError, ImportError) as error:
         say(f"cannot start: {one_line(error)}")
         return 2
-    output_kind = FolderOutput if arguments.output_dir else StandardOutput
-    failed, seconds, done = 0, 0.0, 0
+    if arguments.output_dir:
+        output = FolderOutput(files, arguments.format, arguments.output_dir)
+    else:
+        output = StandardOutput(files, arguments.format)
+    done, failed, seconds = 0, 0, 0.0
     try:
-        with output_kind(files, arguments.format, arguments.output_dir) as output:
+        with output:
             for number, result in zip(order, results):
-                result = dict(result)
-                error, seconds = result.pop("error", None), seconds + result["duration"]
-                try:
-                    output.add(number, None if error else result)
-                except BrokenPipeError:
-                    raise
-                except OSError as failure:
-                    error = one_line(failure)
-                done += 1
+                error = output.add(number, dict(result))
                 if error:
-                    failed += 1
-                    say(f"{files[number]}: {error}")
+                    say(f"{files[number]}: {error.removeprefix(files[number] + ' ')}")
+                done, failed, seconds = done + (not error), failed + bool(error), seconds + result["duration"]
     except KeyboardInterrupt as interrupt:
-        interrupt.args = (f"{done - failed} of {len(files)} files are done",)
+        interrupt.args = (f"{done} of {len(files)} files are done",)
         raise
-    except ValueError as error:
+    except BrokenPipeError:
+        raise
+    except (OSError, ValueError) as error:
         say(f"stopped: {one_line(error)}")
         return 1
     if seconds > 60 or len(files) > 1:
         wall = time.perf_counter() - started
-        summary = f"{seconds:.0f} s of audio in {wall:.0f} s, {seconds / wall:.1f} times real time"
-        say(f"{len(files) - failed} of {len(files)} files, {summary}")
+        say(
+            f"{done} of {len(files)} files, {seconds:.0f} s of audio in {wall:.0f} s, {seconds / wall:.1f} times real time"
+        )
     return 1 if failed else 0
 
 

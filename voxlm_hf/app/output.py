@@ -1,5 +1,6 @@
 """Where `voxlm transcribe` puts its results: a file for each in a folder, or one document on stdout."""
 
+import errno
 import sys
 from pathlib import Path
 
@@ -14,8 +15,13 @@ def print_text(text: str):
     Raises:
         OSError: when it cannot be written; BrokenPipeError when nobody reads it.
     """
-    sys.stdout.write(encode(text).decode())
-    sys.stdout.flush()
+    if sys.stdout is None:
+        raise OSError(errno.EBADF, "standard output is closed")
+    try:
+        sys.stdout.write(encode(text).decode())
+        sys.stdout.flush()
+    except OSError as error:
+        raise type(error)(error.errno, f"cannot write to standard output: {error.strerror}") from None
 
 
 class FolderOutput:
@@ -37,20 +43,21 @@ class FolderOutput:
     def __exit__(self, *error):
         pass
 
-    def add(self, number: int, result: dict | None):
-        """Write the result of a recording, `None` where there is none.
-
-        Raises:
-            OSError: when it cannot be written; an older output is then as it was.
-        """
-        if result is not None:
-            self.paths[number].parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.paths[number], encode(self.write({"source": self.files[number], **result})))
+    def add(self, number: int, result: dict) -> str | None:
+        """Write the result of a recording; returns why there is none. An older output is then as it was."""
+        path = self.paths[number]
+        if result.get("error"):
+            return result["error"]
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, encode(self.write({"source": self.files[number], **result})))
+        except OSError as error:
+            return str(error)
 
 
 class StandardOutput:
     """
-    Results on stdout in the order of the recordings, each as soon as those before it are there.
+    Results on stdout in the order of the recordings, each as soon as those before it are there or have failed.
 
     Several results are a JSON list or, as text, each under a line "# FILE". Leaving the context writes what still waits for
     an earlier recording, so that an interrupt loses nothing, and ends the list.
@@ -58,10 +65,9 @@ class StandardOutput:
     Args:
         files: the recordings' names on the command line.
         suffix: one of `WRITERS`.
-        folder: not used.
     """
 
-    def __init__(self, files: list[str], suffix: str, folder: None = None):
+    def __init__(self, files: list[str], suffix: str):
         self.files, self.write, self.several = files, WRITERS[suffix], len(files) > 1
         self.as_list = suffix == "json" and self.several
         self.waiting, self.next, self.printed = {}, 0, 0
@@ -77,8 +83,8 @@ class StandardOutput:
         if self.as_list:
             print_text("\n]\n" if self.printed else "[]\n")
 
-    def add(self, number: int, result: dict | None):
-        """Take the result of a recording, `None` where there is none, and print what is next.
+    def add(self, number: int, result: dict) -> str | None:
+        """Take the result of a recording and print what is next; returns why there is none.
 
         Raises:
             OSError: when stdout cannot be written to.
@@ -87,10 +93,11 @@ class StandardOutput:
         while self.next in self.waiting:
             self._print(self.next)
             self.next += 1
+        return result.get("error")
 
     def _print(self, number: int):
         result = self.waiting.pop(number)
-        if result is None:
+        if result.get("error"):
             return
         text = self.write({"source": self.files[number], **result})
         if self.as_list:

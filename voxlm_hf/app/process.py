@@ -35,16 +35,16 @@ def say(message: str):
 def own_process() -> Iterator[None]:
     """Set up signals and standard streams of a process that is the command line, and leave the streams flushed."""
     signal.signal(signal.SIGTERM, _interrupt)
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # the caller closed it
-            setattr(sys, name, open(os.devnull, "w"))
-    # A pipe gets the same bytes as a file in --output-dir, whatever the locale.
-    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+    if sys.stderr is None:  # the caller closed it
+        sys.stderr = open(os.devnull, "w")
+    if sys.stdout is not None:
+        # A pipe gets the same bytes as a file in --output-dir, whatever the locale.
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     _separate_stderr()
     try:
         yield
     finally:
-        for stream in (sys.stdout, sys.stderr):
+        for stream in filter(None, (sys.stdout, sys.stderr)):
             try:
                 stream.flush()
             except OSError:  # has been reported, and would be once more when Python exits
