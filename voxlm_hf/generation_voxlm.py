@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 import numpy as np
-import soundfile
 import torch
 from transformers.generation import GenerationMixin
 from transformers.utils import logging
 
-from .audio_voxlm import is_batch, stream_audio
+from .audio_voxlm import file_duration_s, is_batch, stream_audio
 from .decoding_voxlm import padded_batches, token_budget
 from .fallback_voxlm import transcribe_batch
 from .forced_alignment_voxlm import align_segments, align_text, known_text
@@ -341,6 +340,8 @@ def transcribe_tasks(
                 for task, result in zip(batch, results):
                     task.result = result
                     bar.update(round(task.audio.duration_s))
+                while group and (group[0].audio is None or group[0].result is not None):
+                    yield group.pop(0)
             yield from group
 
 
@@ -372,6 +373,9 @@ def finish_segments(tasks: Iterable[SegmentTask], options: TranscriptionOptions)
                 waiting.result.words, waiting.result.word_scores = [], []
             yield waiting
         waiting = task
+        if waiting is not None and waiting.audio is None:  # the end of a recording waits for nothing
+            yield waiting
+            waiting = None
 
 
 def raise_errors(tasks: Iterable[SegmentTask]) -> Iterator[SegmentTask]:
@@ -405,10 +409,7 @@ def known_seconds(items: list, rate: int) -> float | None:
         if isinstance(item, (np.ndarray, torch.Tensor)) and item.ndim:
             total += item.shape[-1] / rate
         elif isinstance(item, (str, os.PathLike)):
-            try:
-                total += soundfile.info(item).duration
-            except (soundfile.LibsndfileError, RuntimeError):
-                continue  # reading it will say what is wrong
+            total += file_duration_s(item) or 0.0  # reading it will say what is wrong
         else:
             return None
     return total

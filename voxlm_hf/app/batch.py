@@ -1,21 +1,37 @@
 """`voxlm batch`: many recordings on one machine or a cluster, with Ray Data; a restart skips finished files."""
 
+import bisect
+import contextlib
 import hashlib
 import json
+import logging
 import os
 import posixpath
+import signal
+import sys
+import threading
 import time
+from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 
 import fsspec
 import torch
+from fsspec.implementations.local import LocalFileSystem
 from tqdm import tqdm
 
+from .files import write_atomically
+from .formats import encode
+
+
+logger = logging.getLogger(__name__)
 
 # Formats that libsndfile reads.
 AUDIO_SUFFIXES = {".aif", ".aiff", ".au", ".caf", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".w64", ".wav"}
 # The columns of a result; words and segments are JSON in Parquet, so that every shard has the same schema.
 TEXT_COLUMNS = ("id", "text", "words", "segments", "error")
+# Rows of a Parquet file that are in memory at once.
+ROWS_AT_ONCE = 4
 
 
 def find_items(sources: list[str]) -> list[dict]:
@@ -40,6 +56,7 @@ def find_items(sources: list[str]) -> list[dict]:
         items += found
     seen: set[str] = set()
     for item in items:
+        item["id"] = encode(item["id"]).decode()  # a file name may be no text
         if item["id"] in seen:
             raise ValueError(f"The id {item['id']!r} occurs twice; every recording needs its own")
         seen.add(item["id"])
@@ -51,7 +68,7 @@ def _files(source: str) -> list[dict]:
     if files.isdir(path):
         found = [name for name in files.find(path) if posixpath.splitext(name)[1].lower() in AUDIO_SUFFIXES]
     else:
-        found = files.glob(path)
+        found = [path] if files.exists(path) else files.glob(path)
     local = "://" not in source
     return [
         {"id": name, "audio": name}
@@ -60,38 +77,57 @@ def _files(source: str) -> list[dict]:
 
 
 def _manifest(source: str) -> list[dict]:
-    if source.endswith(".parquet"):
-        import pyarrow.parquet
+    rows, in_table = _table_rows(source) if source.endswith(".parquet") else (_json_rows(source), False)
+    folder, items = posixpath.dirname(source), []
+    for number, row in enumerate(rows):
+        if in_table:
+            item = {"id": f"{source}#{number}", "table": source, "row": number}
+        else:
+            # Relative paths are relative to the manifest, as in training.
+            path = row["audio"] if "://" in row["audio"] else posixpath.join(folder, row["audio"])
+            item = {"id": path, "audio": path}
+        items.append(item if row.get("id") is None else {**item, "id": str(row["id"])})
+    return items
 
+
+def _table_rows(source: str) -> tuple[list[dict], bool]:
+    """What is small of the rows of a Parquet file ("id", and "audio" where that is a path), and whether it holds the audio."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
         with fsspec.open(source, "rb") as file:
             table = pyarrow.parquet.ParquetFile(file)
             names = table.schema_arrow.names
             if "audio" not in names:
                 raise ValueError(f"{source} has no column 'audio'; it has {', '.join(names)}")
-            paths = pyarrow.types.is_string(table.schema_arrow.field("audio").type)
+            kind = table.schema_arrow.field("audio").type
+            paths = pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
             columns = [name for name in ("id", "audio") if name in names and (name != "audio" or paths)]
             rows = table.read(columns).to_pylist() if columns else [{}] * table.metadata.num_rows
-        if not paths:
-            return [
-                {"id": row.get("id", f"{source}#{number}"), "table": source, "row": number}
-                for number, row in enumerate(rows)
-            ]
-    else:
-        rows = []
-        with fsspec.open(source, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{source}, line {number}, is not JSON: {error}") from None
-                if not isinstance(rows[-1], dict) or not isinstance(rows[-1].get("audio"), str):
-                    raise ValueError(f"{source}, line {number}, has no path under 'audio'")
-    folder = posixpath.dirname(source)
-    # Relative paths are relative to the manifest, as in training.
-    audio = [row["audio"] if "://" in row["audio"] else posixpath.join(folder, row["audio"]) for row in rows]
-    return [{"id": str(row.get("id", path)), "audio": path} for row, path in zip(rows, audio)]
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{source} is no complete Parquet file: {error}") from None
+    for number, row in enumerate(rows):
+        if paths and row["audio"] is None:
+            raise ValueError(f"{source}, row {number}, has no path under 'audio'")
+    return rows, not paths
+
+
+def _json_rows(source: str) -> list[dict]:
+    rows = []
+    with fsspec.open(source, "rb") as file:
+        for number, line in enumerate(file, 1):
+            # Bytes that are no text may be part of a file's name.
+            line = line.removeprefix(b"\xef\xbb\xbf").decode(errors="surrogateescape")
+            if not line.strip():
+                continue
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{source}, line {number}, is not JSON: {error}") from None
+            if not isinstance(rows[-1], dict) or not isinstance(rows[-1].get("audio"), str):
+                raise ValueError(f"{source}, line {number}, has no path under 'audio'")
+    return rows
 
 
 def shard_name(items: list[dict], suffix: str) -> str:
@@ -115,24 +151,45 @@ def write_shard(path: str, rows: list[dict]):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(flat, schema), sink)
         content = sink.getvalue().to_pybytes()
     else:
-        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        content = encode("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    if isinstance(files, LocalFileSystem):
+        write_atomically(target, content)
+        return
     unfinished = f"{posixpath.dirname(target)}/.{posixpath.basename(target)}.{os.getpid()}.unfinished"
     files.pipe_file(unfinished, content)
     files.mv(unfinished, target)
 
 
 def read_shard(path: str, columns: list[str] | None = None) -> list[dict]:
-    """The rows of a shard, as they were written."""
-    with fsspec.open(path, "rb") as file:
-        if not path.endswith(".parquet"):
-            return [json.loads(line) for line in file]
-        import pyarrow.parquet
+    """
+    The rows of a shard, as they were written.
 
-        rows = pyarrow.parquet.read_table(file, columns=columns).to_pylist()
-    return [
-        {key: json.loads(value) if key in ("words", "segments") else value for key, value in row.items()}
-        for row in rows
-    ]
+    Args:
+        columns: the only ones that are needed.
+
+    Raises:
+        ValueError: when it is no complete shard.
+    """
+    try:
+        with fsspec.open(path, "rb") as file:
+            if path.endswith(".parquet"):
+                import pyarrow.parquet
+
+                rows = pyarrow.parquet.read_table(file, columns=columns).to_pylist()
+            else:
+                rows = [json.loads(line) for line in file]
+        rows = [
+            {
+                key: json.loads(value) if key in ("words", "segments") and isinstance(value, str) else value
+                for key, value in row.items()
+            }
+            for row in rows
+        ]
+        if not rows or not all(isinstance(row["id"], str) and "error" in row for row in rows):
+            raise ValueError("rows are missing")
+    except (ValueError, LookupError, AttributeError, OSError) as error:
+        raise ValueError(f"{path} is no complete shard: {error}") from None
+    return rows
 
 
 def shards(output: str) -> list[str]:
@@ -150,20 +207,22 @@ class Worker:
     def __init__(self, load, threads: int, output: str, options: dict):
         torch.set_num_threads(threads)
         self.model, self.output, self.options = load(), output, options
+        self.read = ItemReader()
 
     def __call__(self, batch: dict) -> dict:
-        counts = [self._shard(name, json.loads(items)) for name, items in zip(batch["shard"], batch["items"])]
+        counts = [self._shard(**json.loads(work)) for work in batch["work"]]
         return {key: [count[key] for count in counts] for key in counts[0]}
 
-    def _shard(self, name: str, items: list[dict]) -> dict:
-        path = f"{self.output}/{name}"
+    def _shard(self, shard: str, items: list[dict], retry: bool) -> dict:
+        path = f"{self.output}/{shard}"
         files, target = fsspec.core.url_to_fs(path)
-        if files.exists(target):  # written by a worker that was killed before it could say so
-            rows = read_shard(path)
-        else:
-            results = self.model.transcribe([read_item(item) for item in items], **self.options)
-            rows = [
-                {
+        # Written by an earlier run or, just now, by a worker that was killed before it could say so.
+        rows = {row["id"]: row for row in read_shard(path)} if files.exists(target) else {}
+        todo = [item for item in items if item["id"] not in rows or retry and rows[item["id"]]["error"] is not None]
+        if todo:
+            results = self.model.transcribe([self.read(item) for item in todo], **self.options)
+            for item, result in zip(todo, results):
+                rows[item["id"]] = {
                     "id": item["id"],
                     "text": result["text"],
                     "words": result["words"],
@@ -172,32 +231,55 @@ class Worker:
                     "truncated": result["truncated"],
                     "error": result.get("error"),
                 }
-                for item, result in zip(items, results)
-            ]
-            write_shard(path, rows)
-        failed = sum(row["error"] is not None for row in rows)
-        return {"files": len(rows), "failed": failed, "seconds": float(sum(row["duration"] for row in rows))}
+            write_shard(path, list(rows.values()))
+        done = [rows[item["id"]] for item in items]
+        failed = sum(row["error"] is not None for row in done)
+        return {"files": len(done), "failed": failed, "seconds": float(sum(row["duration"] for row in done))}
 
 
-def read_item(item: dict):
-    """A recording as `transcribe` accepts it: a local path as it is, anything else as its bytes."""
-    if "table" in item:
+class ItemReader:
+    """
+    Recordings as `transcribe` accepts them: a local path as it is, anything else as its bytes.
+
+    Asked for in order, the rows of a Parquet file are read once and a few at a time.
+    """
+
+    def __init__(self):
+        self.source, self.starts, self.group, self.position = None, [], None, 0
+
+    def __call__(self, item: dict):
+        """The recording of an item of `find_items`, or an [`Unreadable`]."""
+        try:
+            if "table" in item:
+                return self._row(item["table"], item["row"])
+            if "://" not in item["audio"]:
+                return item["audio"]
+            with fsspec.open(item["audio"], "rb") as file:
+                return file.read()
+        except (OSError, ValueError, StopIteration) as error:
+            self.source = None
+            return Unreadable(f"{item.get('audio') or item['id']}: {error}")
+
+    def _row(self, source: str, row: int):
         import pyarrow.parquet
 
-        with fsspec.open(item["table"], "rb") as file:
-            table, row = pyarrow.parquet.ParquetFile(file), item["row"]
-            for group in range(table.num_row_groups):
-                size = table.metadata.row_group(group).num_rows
-                if row < size:
-                    return table.read_row_group(group, ["audio"]).column("audio")[row].as_py()
-                row -= size
-    if "://" not in item["audio"]:
-        return item["audio"]
-    try:
-        with fsspec.open(item["audio"], "rb") as file:
-            return file.read()
-    except (OSError, ValueError) as error:
-        return Unreadable(f"{item['audio']}: {error}")
+        if source != self.source:
+            file = fsspec.open(source, "rb").open()
+            # Pages are decoded as they are needed.
+            self.table = pyarrow.parquet.ParquetFile(file, buffer_size=2**20, pre_buffer=False)
+            sizes = [self.table.metadata.row_group(group).num_rows for group in range(self.table.num_row_groups)]
+            self.source, self.starts, self.group = source, list(accumulate(sizes, initial=0)), None
+        group = bisect.bisect_right(self.starts, row) - 1
+        if group != self.group or row < self.position:
+            self.group, self.position, self.rows = group, self.starts[group], self._rows(group)
+        while True:
+            value, self.position = next(self.rows), self.position + 1
+            if self.position > row:
+                return value.as_py()
+
+    def _rows(self, group: int) -> Iterator:
+        for batch in self.table.iter_batches(ROWS_AT_ONCE, [group], ["audio"], use_threads=False):
+            yield from batch.column("audio")
 
 
 class Unreadable:
@@ -219,13 +301,15 @@ def run(
     workers: int | None = None,
     threads: int = 2,
     address: str | None = None,
+    retry_failed: bool = False,
     **options,
 ) -> dict:
     """
     Transcribe all recordings of `sources` that `output` has no result for yet.
 
     Every `files_per_shard` recordings are one shard, written by one call of one worker and named after its recordings: an
-    interrupted shard is transcribed again as a whole, a finished one never.
+    interrupted shard is transcribed again as a whole, a finished one never. A shard that is damaged is put aside (".damaged")
+    and made again.
 
     Args:
         load: makes the model, on the worker.
@@ -235,14 +319,18 @@ def run(
         workers (`int`, *optional*): by default as many as the cores allow, or one for each GPU.
         threads (`int`): cores of each worker.
         address (`str`, *optional*): of a Ray cluster, whose nodes have this package, the model and the files; by default Ray
-            is started here.
+            is started here, or the caller's session used.
+        retry_failed (`bool`): transcribe again what failed in an earlier run; its shards get the new rows.
         **options: for `transcribe`.
 
     Returns:
-        counts of this run: "files", "failed", "seconds" of audio, "skipped" (finished before) and "wall" seconds.
+        counts of this run: "files", "failed", "seconds" of audio, "skipped" (finished before), "failed_before" (of those) and
+        "wall" seconds.
 
     Raises:
-        ImportError: without Ray. ValueError: see `find_items`.
+        ImportError: without Ray.
+        ValueError: see `find_items`.
+        RuntimeError: when the workers cannot work.
     """
     try:
         import ray
@@ -250,54 +338,119 @@ def run(
         raise ImportError(f"`voxlm batch` needs Ray: pip install 'voxlm-hf[scale]' ({error})") from None
     items = find_items(sources)
     output = output.rstrip("/") if "://" in output else str(Path(output).absolute())
-    groups = pending_groups(items, output, max(1, files_per_shard))
-    pending = sum(map(len, groups))
+    errors = finished(output)
+    work = pending_work(items, errors, suffix, max(1, files_per_shard), retry_failed)
+    pending = sum(len(unit["items"]) for unit in work)
     totals = {"files": 0, "failed": 0, "seconds": 0.0, "skipped": len(items) - pending, "wall": 0.0}
-    if not pending:
+    failed_before = {item["id"] for item in items if item["id"] in errors and errors[item["id"]][1] is not None}
+    totals["failed_before"] = 0 if retry_failed else len(failed_before)
+    if not work:
         return totals
     started = time.perf_counter()
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(address=address, logging_level="error", log_to_driver=False, ignore_reinit_error=True)
-    try:
-        dataset = worker_dataset(groups, suffix, workers, threads, (load, output, options))
-        with tqdm(total=len(items), initial=totals["skipped"], unit="file", desc="Transcribing") as bar:
-            for counts in dataset.iter_rows():
-                for key, value in counts.items():
-                    totals[key] += value
-                bar.update(counts["files"])
-                speed = totals["seconds"] / (time.perf_counter() - started)
-                bar.set_postfix_str(f"{speed:.1f} times real time, {totals['failed']} failed")
-    finally:
-        ray.shutdown()
+    with ray_session(address):
+        dataset = worker_dataset(work, workers, threads, (load, output, options))
+        bar = tqdm(
+            total=len(items),
+            initial=totals["skipped"],
+            unit="file",
+            desc="Transcribing",
+            disable=not sys.stderr.isatty(),
+        )
+        try:
+            with bar:
+                for counts in dataset.iter_rows():
+                    for key, value in counts.items():
+                        totals[key] += value
+                    bar.update(counts["files"])
+                    speed = totals["seconds"] / (time.perf_counter() - started)
+                    bar.set_postfix_str(f"{speed:.1f} times real time, {totals['failed']} failed")
+        except ray.exceptions.RayError as error:
+            cause = getattr(error, "cause", None) or error
+            raise RuntimeError(f"a worker failed: {cause}") from error
     totals["wall"] = time.perf_counter() - started
     return totals
 
 
-def pending_groups(items: list[dict], output: str, size: int) -> list[list[dict]]:
-    """The items in groups of at most `size`, one for each shard, without those that `output` has a result for."""
+@contextlib.contextmanager
+def ray_session(address: str | None) -> Iterator[None]:
+    """Meanwhile, Ray runs: the caller's session if there is one, which stays, else one that ends."""
+    import ray
+
+    started = not ray.is_initialized()
+    if started:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        terminate = signal.getsignal(signal.SIGTERM)
+        ray.init(address=address, logging_level="error", log_to_driver=False)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, terminate)  # Ray's exits with 15 and says nothing
+    context = ray.data.DataContext.get_current()
+    before = context.enable_progress_bars, context.print_on_execution_start
+    context.enable_progress_bars, context.print_on_execution_start = False, False
+    try:
+        yield
+    finally:
+        context.enable_progress_bars, context.print_on_execution_start = before
+        if started:
+            ray.shutdown()
+
+
+def finished(output: str) -> dict[str, tuple[str, str | None]]:
+    """
+    The recordings that a folder has results for: for each id, its shard and its error, `None` where there is none.
+
+    Makes the folder if there is none, and puts damaged shards aside.
+    """
     files, folder = fsspec.core.url_to_fs(output)
     files.makedirs(folder, exist_ok=True)
-    done = {row["id"] for shard in shards(output) for row in read_shard(shard, ["id"])}
+    found = {}
+    for shard in shards(output):
+        try:
+            rows = read_shard(shard, ["id", "error"])
+        except ValueError as error:
+            path = fsspec.core.url_to_fs(shard)[1]
+            files.mv(path, f"{path}.damaged")
+            logger.warning(f"{error}; its recordings are transcribed again")
+            continue
+        for row in rows:
+            if row["id"] not in found or row["error"] is None:
+                found[row["id"]] = posixpath.basename(shard), row["error"]
+    return found
+
+
+def pending_work(items: list[dict], errors: dict, suffix: str, size: int, retry_failed: bool) -> list[dict]:
+    """
+    What is to be done: for each shard its name ("shard"), "items" and whether it is there and its failed rows are tried again
+    ("retry").
+
+    Args:
+        items: of `find_items`.
+        errors: of `finished`.
+        size: most items of a new shard.
+    """
     # Grouped before finished items are left out: should a worker of a killed run still write its shard, it writes the very
     # shard that this run writes.
     groups = [items[first : first + size] for first in range(0, len(items), size)]
-    groups = [[item for item in group if item["id"] not in done] for group in groups]
-    return [group for group in groups if group]
+    groups = [[item for item in group if item["id"] not in errors] for group in groups]
+    work = [{"shard": shard_name(group, suffix), "items": group, "retry": False} for group in groups if group]
+    again: dict[str, list[dict]] = {}
+    for item in items if retry_failed else []:
+        shard, error = errors.get(item["id"], (None, None))
+        if error is not None:
+            again.setdefault(shard, []).append(item)
+    return work + [{"shard": shard, "items": group, "retry": True} for shard, group in again.items()]
 
 
-def worker_dataset(groups: list[list[dict]], suffix: str, workers: int | None, threads: int, setup: tuple):
-    """A lazy Ray dataset of the counts of each group, computed by [`Worker`] actors; `setup` is (load, output, options)."""
+def worker_dataset(work: list[dict], workers: int | None, threads: int, setup: tuple):
+    """A lazy Ray dataset of the counts of each shard, computed by [`Worker`] actors; `setup` is (load, output, options)."""
     import ray
 
     load, output, options = setup
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars, context.print_on_execution_start = False, False
     resources = ray.cluster_resources()
     cores, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
     threads = min(threads, cores)
-    workers = min(workers or gpus or max(1, cores // threads), len(groups))
-    shard_items = [{"shard": shard_name(group, suffix), "items": json.dumps(group)} for group in groups]
-    return ray.data.from_items(shard_items, override_num_blocks=len(groups)).map_batches(
+    workers = min(workers or gpus or max(1, cores // threads), len(work))
+    rows = [{"work": json.dumps(unit)} for unit in work]
+    return ray.data.from_items(rows, override_num_blocks=len(work)).map_batches(
         Worker,
         fn_constructor_args=(load, threads, output, options),
         batch_size=1,

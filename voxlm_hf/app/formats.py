@@ -59,8 +59,12 @@ def _fits(group: list[dict], word: dict) -> bool:
 
 
 def _cue_text(line: str) -> str:
-    """A line without what a subtitle parser could read as structure: an arrow, line breaks, markup."""
+    """A line without what a subtitle parser could read as structure: arrows and line breaks."""
     return " ".join(line.replace("-->", "→").split())
+
+
+# SubRip has no escapes: players would take <i> and {\an8} for markup and not show them.
+_NO_MARKUP = str.maketrans("<>{}", "‹›()")
 
 
 def to_txt(result: dict) -> str:
@@ -69,16 +73,16 @@ def to_txt(result: dict) -> str:
 
 
 def to_json(result: dict) -> str:
-    """Everything the result holds, as UTF-8 JSON."""
+    """Everything the result holds, as JSON."""
     return json.dumps(dict(result), ensure_ascii=False, indent=2) + "\n"
 
 
 def to_srt(result: dict) -> str:
-    """SubRip: numbered cues, comma before the milliseconds."""
-    blocks = [
-        f"{number}\n{timestamp(start, ',')} --> {timestamp(end, ',')}\n" + "\n".join(map(_cue_text, lines)) + "\n"
-        for number, (start, end, lines) in enumerate(cues(result["words"]), 1)
-    ]
+    """SubRip: numbered cues, comma before the milliseconds, other brackets for those of markup."""
+    blocks = []
+    for number, (start, end, lines) in enumerate(cues(result["words"]), 1):
+        text = "\n".join(_cue_text(line).translate(_NO_MARKUP) for line in lines)
+        blocks.append(f"{number}\n{timestamp(start, ',')} --> {timestamp(end, ',')}\n{text}\n")
     return "\n".join(blocks)
 
 
@@ -98,6 +102,14 @@ def to_tsv(result: dict) -> str:
         text = " ".join(word["word"].split())
         rows.append(f"{round(word['start'] * 1000)}\t{round(word['end'] * 1000)}\t{text}\t{word['confidence']}")
     return "\n".join(rows) + "\n"
+
+
+def encode(text: str) -> bytes:
+    """
+    An output as UTF-8. A byte of a file name that is no text becomes an escape, \\udcff for the byte ff, which in JSON stands for
+    the very character that Python has for the byte.
+    """
+    return text.encode("utf-8", errors="backslashreplace")
 
 
 WRITERS = {"txt": to_txt, "json": to_json, "srt": to_srt, "vtt": to_vtt, "tsv": to_tsv}

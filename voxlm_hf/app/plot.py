@@ -1,9 +1,12 @@
 """A picture of a transcription: spectrogram and a box for each word, above those of a reference."""
 
+import io
 import json
 from pathlib import Path
 
 import numpy as np
+
+from .files import write_atomically
 
 
 # Inches per second of audio, and the least and greatest width. Chosen by hand so that words of 0.1 s have room for their
@@ -38,6 +41,22 @@ def read_words(path: Path) -> list[dict]:
     return words
 
 
+def check_picture(path: Path):
+    """
+    Find out whether a picture can be drawn.
+
+    Raises:
+        ImportError: without matplotlib. ValueError: for a format it does not write.
+    """
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError as error:
+        raise ImportError(f"Pictures need matplotlib: pip install 'voxlm-hf[plot]' ({error})") from None
+    formats = sorted(FigureCanvasBase.get_supported_filetypes())
+    if path.suffix[1:].lower() not in formats:
+        raise ValueError(f"{path} must end with one of .{', .'.join(formats)}")
+
+
 def plot_words(waveform: np.ndarray, rate: int, words: list[dict], path: Path, reference: list[dict] | None = None):
     """
     Draw a spectrogram with the words in boxes below it, the more certain the greener, and those of a reference below them.
@@ -47,12 +66,11 @@ def plot_words(waveform: np.ndarray, rate: int, words: list[dict], path: Path, r
         path: of the picture; its ending says the format (png, svg, pdf, ...).
 
     Raises:
-        ImportError: without matplotlib. ValueError: for a format it does not write.
+        ImportError, ValueError: see `check_picture`. OSError: when the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(f"Pictures need matplotlib: pip install 'voxlm-hf[plot]' ({error})") from None
+    check_picture(path)
+    from matplotlib.figure import Figure
+
     duration_s = len(waveform) / rate
     rows = {"words": words} if reference is None else {"words": words, "reference": reference}
     width = min(max(INCHES_PER_SECOND * duration_s, LEAST_INCHES), MOST_INCHES)
@@ -71,7 +89,9 @@ def plot_words(waveform: np.ndarray, rate: int, words: list[dict], path: Path, r
                 top.axvline(word[edge], color="white" if height == 0 else "cyan", linewidth=0.5, alpha=0.7)
     bottom.set(xlim=(0, duration_s), ylim=(0.5 - len(rows), 0.5), xlabel="seconds")
     bottom.set_yticks([-height for height in range(len(rows))], list(rows))
-    figure.savefig(path, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, format=path.suffix[1:].lower(), dpi=120)
+    write_atomically(path, picture.getvalue())
 
 
 def _box(axes, word: dict, height: float):
