@@ -71,17 +71,15 @@ def test_saved_twice_it_is_still_the_same(targets, tmp_path):
 # has the number of layers that peft documents.
 KEPT_LORA = {
     "r": [({"r": 3}, 14)],
-    "lora_alpha": [({"lora_alpha": 5}, 14), ({"lora_alpha": 2.5}, 14)],
+    "lora_alpha": [({"lora_alpha": 2.5}, 14)],
     "lora_dropout": [({"lora_dropout": 0.5}, 14)],
     "target_modules": [
         ({"target_modules": r".*\.layers\.1\.self_attn\.[qk]_proj"}, 2),
         ({"target_modules": ["layers.0.mlp.up_proj", "v_proj"]}, 3),
-        ({"target_modules": ("q_proj",)}, 2),
         ({"target_modules": {"q_proj", "o_proj"}}, 4),
     ],
     "exclude_modules": [
         ({"exclude_modules": ["q_proj", "up_proj"]}, 10),
-        ({"exclude_modules": r".*layers\.0\..*"}, 7),
         ({"target_modules": ["q_proj", "k_proj"], "exclude_modules": "model.layers.1.self_attn.k_proj"}, 3),
     ],
     "use_rslora": [({"use_rslora": True}, 14)],
@@ -89,10 +87,7 @@ KEPT_LORA = {
         ({"use_dora": True}, 14),
         ({"use_dora": True, "target_modules": ".*0.*q_proj", "use_rslora": True}, 1),
     ],
-    "layers_to_transform": [
-        ({"layers_to_transform": [0], "target_modules": ["q_proj"]}, 1),
-        ({"layers_to_transform": 1, "target_modules": ["q_proj", "down_proj"]}, 2),
-    ],
+    "layers_to_transform": [({"layers_to_transform": 1, "target_modules": ["q_proj", "down_proj"]}, 2)],
     "layers_pattern": [({"layers_to_transform": [0], "layers_pattern": "layers", "target_modules": ["q_proj"]}, 1)],
     "rank_pattern": [({"rank_pattern": {"q_proj": 4, "layers.0.mlp.up_proj": 1}}, 14)],
     "alpha_pattern": [({"alpha_pattern": {".*_proj": 9}}, 14)],
@@ -138,14 +133,12 @@ def test_all_that_lora_keeps_gives_equal_logits_however_it_is_stored(fields, lay
     model.save_pretrained(tmp_path / "once")
     VoxLMForSpeechSeq2Seq.from_pretrained(tmp_path / "once").save_pretrained(tmp_path / "twice")
     export(model, tmp_path / "delta", "delta", bases=bases)
-    for name in ("once", "twice", "delta"):
+    export(model, tmp_path / "merged")
+    for name, tolerance in {"once": 0, "twice": 0, "delta": 0, "merged": 1e-4}.items():
         loaded = VoxLMForSpeechSeq2Seq.from_pretrained(tmp_path / name)
         loaded.processor = model.processor
-        assert torch.equal(logits(loaded), expected), name
-    export(model, tmp_path / "merged")
+        torch.testing.assert_close(logits(loaded), expected, atol=tolerance, rtol=0)
     export(model, tmp_path / "int8", "lora", "int8")
-    loaded = VoxLMForSpeechSeq2Seq.from_pretrained(tmp_path / "merged")
-    torch.testing.assert_close(logits(loaded), expected, atol=1e-4, rtol=0)
     loaded = VoxLMForSpeechSeq2Seq.from_pretrained(tmp_path / "int8").state_dict()
     for name, tensor in model.state_dict().items():  # to the rounding of 8 bits and of bfloat16
         torch.testing.assert_close(loaded[name], tensor, atol=1e-2, rtol=1e-2)
