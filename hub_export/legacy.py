@@ -124,8 +124,16 @@ def check_values(path, fields: dict, state: dict):
     kinds |= dict.fromkeys(("downsample_factor", "lora_r", "alignment_num_heads", "alignment_num_layers"), int)
     for name, kind in kinds.items():
         value = fields[name]
-        if not isinstance(value, kind) or not value or (kind is not str and not 0 < value < LARGEST_FIELD):
+        valid = isinstance(value, kind) and not isinstance(value, bool) and value
+        if not valid or (kind is not str and not 0 < value < LARGEST_FIELD):
             raise ValueError(f"{path}: {name} of its config is {value!r}")
+    if fields["alignment_num_layers"] > len(state):
+        raise ValueError(
+            f"{path}: alignment_num_layers of its config is {fields['alignment_num_layers']}, and it holds {len(state)} tensors"
+        )
+    tokens = [fields[name] for name in ADDED_TOKENS]
+    if len(set(tokens)) != len(tokens):
+        raise ValueError(f"{path}: {', '.join(ADDED_TOKENS)} of its config must differ, got {tokens}")
     for name, tensor in state.items():
         if not isinstance(tensor, torch.Tensor):
             raise ValueError(f"{path}: {name} is no tensor but {type(tensor).__name__}")
@@ -133,6 +141,10 @@ def check_values(path, fields: dict, state: dict):
             raise ValueError(
                 f"{path}: {name} is a {tensor.dtype} tensor on {tensor.device}, {tensor.layout}, and no weight"
             )
+        # A view may repeat its numbers without end (a stride of 0), and would grow to that size when it is written.
+        size, held = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
+        if size > held:
+            raise ValueError(f"{path}: {name} claims {size:,} bytes, the file holds {held:,} for it")
         # Through minimum and maximum, because a mask of a large embedding may not fit into memory.
         if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
             raise ValueError(f"{path}: {name} has values that are not finite; training must have failed")
@@ -198,7 +210,8 @@ def convert(path: Path, audio_base: str | None = None, text_base: str | None = N
     check_tensors(path, renamed, model)
     model.load_state_dict(renamed, strict=False, assign=True)
     model.tie_weights()
-    processor = VoxLMProcessor(AutoFeatureExtractor.from_pretrained(fields["audio_encoder"]), tokenizer)
+    extractor = AutoFeatureExtractor.from_pretrained(fields["audio_encoder"], trust_remote_code=False)
+    processor = VoxLMProcessor(extractor, tokenizer, audio_token=fields["audio_start_token"])
     model.processor = processor.configure(model)
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id,
@@ -219,8 +232,8 @@ def complete_fields(path, fields: dict, bases: dict[str, str | None]) -> dict:
     fields = {**DEFAULTS, **{OTHER_NAMES.get(name, name): value for name, value in fields.items()}}
     for name, given in bases.items():
         fields[name] = given or fields.get(name)
-        if not fields[name]:
-            raise ValueError(f"{path} does not name its {name}; give --audio-base and --text-base")
+        if not fields[name] or not isinstance(fields[name], (str, Path)):
+            raise ValueError(f"{path} does not name its {name} ({fields[name]!r}); give --audio-base and --text-base")
     return fields
 
 
@@ -229,7 +242,7 @@ def make_config(fields: dict, tensors: dict[str, torch.Tensor], tokenizer) -> Vo
     The config for checked fields of the original, and for the embeddings, LoRA and alignment layers among its renamed
     tensors.
     """
-    text_config = AutoConfig.from_pretrained(fields["llm_model"])
+    text_config = AutoConfig.from_pretrained(fields["llm_model"], trust_remote_code=False)
     embeddings = tensors["language_model.model.embed_tokens.weight"]
     head = tensors.get("language_model.lm_head.weight")
     text_config.vocab_size = len(embeddings)
@@ -239,7 +252,7 @@ def make_config(fields: dict, tensors: dict[str, torch.Tensor], tokenizer) -> Vo
     lora_config = {"r": fields["lora_r"], "lora_alpha": fields["lora_alpha"], "target_modules": lora_targets}
     alignment_layers = {name.split(".")[2] for name in tensors if name.startswith("alignment.layers.")}
     return VoxLMConfig(
-        audio_config=AutoConfig.from_pretrained(fields["audio_encoder"]),
+        audio_config=AutoConfig.from_pretrained(fields["audio_encoder"], trust_remote_code=False),
         text_config=text_config,
         audio_token_id=tokenizer.convert_tokens_to_ids(fields["audio_start_token"]),
         audio_window_s=float(fields["max_audio_length"]),
@@ -290,18 +303,19 @@ def make_tokenizer(fields: dict, num_rows: int):
     Raises:
         ValueError: when the numbers of tokens and rows do not fit.
     """
-    tokenizer = AutoTokenizer.from_pretrained(fields["llm_model"])
-    added = num_rows - len(tokenizer)
-    if added not in (3, 4):
+    tokenizer = AutoTokenizer.from_pretrained(fields["llm_model"], trust_remote_code=False)
+    names = [fields[name] for name in ADDED_TOKENS]
+    vocabulary, added = tokenizer.get_vocab(), num_rows - len(tokenizer)
+    new = sum(name not in vocabulary for name in names)
+    if added not in (new, new + 1):
         raise ValueError(
             f"The checkpoint has {num_rows} token embeddings, the tokenizer of {fields['llm_model']} {len(tokenizer)} tokens; the "
-            "original adds 3 or 4, so the checkpoint has another base: name it with --text-base"
+            f"original adds {new} or {new + 1}, so the checkpoint has another base: name it with --text-base"
         )
-    if added == 4:
+    if added == new + 1:
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
     elif "<|fim_pad|>" in tokenizer.get_vocab() and tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.pad_token = "<|fim_pad|>"
-    names = [fields[name] for name in ADDED_TOKENS]
     tokenizer.add_special_tokens({"additional_special_tokens": names}, replace_extra_special_tokens=False)
     if len(tokenizer) != num_rows:
         raise ValueError(

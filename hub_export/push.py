@@ -1,75 +1,164 @@
 """
 Upload a checkpoint folder to the Hub.
 
-    voxlm-push FOLDER REPO_ID [--private] [--branch B] [--message M] [--tag T] [--dry-run]
+    voxlm-push FOLDER REPO_ID [--private] [--branch B] [--message M] [--tag T] [--include FILE] [--dry-run]
 
-Refuses to upload a folder that holds pickles, an access token, or files over the Hub's limits.
+Uploads the files that a checkpoint consists of. Any other file in the folder is named, and nothing is uploaded: move it
+away, or add it with --include. Refuses pickles, archives, links, files that hold a key or an access token, and files over
+the Hub's limits.
 """
 
 import argparse
+import glob
+import json
 import re
 import sys
-import zipfile
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError, safe_open
+
+from .export import CODE_FILES
+from .legacy import ORIGINAL_DECODING_FILE
 
 
 # The Hub's limits: https://huggingface.co/docs/hub/repositories-recommendations
 LARGEST_FILE, MOST_FILES = 50 * 10**9, 100_000
+# What a checkpoint consists of, all of it at the top of its folder: configs, tokenizers of the kinds that transformers writes,
+# the remote code, and what the Hub itself knows. Beside these, safetensors and their index.
+CHECKPOINT_FILES = {
+    *(
+        "config.json",
+        "generation_config.json",
+        "processor_config.json",
+        "preprocessor_config.json",
+        ORIGINAL_DECODING_FILE,
+    ),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    *("README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", ".gitattributes"),
+    *CODE_FILES,
+}
+WEIGHTS = re.compile(r"[\w.-]+\.safetensors(\.index\.json)?", re.ASCII)
+# Folders that git and the Hub's client keep in a downloaded checkpoint; the client never uploads them.
+NOT_CONTENT = (".git", ".cache")
 PICKLES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz"}
 # How a binary pickle starts: the opcode PROTO and the number of its protocol.
-PICKLE_STARTS = {bytes([0x80, protocol]) for protocol in range(2, 6)}
-# How the Hub's access tokens look; 30 letters or more, so that no shorter name with this prefix matches. Chosen by
-# hand, not tuned.
-TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}\b")
+PICKLE_STARTS = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
+# How zip (and torch.save), gzip, bzip2, xz, zstandard and 7z start; tar has its mark at byte 257.
+ARCHIVE_STARTS = (b"PK\x03\x04", b"PK\x05\x06", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf")
+# How keys and tokens look, each by what its issuer lets it begin with and long enough that no shorter name matches: of the
+# Hub, AWS, GitHub, Google, OpenAI and others, Slack; and private keys. The lengths are chosen by hand.
+SECRETS = {
+    "an access token": re.compile(rb"\bhf_[A-Za-z0-9]{30,}"),
+    "an AWS key": re.compile(rb"\b(AKIA|ASIA)[A-Z0-9]{16}\b"),
+    "a GitHub token": re.compile(rb"\b(gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{40,})"),
+    "a Google key": re.compile(rb"\bAIza[A-Za-z0-9_-]{35}"),
+    "an API key": re.compile(rb"\bsk-[A-Za-z0-9_-]{32,}"),
+    "a Slack token": re.compile(rb"\bxox[abeoprs]-[A-Za-z0-9-]{20,}"),
+    "a private key": re.compile(rb"-----BEGIN [A-Z ]{0,30}PRIVATE KEY"),
+}
+# Files are searched in blocks that overlap by more than any of these is long, also at four bytes a character.
+BLOCK, OVERLAP = 1 << 24, 1 << 12
 
 
-def files_to_push(folder: Path) -> list[Path]:
+def files_to_push(folder: Path, include: Collection[str] = ()) -> list[Path]:
     """
     The files of a checkpoint folder to upload, in order.
 
+    Args:
+        include: paths within the folder, with `/`, of files to upload that are not part of a checkpoint.
+
     Raises:
-        ValueError: naming a file that must not be uploaded, or one that is missing.
+        ValueError: naming all files that are not part of a checkpoint, a file that must not be uploaded, or one that is
+            missing.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json, so it is not a checkpoint; write one with voxlm-export")
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and ".git" not in path.parts)
+    paths = [path for path in folder.rglob("*") if path.relative_to(folder).parts[0] not in NOT_CONTENT]
+    files = sorted(path for path in paths if path.is_symlink() or not path.is_dir())
+    names = [path.relative_to(folder).as_posix() for path in files]
+    missing = [name for name in include if name not in names]
+    if missing:
+        raise ValueError(f"{folder} has no {missing[0]!r}, which --include names")
     if len(files) > MOST_FILES:
         raise ValueError(f"{folder} holds {len(files):,} files, the Hub takes {MOST_FILES:,}")
     for path in files:
-        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
-            raise ValueError(f"{path} is a link to {path.resolve()}, outside the folder")
-        if path.suffix.lower() in PICKLES or is_pickle(path):
-            raise ValueError(
-                f"{path} may hold a pickle, which runs code when it is loaded; a checkpoint is safetensors only"
-            )
-        if path.stat().st_size > LARGEST_FILE:
-            raise ValueError(
-                f"{path} has {path.stat().st_size:,} bytes, the Hub takes {LARGEST_FILE:,} a file; export with smaller "
-                "shards"
-            )
-        found = None if path.suffix == ".safetensors" else TOKEN.search(path.read_bytes())
-        if found:
-            raise ValueError(
-                f"{path} holds what looks like an access token ({found[0][:6].decode()}...); remove and revoke it"
-            )
+        check_kind(path)
+    others = [n for n in names if n not in CHECKPOINT_FILES and not WEIGHTS.fullmatch(n) and n not in include]
+    if others:
+        shown = ", ".join(map(repr, others[:10])) + (f" and {len(others) - 10} more" if len(others) > 10 else "")
+        raise ValueError(
+            f"Nothing was uploaded: {folder} holds {shown}, which is not part of a checkpoint. Move it away, or add it with "
+            "--include FILE"
+        )
+    for path in files:
+        check_content(path)
     return files
 
 
-def is_pickle(path: Path) -> bool:
+def check_kind(path: Path):
+    """Raise a `ValueError` for a link, what is no plain file, a pickle, an archive, and a file that is too large."""
+    if path.is_symlink():
+        raise ValueError(f"{path} is a link to {path.resolve()}; put the file itself there")
+    if not path.is_file():
+        raise ValueError(f"{path} is no plain file")
+    if path.suffix.lower() in PICKLES or starts_with(path, PICKLE_STARTS):
+        raise ValueError(
+            f"{path} may hold a pickle, which runs code when it is loaded; a checkpoint is safetensors only"
+        )
+    if starts_with(path, ARCHIVE_STARTS) or starts_with(path, (b"ustar",), at=257):
+        raise ValueError(f"{path} is an archive, which may hold a pickle or a secret; put its content there instead")
+    if path.stat().st_size > LARGEST_FILE:
+        raise ValueError(
+            f"{path} has {path.stat().st_size:,} bytes, the Hub takes {LARGEST_FILE:,} a file; export with smaller shards"
+        )
+
+
+def starts_with(path: Path, starts: tuple[bytes, ...], at: int = 0) -> bool:
+    """Whether the bytes of a file at a place are one of `starts`."""
+    with open(path, "rb") as file:
+        file.seek(at)
+        return file.read(max(map(len, starts))).startswith(starts)
+
+
+def check_content(path: Path):
+    """Raise a `ValueError` for a file that holds a secret, and for one that is not the safetensors or JSON it is called."""
+    for text in texts_of(path):
+        for kind, pattern in SECRETS.items():
+            found = pattern.search(text)
+            if found:
+                raise ValueError(
+                    f"{path} holds what looks like {kind} ({found[0][:6].decode()}...); remove and revoke it"
+                )
+
+
+def texts_of(path: Path) -> Iterator[bytes]:
     """
-    Whether a file, whatever its name, starts like a pickle or is an archive that contains one, as `torch.save` writes.
+    What is written in a file: its bytes in blocks, the same without zeros (as UTF-16 and UTF-32 have between letters) and, of
+    JSON and of the header of safetensors, the strings without escapes.
+
+    Raises:
+        ValueError: for safetensors and JSON that cannot be read.
     """
     with open(path, "rb") as file:
-        if file.read(2) in PICKLE_STARTS:
-            return True
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(Path(name).suffix.lower() in PICKLES for name in archive.namelist())
+        before = b""
+        while block := file.read(BLOCK):
+            yield before + block
+            if b"\0" in block:
+                yield (before + block).replace(b"\0", b"")
+            before = block[-OVERLAP:]
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="np") as tensors:
+                yield json.dumps([tensors.metadata(), list(tensors.keys())], ensure_ascii=False).encode()
+        elif path.suffix == ".json":
+            yield json.dumps(json.loads(path.read_bytes()), ensure_ascii=False).encode(errors="replace")
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} is no {path.suffix.removeprefix('.')} file, or is truncated: {error}") from error
 
 
 def push(
@@ -80,9 +169,13 @@ def push(
     message: str = "Upload VoxLM checkpoint",
     tag: str | None = None,
     api: HfApi | None = None,
+    include: Collection[str] = (),
 ) -> str:
     """
     Upload a folder as one commit; files that the Hub already has are not sent again.
+
+    Args:
+        include: see `files_to_push`.
 
     Returns:
         the commit's id, to pin with `revision=`.
@@ -91,12 +184,15 @@ def push(
         ValueError: for a folder that must not be uploaded (see `files_to_push`).
         HfHubHTTPError: for what the Hub refuses.
     """
-    files_to_push(folder)
+    # As patterns, in which no name of a checkpoint's file has a meaning but its own.
+    names = [glob.escape(path.relative_to(folder).as_posix()) for path in files_to_push(folder, include)]
     api = api or HfApi()
     api.create_repo(repo_id, private=private, exist_ok=True)
     if branch is not None:
         api.create_branch(repo_id, branch=branch, exist_ok=True)
-    commit = api.upload_folder(repo_id=repo_id, folder_path=folder, revision=branch, commit_message=message).oid
+    commit = api.upload_folder(
+        repo_id=repo_id, folder_path=folder, revision=branch, commit_message=message, allow_patterns=names
+    ).oid
     if tag is not None:
         api.create_tag(repo_id, tag=tag, revision=commit)
     return commit
@@ -110,11 +206,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--branch")
     parser.add_argument("--message", default="Upload VoxLM checkpoint")
     parser.add_argument("--tag", help="name for the commit")
+    parser.add_argument("--include", metavar="FILE", action="append", default=[], help="upload this file of FOLDER too")
     parser.add_argument("--dry-run", action="store_true", help="only list the files that would be uploaded")
     arguments = parser.parse_args(argv)
     try:
         if arguments.dry_run:
-            for path in files_to_push(arguments.folder):
+            for path in files_to_push(arguments.folder, arguments.include):
                 print(f"{path.stat().st_size:>14,}  {path.relative_to(arguments.folder)}")
             return 0
         commit = push(
@@ -124,6 +221,7 @@ def main(argv: list[str] | None = None) -> int:
             arguments.branch,
             arguments.message,
             arguments.tag,
+            include=arguments.include,
         )
     except (OSError, ValueError, HfHubHTTPError) as error:
         print(f"voxlm-push: {error}", file=sys.stderr)

@@ -1,5 +1,6 @@
 """Loading and saving: LoRA, missing weights, base models, and what a saved folder needs to work where the package is not."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import IA3Config, LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -29,6 +31,7 @@ from voxlm_hf.loading_voxlm import (
     weights_digest,
     with_bases,
 )
+from voxlm_hub_export.export import export
 
 
 MODULES = {path.name for path in Path(voxlm_hf.__file__).parent.glob("*_voxlm.py")}
@@ -64,11 +67,118 @@ def test_saved_twice_it_is_still_the_same(targets, tmp_path):
         assert torch.equal(again[name], tensor), name
 
 
-def test_lora_in_some_layers_survives_saving_and_loading(tmp_path):
-    fields = {"r": 2, "target_modules": ["q_proj"], "layers_to_transform": [0]}
-    model = tiny.randomise_lora(tiny.model(lora_config=fields))
-    model.save_pretrained(tmp_path)
-    assert torch.equal(logits(VoxLMForSpeechSeq2Seq.from_pretrained(tmp_path)), logits(model))
+# Values of the fields of peft's LoraConfig that a model keeps, each more than once where it matters; in the tiny LLM LoRA then
+# has the number of layers that peft documents.
+KEPT_LORA = {
+    "r": [({"r": 3}, 14)],
+    "lora_alpha": [({"lora_alpha": 2.5}, 14)],
+    "lora_dropout": [({"lora_dropout": 0.5}, 14)],
+    "target_modules": [
+        ({"target_modules": r".*\.layers\.1\.self_attn\.[qk]_proj"}, 2),
+        ({"target_modules": ["layers.0.mlp.up_proj", "v_proj"]}, 3),
+        ({"target_modules": {"q_proj", "o_proj"}}, 4),
+    ],
+    "exclude_modules": [
+        ({"exclude_modules": ["q_proj", "up_proj"]}, 10),
+        ({"target_modules": ["q_proj", "k_proj"], "exclude_modules": "model.layers.1.self_attn.k_proj"}, 3),
+    ],
+    "use_rslora": [({"use_rslora": True}, 14)],
+    "use_dora": [
+        ({"use_dora": True}, 14),
+        ({"use_dora": True, "target_modules": ".*0.*q_proj", "use_rslora": True}, 1),
+    ],
+    "layers_to_transform": [({"layers_to_transform": 1, "target_modules": ["q_proj", "down_proj"]}, 2)],
+    "layers_pattern": [({"layers_to_transform": [0], "layers_pattern": "layers", "target_modules": ["q_proj"]}, 1)],
+    "rank_pattern": [({"rank_pattern": {"q_proj": 4, "layers.0.mlp.up_proj": 1}}, 14)],
+    "alpha_pattern": [({"alpha_pattern": {".*_proj": 9}}, 14)],
+    "init_lora_weights": [({"init_lora_weights": "gaussian"}, 14)],
+}
+# What describes an adapter and changes no weight.
+DESCRIPTIVE_LORA = {
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+}
+LORA_CASES = [case for cases in KEPT_LORA.values() for case in cases]
+
+
+@pytest.fixture(scope="module")
+def plain_bases(tmp_path_factory):
+    """Two base models, and a model of them without LoRA."""
+    folder = tmp_path_factory.mktemp("plain_bases")
+    tiny.save_bases(folder, "qwen2")
+    bases = str(folder / "audio"), str(folder / "text")
+    return bases, VoxLMForSpeechSeq2Seq.from_base_models(*bases, lora_config=None)
+
+
+@pytest.mark.parametrize("fields, layers", LORA_CASES, ids=str)
+def test_all_that_lora_keeps_gives_equal_logits_however_it_is_stored(fields, layers, plain_bases, tmp_path):
+    bases, plain = plain_bases
+    model = VoxLMForSpeechSeq2Seq.from_base_models(*bases, lora_config={"r": 2, **fields})
+    plain.load_state_dict({k.replace(".base_layer.", "."): v for k, v in model.state_dict().items()}, strict=False)
+    torch.testing.assert_close(logits(model), logits(plain), atol=1e-5, rtol=0)  # new LoRA is the identity
+    adapted = {name.split(".lora_A")[0] for name in model.state_dict() if ".lora_A." in name}
+    assert len(adapted) == layers
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    expected = logits(model)
+    assert not torch.allclose(expected, logits(plain), atol=1e-3)
+
+    model.save_pretrained(tmp_path / "once")
+    VoxLMForSpeechSeq2Seq.from_pretrained(tmp_path / "once").save_pretrained(tmp_path / "twice")
+    export(model, tmp_path / "delta", "delta", bases=bases)
+    export(model, tmp_path / "merged")
+    for name, tolerance in {"once": 0, "twice": 0, "delta": 0, "merged": 1e-4}.items():
+        loaded = VoxLMForSpeechSeq2Seq.from_pretrained(tmp_path / name)
+        loaded.processor = model.processor
+        torch.testing.assert_close(logits(loaded), expected, atol=tolerance, rtol=0)
+    export(model, tmp_path / "int8", "lora", "int8")
+    loaded = VoxLMForSpeechSeq2Seq.from_pretrained(tmp_path / "int8").state_dict()
+    for name, tensor in model.state_dict().items():  # to the rounding of 8 bits and of bfloat16
+        torch.testing.assert_close(loaded[name], tensor, atol=1e-2, rtol=1e-2)
+    merge_lora(model.language_model)
+    torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(LoraConfig)])
+def test_every_field_of_pefts_lora_is_kept_or_refused_when_the_config_is_made(name):
+    """A field that a newer peft adds is refused, until a case above shows that it is kept."""
+    if name in DESCRIPTIVE_LORA:
+        assert name not in tiny.config(lora_config={name: "something"}).lora_config
+        return
+    if name in KEPT_LORA:
+        assert KEPT_LORA[name][0][0].items() <= tiny.config(lora_config=KEPT_LORA[name][0][0]).lora_config.items()
+        return
+    for value in ("all", True, ["q_proj"], {"a": 1}, 3):
+        with pytest.raises(ValueError, match=f"`lora_config` cannot have {name}="):
+            tiny.config(lora_config={name: value})
+
+
+def test_what_peft_writes_of_a_lora_config_is_one():
+    config = tiny.config(lora_config=LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM").to_dict())
+    assert config.lora_config["r"] == 4 and config.lora_config["target_modules"] == ["q_proj"]
+    assert not {"peft_type", "bias", "runtime_config", "megatron_core"} & set(config.lora_config)
+    with pytest.raises(ValueError, match="peft_type"):
+        tiny.config(lora_config=IA3Config(target_modules=["q_proj"], feedforward_modules=[]).to_dict())
+
+
+@pytest.mark.parametrize("targets", ["embed_tokens", "lm_head", ".*(q_proj|lm_head)"])
+def test_lora_outside_the_linear_layers_of_the_llm_is_refused(targets):
+    with pytest.raises(ValueError, match="LoRA can be in linear layers inside the LLM"):
+        tiny.model(lora_config={"target_modules": targets if "(" in targets else [targets]})
+
+
+def test_dora_on_plain_base_weights_starts_as_the_identity(tmp_path):
+    plain = tiny.model()
+    plain.save_pretrained(tmp_path)
+    model = VoxLMForSpeechSeq2Seq.from_pretrained(tmp_path, lora_config={"r": 2, "use_dora": True})
+    torch.testing.assert_close(logits(model), logits(plain), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("targets", TARGETS, ids=str)

@@ -1,11 +1,17 @@
 """What goes to the Hub, and what never does. The Hub itself is played by a list of calls."""
 
+import gzip
+import io
+import json
+import os
 import pickle
+import tarfile
 import zipfile
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests import tiny
 from voxlm_hub_export.export import export
@@ -40,6 +46,7 @@ def test_one_commit_on_a_branch_with_a_tag(folder):
         "folder_path": folder,
         "revision": "next",
         "commit_message": "better",
+        "allow_patterns": sorted(path.name for path in folder.iterdir()),
     }
     assert hub.calls[3][2] == {"tag": "v2", "revision": "c0ffee"}
 
@@ -62,32 +69,141 @@ def test_pickles_stay_at_home(folder, name, capsys):
     assert main([str(folder), "me/model"]) == 1 and "voxlm-push: " in capsys.readouterr().err
 
 
-def test_pickles_under_another_name_stay_at_home(folder):
-    file = folder / "weights.dat"
-    for save in (lambda: torch.save({"w": torch.zeros(2)}, file), lambda: file.write_bytes(pickle.dumps([1, 2]))):
-        save()
-        with pytest.raises(ValueError, match="may hold a pickle"):
-            files_to_push(folder)
-    with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("notes.txt", "nothing to run")
-    assert file in files_to_push(folder)
+def zipped(name: str) -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        archive.writestr(name, "KEY=1")
+    return content.getvalue()
 
 
-def test_tokens_large_files_and_links_stay_at_home(folder, tmp_path, monkeypatch):
-    (folder / ".env").write_text("TOKEN=hf_" + "a" * 34)
-    with pytest.raises(ValueError, match="access token .hf_aaa"):
+def tarred() -> bytes:
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("x"))
+    return content.getvalue()
+
+
+def torch_saved() -> bytes:
+    content = io.BytesIO()
+    torch.save({"w": torch.zeros(2)}, content)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize("name", ["README.md", "vocab.json", "deep/other.dat"])
+@pytest.mark.parametrize(
+    "content", [pickle.dumps([1]), torch_saved(), zipped("a.txt"), zipped("a.pkl"), gzip.compress(b"x"), tarred()]
+)
+def test_pickles_and_archives_stay_at_home_under_any_name(folder, name, content):
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name} (may hold a pickle|is an archive)"):
+        files_to_push(folder, include=[name])
+
+
+OTHERS = [
+    ".env",
+    "id_rsa",
+    "credentials",
+    "notes.txt",
+    "run.sh",
+    "Config.json",
+    "MODEL.SAFETENSORS",
+    "config.json\n",
+    "a*b",
+]
+OTHERS += [
+    "modeling_voxlm.py.bak",
+    "optimizer.safetensors.txt",
+    "sub/config.json",
+    ".ssh/id_ed25519",
+    "__pycache__/x.pyc",
+]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_not_part_of_a_checkpoint_is_named_and_nothing_is_uploaded(folder, name):
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text('"API=secret"')
+    hub = Hub()
+    with pytest.raises(ValueError, match="not part of a checkpoint") as error:
+        push(folder, "me/model", api=hub)
+    assert repr(name) in str(error.value) and not hub.calls
+    push(folder, "me/model", api=hub, include=[name])
+    assert len(hub.calls[1][2]["allow_patterns"]) == sum(path.is_file() for path in folder.rglob("*"))
+
+
+def test_only_files_that_are_there_can_be_included(folder, capsys):
+    assert main([str(folder), "me/model", "--include", "../other.txt", "--dry-run"]) == 1
+    assert "has no '../other.txt'" in capsys.readouterr().err
+
+
+def test_a_folder_below_git_is_looked_through_and_git_in_the_folder_left_out(folder, tmp_path):
+    below = tmp_path / ".git" / "model"
+    below.parent.mkdir()
+    folder.rename(below)
+    count = len(files_to_push(below))
+    (below / ".git").mkdir()
+    (below / ".git" / "config").write_text("[remote]")
+    assert len(files_to_push(below)) == count
+    (below / "id_rsa").write_text("x")
+    with pytest.raises(ValueError, match="'id_rsa'"):
+        files_to_push(below)
+
+
+# Made up, and put together here so that no scanner takes this file for one that holds them.
+SECRETS = ["hf_" + "a" * 34, "AKIA" + "A1" * 8, "ghp_" + "b" * 36, "AIza" + "c" * 35, "sk-" + "d" * 48]
+SECRETS += ["xoxb-" + "1" * 24, "-----BEGIN " + "OPENSSH PRIVATE KEY-----", "github_pat_" + "e" * 60]
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-16-be", "utf-32"])
+def test_secrets_stay_at_home_in_every_encoding(folder, secret, encoding):
+    (folder / "README.md").write_bytes(f"The key is {secret}.".encode(encoding))
+    with pytest.raises(ValueError, match="README.md holds what looks like a"):
         files_to_push(folder)
-    (folder / ".env").rename(folder / "run.sh")
+
+
+def test_secrets_in_json_and_safetensors_stay_at_home(folder):
+    token, config = SECRETS[0], json.loads((folder / "config.json").read_text())
+    escaped = json.dumps({**config, "prompt": token}).replace("hf_a", "\\u0068f_a")
+    assert token not in escaped
+    (folder / "config.json").write_text(escaped)
+    with pytest.raises(ValueError, match="config.json holds what looks like an access token .hf_aaa"):
+        files_to_push(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    file = next(folder.glob("encoder*.safetensors"))
+    tensors = load_file(file)
+    hidden = torch.tensor(list(f"x {token}".encode()), dtype=torch.uint8)
+    for content, metadata in ((tensors, {"by": token}), ({**tensors, token: hidden[:1]}, {}), ({"t": hidden}, {})):
+        save_file(content, file, metadata)
+        with pytest.raises(ValueError, match=f"{file.name} holds what looks like an access token"):
+            files_to_push(folder)
+    file.write_text("PASSWORD=1")
+    with pytest.raises(ValueError, match=f"{file.name} is no safetensors file"):
+        files_to_push(folder)
+
+
+def test_a_secret_across_two_blocks_is_found(folder, monkeypatch):
+    monkeypatch.setattr("voxlm_hub_export.push.BLOCK", 5000)
+    (folder / "README.md").write_text("x" * 4979 + " " + SECRETS[0])
     with pytest.raises(ValueError, match="access token"):
         files_to_push(folder)
-    (folder / "run.sh").unlink()
+
+
+def test_large_files_links_and_pipes_stay_at_home(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("voxlm_hub_export.push.LARGEST_FILE", 100)
     with pytest.raises(ValueError, match="the Hub takes 100 a file"):
         files_to_push(folder)
     monkeypatch.undo()
     (tmp_path / "secret.txt").write_text("s")
-    (folder / "notes.txt").symlink_to(tmp_path / "secret.txt")
-    with pytest.raises(ValueError, match="outside the folder"):
+    (tmp_path / "more").mkdir()
+    for target in (tmp_path / "secret.txt", folder / "config.json", tmp_path / "more", tmp_path / "nowhere"):
+        (folder / "README.md").symlink_to(target)
+        with pytest.raises(ValueError, match="README.md is a link to"):
+            files_to_push(folder)
+        (folder / "README.md").unlink()
+    os.mkfifo(folder / "README.md")
+    with pytest.raises(ValueError, match="no plain file"):
         files_to_push(folder)
 
 

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
+from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput
@@ -17,7 +18,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_voxlm import VoxLMConfig
 from .cpu_voxlm import VoxLMInferenceMixin
 from .generation_voxlm import VoxLMGenerationMixin
-from .legacy_voxlm import VoxLMConvProjector, VoxLMCrossAttentionHead
+from .legacy_voxlm import EDGE_STD, VoxLMConvProjector, VoxLMCrossAttentionHead
 from .loading_voxlm import VoxLMLoadingMixin
 from .outputs_voxlm import VoxLMAudioOutput, VoxLMCausalLMOutputWithPast
 from .reader_voxlm import VoxLMReader
@@ -284,6 +285,22 @@ class VoxLMPreTrainedModel(VoxLMLoadingMixin, PreTrainedModel):
     ]
     _skip_keys_device_placement = ["past_key_values"]
 
+    @torch.no_grad()
+    def _init_weights(self, module):
+        """Initialise what is in no layer of the library's: a checkpoint may lack it, and then it was never made."""
+        super()._init_weights(module)
+        if isinstance(module, VoxLMProjector):
+            if module.log_scale is not None:
+                init.zeros_(module.log_scale)
+            if module.token_ids is not None:
+                init.copy_(module.token_ids, torch.arange(len(module.token_ids)))
+        elif isinstance(module, VoxLMConvProjector):
+            for vector in (module.start, module.end):
+                init.normal_(vector, std=EDGE_STD)
+        elif isinstance(module, VoxLMReader):
+            for tensor in (module.end, module.spelling, module.spelling_offsets):
+                init.zeros_(tensor)
+
 
 class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, VoxLMGenerationMixin, VoxLMInferenceMixin):
     r"""
@@ -322,6 +339,8 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, VoxLMGenerationMixin, VoxLMInf
         self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
         self.alignment = make_alignment_head(config)
         self.processor = None
+        # Where on the Hub `from_pretrained` found the model; the processor is there too.
+        self.hub_options = {}
         self.for_inference_only = False
         # The class name does not tell the library that labels are those of a causal LM.
         self.loss_type = "ForCausalLM"

@@ -14,6 +14,7 @@ from .collator_voxlm import word_time_targets
 from .words_voxlm import Word, decode_tokens, encode_words, split_words
 
 
+# What `from_base_models` adds to a tokenizer. Converted checkpoints may have other tokens, which their processor names.
 AUDIO_TOKEN, PAD_TOKEN = "<|audio|>", "<|pad|>"
 # One analysis window of 25 ms (Whisper, Kaldi) is the shortest input that every feature extractor accepts.
 ANALYSIS_WINDOW_S = 0.025
@@ -55,6 +56,28 @@ def one_for_each(prompt: str | list | None, count: int) -> list:
     return prompts
 
 
+def audio_token_id(tokenizer, token: str) -> int:
+    """
+    The id of the token that stands for a projected frame.
+
+    Raises:
+        ValueError: for one that the tokenizer does not know as a single token, or that has another meaning already.
+    """
+    if not isinstance(token, str) or not token:
+        raise ValueError(f"`audio_token` must be a token of the tokenizer, got {token!r}")
+    token_id = tokenizer.convert_tokens_to_ids(token)
+    ids = tokenizer(2 * token, add_special_tokens=False)["input_ids"]
+    if token_id is None or ids != [token_id, token_id]:
+        raise ValueError(
+            f"The audio token {token!r} is no special token of the tokenizer, which splits two of them into the ids {ids}; add "
+            "it with `add_special_tokens`, or give the one that the tokenizer has as `audio_token`"
+        )
+    for name in ("eos_token", "pad_token", "bos_token", "unk_token"):
+        if token == getattr(tokenizer, name, None):
+            raise ValueError(f"The audio token {token!r} is the tokenizer's {name} too; it needs a token of its own")
+    return token_id
+
+
 @contextmanager
 def saved_with_code(cls: type, auto_class: str) -> Iterator[None]:
     """
@@ -84,10 +107,11 @@ class VoxLMProcessor(ProcessorMixin):
 
     Args:
         feature_extractor: of the audio encoder, of any kind.
-        tokenizer: of the LLM, with the token `<|audio|>` and a pad token of its own.
+        tokenizer: of the LLM, with the audio token and a pad token of its own.
         chat_template (`str`, *optional*): Jinja template for `apply_chat_template`.
         prompt (`str`), prompt_template (`str`), audio_window_s (`float`), pad_audio_to_window (`bool`):
             as in [`VoxLMConfig`].
+        audio_token (`str`): the placeholder of a projected frame, a special token of the tokenizer.
         text_prefix (`str`): what the transcript begins with after the prompt.
         samples_per_feature (`int`): waveform samples per input feature (1 for encoders of raw audio).
         samples_per_frame (`int`): waveform samples per encoder frame.
@@ -111,9 +135,10 @@ class VoxLMProcessor(ProcessorMixin):
         samples_per_frame=320,
         audio_token_stride=8,
         audio_token_offset=7,
+        audio_token=AUDIO_TOKEN,
     ):
-        self.audio_token = AUDIO_TOKEN
-        self.audio_token_id = tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
+        self.audio_token = audio_token
+        self.audio_token_id = audio_token_id(tokenizer, audio_token)
         self.prompt = prompt
         self.prompt_template = prompt_template
         self.text_prefix = text_prefix
@@ -308,7 +333,7 @@ class VoxLMProcessor(ProcessorMixin):
     def __call__(self, text=None, audio=None, **kwargs) -> BatchFeature:
         r"""
         Args:
-            text (`str` or `list[str]`): prompts with one `<|audio|>` each, which becomes one placeholder per projected
+            text (`str` or `list[str]`): prompts with one audio token each, which becomes one placeholder per projected
                 frame.
             audio: one or many recordings, of any kind `read_audio` takes.
             sampling_rate (`int`, *optional*): rate of bare arrays in Hz, by default the encoder's.
@@ -327,7 +352,7 @@ class VoxLMProcessor(ProcessorMixin):
 
     def render_prompt(self, prompt: str | None = None) -> str:
         """
-        The text of one request, with one `<|audio|>`.
+        The text of one request, with one audio token.
 
         Args:
             prompt (`str`, *optional*): instruction or context for the LLM; by default the one used in training.
@@ -344,7 +369,10 @@ class VoxLMProcessor(ProcessorMixin):
                 f"The prompt contains the special token {specials[0]!r}, which the model would take as control; remove it"
             )
         before, after = self.prompt_template.split("{audio}")
-        return before.replace("{prompt}", prompt) + self.audio_token + after.replace("{prompt}", prompt)
+        text = before.replace("{prompt}", prompt) + self.audio_token + after.replace("{prompt}", prompt)
+        if text.count(self.audio_token) != 1:
+            raise ValueError(f"The request must hold {self.audio_token} once, where the audio goes, got {text!r}")
+        return text
 
     def apply_transcription_request(self, audio, prompt=None, text=None, sampling_rate=None) -> BatchFeature:
         """
