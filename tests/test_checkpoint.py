@@ -105,7 +105,8 @@ def test_the_auto_classes_load_all_of_it(answers):
 
 
 @pytest.mark.parametrize(
-    "name, most", [("1089-134686-0000.flac", 2), ("84-121123-0001.flac", 0), ("austen-0880.flac", 0), ("arctic-b0273.flac", 0)]
+    "name, most",
+    [("1089-134686-0000.flac", 2), ("84-121123-0001.flac", 0), ("austen-0880.flac", 0), ("arctic-b0273.flac", 0)],
 )
 def test_transcripts_are_those_of_a_model_with_five_percent_word_errors(answers, name, most):
     """

@@ -148,11 +148,42 @@ def encode(model, processor: VoxLMProcessor, segments: list[AudioSegment], promp
         model ([`VoxLMForSpeechSeq2Seq`])
         processor ([`VoxLMProcessor`])
         segments (`list[AudioSegment]`), prompts (`list[str]`): see [`EncodedBatch`].
+
+    Raises:
+        ValueError: for prompt and audio that leave no room in the LLM's context for a short text.
     """
     features = processor.extract_features([segment.waveform for segment in segments])
     inputs = processor.prompt_ids(prompts, processor.count_audio_tokens(features))
     features, inputs = ({name: value.to(model.device) for name, value in part.items()} for part in (features, inputs))
-    return EncodedBatch(segments, prompts, **inputs, audio=model.get_audio_features(**features))
+    audio = model.get_audio_features(**features)
+    visible = model.visible_positions(**inputs, audio=audio)
+    check_context(model.config, visible, None, new_tokens=MIN_TOKENS)
+    return EncodedBatch(segments, prompts, **inputs, audio=audio)
+
+
+def check_context(config, attention_mask, input_ids, new_tokens: int = 1):
+    """
+    Check that prompts leave room in the LLM's context.
+
+    Args:
+        config ([`VoxLMConfig`])
+        attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*): what it hides takes no room.
+        input_ids (`torch.Tensor` of shape `(batch, length)`, *optional*): for prompts without a mask.
+        new_tokens (`int`): how many tokens have to fit behind the prompt.
+
+    Raises:
+        ValueError: for a prompt that is too long.
+    """
+    context = getattr(config.text_config, "max_position_embeddings", None)
+    if attention_mask is not None and attention_mask.dim() == 2:
+        longest = int(attention_mask.sum(-1).max())
+    else:
+        longest = 0 if input_ids is None else input_ids.shape[1]
+    if context and longest + new_tokens > context:
+        raise ValueError(
+            f"The prompt has {longest} tokens, audio included, but the LLM's context is {context} with at least {new_tokens} new; "
+            "shorten the prompt or the audio"
+        )
 
 
 def encode_with_silence(model, processor: VoxLMProcessor, segments: list[AudioSegment], seconds: float | None):
