@@ -311,8 +311,8 @@ def doubted(tokens, frames, empty=-9.0):
 
 @pytest.mark.parametrize(
     "tokens, frames, empty",
-    [(2, 8, -9.0), (0, 4, -9.0), (8, 8, -2.2), (15, 5, -9.0), (7, 1, -9.0)],
-    ids=["few tokens", "no token", "perhaps nothing", "said twice", "a loop"],
+    [(2, 8, -9.0), (0, 4, -9.0), (8, 8, -2.2), (15, 5, -9.0), (7, 1, -9.0), (8, None, -2.2)],
+    ids=["few tokens", "no token", "perhaps nothing", "said twice", "a loop", "perhaps nothing, no gate"],
 )
 def test_a_list_that_does_not_fit_the_frames_is_in_doubt(tokens, frames, empty):
     assert doubted(tokens, frames, empty)

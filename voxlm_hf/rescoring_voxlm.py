@@ -236,9 +236,11 @@ def in_doubt(texts: list[Hypothesis], visible_frames: int | None) -> bool:
         texts (`list[Hypothesis]`): of one segment, the reader's best first.
         visible_frames (`int`, *optional*): number of frames that carry a token, for models with a frame gate.
     """
-    if not visible_frames:
-        return False
     empty = max((text.reader_logprob for text in texts if not text.decoded.ids), default=-math.inf)
+    if visible_frames is None:
+        return empty > DOUBTFUL_EMPTY
+    if visible_frames == 0:
+        return False
     fewest, most = (share * visible_frames for share in DOUBTFUL_TOKENS_PER_FRAME)
     tokens = len(texts[0].decoded.ids)
     too_few = visible_frames >= DOUBT_FROM_FRAMES and (empty > DOUBTFUL_EMPTY or tokens < fewest)
