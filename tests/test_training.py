@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -576,7 +577,7 @@ def test_a_recipe_runs_all_stages_resumes_and_its_model_loads(tmp_path, manifest
         "stages": [
             {"kind": "warm_start", "merges": 5, "steps": 2, "eval_steps": 1},
             {"kind": "transcription", "parts": ["lora"], "seconds_per_batch": 4, "max_steps": 2, "max_new_tokens": 3, "eval_steps": 2},
-            {"kind": "alignment", "parts": ["alignment"], "seconds_per_batch": 4, "max_steps": 9},
+            {"kind": "alignment", "parts": ["alignment"], "seconds_per_batch": 4, "max_steps": 9, "bf16": True},
         ],
     }  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -587,12 +588,12 @@ def test_a_recipe_runs_all_stages_resumes_and_its_model_loads(tmp_path, manifest
     assert "left out" in shown and "trained:" in shown
     trained = VoxLMForSpeechSeq2Seq.from_pretrained(final)
     assert trained.config.projector_vocab_size == len(trained.projector.token_ids)
-    (tmp_path / "out" / "3-alignment" / "trained.safetensors").unlink()
+    shutil.rmtree(tmp_path / "out" / "3-alignment")
     again = VoxLMForSpeechSeq2Seq.from_pretrained(run(recipe))
     assert capsys.readouterr().out.count("finished before") == 2
+    # Also the last stage, in whose process the others, in another precision, did not run.
     for (name, one), other in zip(trained.state_dict().items(), again.state_dict().values()):
-        if not name.startswith("alignment."):
-            assert torch.equal(one, other), name
+        assert torch.equal(one, other), name
 
 
 RECIPE = """

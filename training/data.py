@@ -333,6 +333,9 @@ def _slice(source: dict, report: Report, share: tuple[int, int]) -> Iterator[tup
     place = options.pop(kind)
     first, count, every = options.pop("first", 0), options.pop("count", None), options.pop("every", 1)
     exclude, only = list(options.pop("exclude_speakers", ())), options.pop("only_speakers", None)
+    for name, value, least in (("first", first, 0), ("count", count, 0), ("every", every, 1)):
+        if value is not None and not (isinstance(value, int) and value >= least):
+            raise ValueError(f"`{name}` of the source {place} must be a whole number from {least} on, got {value!r}")
     if kind != "dataset":
         options.pop("streaming", None)
     index, processes = share

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -29,7 +30,7 @@ from voxlm_hf.audio_voxlm import read_audio, to_waveform
 from . import hard_cases, timing
 from .aligners import original_words, sphinx_words
 from .confidence import all_right_words, plot_reliability, raw_confidences, score_confidences
-from .data import Row, read_rows
+from .data import Row, error_line, read_rows
 from .text import normalise, whisper_normaliser
 
 
@@ -130,7 +131,7 @@ def transcribe_rows(model: str, rows: list[Row], batch_size: int, is_reference: 
         "given": the reference text's words with the times that the model finds for them; and the seconds that
         transcribing took.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     with_times = any(row.words or row.anchors for row in rows)
     if is_reference:
         run = stock_runner(model, device, with_times, batch_size)
@@ -156,7 +157,7 @@ def transcribe_rows(model: str, rows: list[Row], batch_size: int, is_reference: 
     return results, seconds
 
 
-def stock_runner(model: str, device: str, with_times: bool, batch_size: int) -> Callable:
+def stock_runner(model: str, device: torch.device, with_times: bool, batch_size: int) -> Callable:
     """A function from recordings to "text" and "words", by transformers' own pipeline, greedily and in English."""
     stock = pipeline("automatic-speech-recognition", model=model, device=device, dtype=torch.float32)
     greedy = {"num_beams": 1, "language": "en", "task": "transcribe"}
@@ -387,8 +388,21 @@ def main():
     parser.add_argument("--worst", type=int, default=10, help="how many of the utterances with the most errors to list")
     parser.add_argument("--output", type=Path, required=True, help="folder for the results")
     arguments = parser.parse_args()
-    rows, report = read_rows([{"manifest": arguments.manifest, "every": arguments.every}], max_s=LONGEST_S)
-    print(report)
+    try:
+        rows, report = read_rows([{"manifest": arguments.manifest, "every": arguments.every}], max_s=LONGEST_S)
+        print(report)
+        if not rows:
+            raise ValueError(f"{arguments.manifest} has no recording to score; see above")
+        measured = measure(arguments, rows)
+    except (OSError, ValueError) as error:
+        print(f"voxlm-eval: {error_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    write_results(measured, arguments.output, arguments.worst)
+    print(report_markdown(measured, arguments.worst))
+
+
+def measure(arguments: argparse.Namespace, rows: list[Row]) -> Results:
+    """All that the command line asks for."""
     data = arguments.data_name or arguments.manifest.resolve().parent.name
     models = [(arguments.model, False), *((reference, True) for reference in arguments.reference)]
     results = [evaluate(model, rows, data, arguments.batch_size, stock) for model, stock in models]
@@ -400,8 +414,7 @@ def main():
     )
     if arguments.aligners:
         measured.times += score_aligners(arguments.model, rows, data)
-    write_results(measured, arguments.output, arguments.worst)
-    print(report_markdown(measured, arguments.worst))
+    return measured
 
 
 if __name__ == "__main__":

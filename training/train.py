@@ -92,6 +92,10 @@ def read_recipe(path: Path, overrides: list[str]) -> dict:
     """
     try:
         recipe = OmegaConf.load(path)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise ValueError(f"{path} is not a recipe: {error}") from error  # of OmegaConf, for a bare number
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(recipe, DictConfig):
@@ -127,11 +131,19 @@ def apply_override(recipe: DictConfig, override: str):
 
 
 def make_model(source: str | dict) -> VoxLMForSpeechSeq2Seq:
-    """A model to train: a checkpoint by Hub id or folder, or the arguments of `from_base_models`."""
+    """
+    A model to train: a checkpoint by Hub id or folder, or the arguments of `from_base_models`.
+
+    Raises:
+        ValueError: naming the model, when it cannot be loaded.
+    """
     if isinstance(source, dict):
         return VoxLMForSpeechSeq2Seq.from_base_models(**source)
-    model = VoxLMForSpeechSeq2Seq.from_pretrained(source)
-    model.get_processor()
+    try:
+        model = VoxLMForSpeechSeq2Seq.from_pretrained(source)
+        model.get_processor()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model: {source} cannot be loaded: {error}") from error
     return model
 
 

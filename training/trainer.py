@@ -121,8 +121,8 @@ class StageTrainer(Trainer):
         try:
             return self.train(resume_from_checkpoint=str(last) if last else None)
         finally:
-            # accelerate gave the model a forward in mixed precision; the next stage may want another.
-            for name in ("forward", "_original_forward"):
+            # accelerate gave the model a forward in mixed precision, and would leave it to the next stage as it is.
+            for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
                 self.model.__dict__.pop(name, None)
 
     def _save(self, output_dir=None, state_dict=None):

@@ -1,0 +1,164 @@
+"""Starting again after a kill at any moment."""
+
+import json
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainingArguments
+
+from tests import tiny
+from voxlm_hf import VoxLMForSpeechSeq2Seq
+from voxlm_training.checkpoints import last_whole_checkpoint
+from voxlm_training.data import Row, SpeechDataset
+from voxlm_training.features import TensorStore
+from voxlm_training.train import run_stage, save_model
+
+
+FIELDS = {"projector_readout": "token_mixture", "frame_gate_threshold": 0.3, "lora_config": {"r": 2}}
+COMMON = {"save_steps": 2, "logging_steps": 1, "warmup_steps": 0, "report_to": [], "disable_tqdm": True}
+KINDS = {
+    "warm_start": {"merges": 5, "steps": 6, "frames_per_batch": 60, "learning_rate": 1e-2},
+    "transcription": {"parts": ["projector", "lora"], "seconds_per_batch": 1.0, "max_steps": 6, "state_noise": 0.5},
+    "reader": {"base": None, "settings": {"end_frames": 4}, "recordings": 3, "steps": 6, "frames_per_batch": 60},
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """A tiny Whisper, of which the models of this file have the encoder."""
+    folder = tmp_path_factory.mktemp("bases")
+    tiny.save_whisper(folder)
+    return folder
+
+
+def train(bases, folder, kind):
+    """What a stage has trained, always from the same start."""
+    torch.manual_seed(0)
+    model = VoxLMForSpeechSeq2Seq.from_base_models(str(bases / "audio"), str(bases / "text"), **FIELDS)
+    rows = [Row(str(n), tiny.noise(0.5 + n / 10, n), text, 0.5 + n / 10) for n, text in enumerate(("fox", "dog", "he"))]
+    options = {**COMMON, **KINDS[kind]}
+    if kind == "reader":
+        options["base"] = str(bases / "audio")
+    run_stage(model, SpeechDataset(rows, model.processor), None, folder, 3, kind, **options)
+    return load_file(folder / "trained.safetensors")
+
+
+DAMAGES = {
+    "trainer_state.json": ("missing", "empty", "half"),
+    "model.safetensors": ("missing", "empty", "half"),
+    "optimizer.pt": ("missing", "empty", "half"),
+    "scheduler.pt": ("missing", "half"),
+    "rng_state.pth": ("missing", "empty", "half"),
+}
+
+
+def damage(path: Path, how: str):
+    if how == "missing":
+        path.unlink()
+    else:
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2] if how == "half" else b"")
+
+
+@pytest.fixture(scope="module")
+def whole(bases, tmp_path_factory):
+    """The folder of each kind of stage after an unbroken run, with checkpoints 4 and 6."""
+    folders = {kind: tmp_path_factory.mktemp(kind) / f"1-{kind}" for kind in KINDS}
+    for kind, folder in folders.items():
+        train(bases, folder, kind)
+        assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+    return folders
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stage_resumes_to_the_very_same_weights(bases, whole, tmp_path, kind, capsys):
+    """Killed between step 4 and 6, while its last checkpoint was being written."""
+    folder = tmp_path / f"1-{kind}"
+    shutil.copytree(whole[kind], folder)
+    (folder / "trained.safetensors").unlink()
+    (folder / "checkpoint-6" / "trainer_state.json").unlink()
+    found, expected = train(bases, folder, kind), load_file(whole[kind] / "trained.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert found.keys() == expected.keys()
+    line = f"cannot resume from {folder}/checkpoint-6: trainer_state.json is missing; continues from checkpoint-4\n"
+    assert line in capsys.readouterr().out
+    log = json.loads((folder / "log.json").read_text())
+    assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("name, how", [(name, how) for name, hows in DAMAGES.items() for how in hows])
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before_it(whole, tmp_path, name, how):
+    folder = tmp_path / "stage"
+    shutil.copytree(whole["transcription"], folder)
+    arguments = TrainingArguments(output_dir=str(folder), use_cpu=True)
+    assert last_whole_checkpoint(folder, arguments) == (folder / "checkpoint-6", [])
+    damage(folder / "checkpoint-6" / name, how)
+    last, (line,) = last_whole_checkpoint(folder, arguments)
+    assert last == folder / "checkpoint-4" and "checkpoint-6" in line and name in line
+    damage(folder / "checkpoint-4" / name, how)
+    last, lines = last_whole_checkpoint(folder, arguments)
+    assert last is None and len(lines) == 2
+
+
+def test_without_a_whole_checkpoint_a_stage_begins_again(bases, whole, tmp_path, capsys):
+    folder = tmp_path / "1-transcription"
+    shutil.copytree(whole["transcription"], folder)
+    (folder / "trained.safetensors").write_bytes(b"cut off")
+    for checkpoint in folder.glob("checkpoint-*"):
+        damage(checkpoint / "model.safetensors", "half")
+    (folder / "checkpoint-6-of-mine").mkdir()
+    found, expected = train(bases, folder, "transcription"), load_file(whole["transcription"] / "trained.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    shown = capsys.readouterr().out
+    assert "trained.safetensors is damaged, the stage runs again" in shown and "from the beginning" in shown
+    assert (folder / "checkpoint-6-of-mine").is_dir()
+
+
+def test_random_states_of_another_number_of_processes_do_not_count_as_missing(whole, tmp_path):
+    folder = tmp_path / "stage"
+    shutil.copytree(whole["transcription"], folder)
+    arguments = TrainingArguments(output_dir=str(folder), use_cpu=True)
+    for checkpoint in folder.glob("checkpoint-*"):
+        for number in range(2):
+            shutil.copy(checkpoint / "rng_state.pth", checkpoint / f"rng_state_{number}.pth")
+        (checkpoint / "rng_state.pth").unlink()
+    assert last_whole_checkpoint(folder, arguments)[0] == folder / "checkpoint-6"
+
+
+def test_the_trained_model_is_never_half_a_model(tmp_path, monkeypatch):
+    toy = tiny.model(lora_config={"r": 2})
+    save_model(toy, tmp_path / "final")
+    before = (tmp_path / "final" / "model.safetensors").read_bytes()
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(toy.processor), "save_pretrained", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_model(toy, tmp_path / "final")
+    assert (tmp_path / "final" / "model.safetensors").read_bytes() == before
+    monkeypatch.undo()
+    save_model(toy, tmp_path / "final")
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+
+
+def test_shards_are_never_overwritten_and_damaged_ones_are_made_again(tmp_path, capsys):
+    store = TensorStore(tmp_path)
+    for number in range(3):
+        store.add({f"key-{number}": torch.full((2,), float(number))})
+    first, *others = sorted(tmp_path.iterdir())
+    content = {path: path.read_bytes() for path in others}
+    name = next(iter(load_file(first)))
+    first.unlink()
+    again = TensorStore(tmp_path)
+    assert name not in again and len(again.files) == 2
+    again.add({name: torch.ones(2), "new": torch.ones(2)})
+    assert {path: path.read_bytes() for path in others} == content and len(TensorStore(tmp_path).files) == 4
+    others[0].write_bytes(content[others[0]][:-3])
+    (tmp_path / f"x.{socket.gethostname()}.{2**22 + 1}.unfinished").write_bytes(b"")
+    assert len(TensorStore(tmp_path).files) == 3 and f"{others[0]} is skipped" in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.unfinished"))
