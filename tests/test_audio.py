@@ -174,9 +174,8 @@ def test_a_cut_file_is_used_as_far_as_it_goes_with_one_warning(kind, subtype, ke
     assert kind == "OGG" or float(seconds[1]) == pytest.approx(12, abs=0.1)
 
 
-@pytest.mark.parametrize("damaged", [50, 2000])
 @pytest.mark.parametrize("where", [0.1, 0.5, 0.85])
-@pytest.mark.parametrize("kind", ["FLAC", "MP3"])
+@pytest.mark.parametrize("kind, damaged", [("FLAC", 1), ("FLAC", 2000), ("MP3", 2000)])
 def test_what_follows_damage_is_used_too_and_at_its_time(kind, where, damaged, warned):
     content = bytearray(encoded(kind, FORMATS[kind]))
     whole, first = read_audio(bytes(content))[0][0], int(where * len(content))

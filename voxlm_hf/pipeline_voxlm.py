@@ -1,6 +1,10 @@
 """The `automatic-speech-recognition` pipeline of VoxLM checkpoints, named in config.json's `custom_pipelines`."""
 
+from collections.abc import Sequence
+
 from transformers import AutomaticSpeechRecognitionPipeline, GenerationConfig
+
+from .audio_voxlm import is_batch
 
 
 class VoxLMASRPipeline(AutomaticSpeechRecognitionPipeline):
@@ -25,6 +29,12 @@ class VoxLMASRPipeline(AutomaticSpeechRecognitionPipeline):
         super().__init__(model, processor=processor, **kwargs)
         self.model.processor = processor
         self.type = "voxlm"
+
+    def __call__(self, inputs, **kwargs):
+        # The library takes a list for several recordings, but a column of `datasets` or a tuple for one.
+        if isinstance(inputs, Sequence) and is_batch(inputs):
+            inputs = list(inputs)
+        return super().__call__(inputs, **kwargs)
 
     def _sanitize_parameters(
         self,
