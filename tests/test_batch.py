@@ -12,6 +12,8 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+import ray
+import ray.data
 import soundfile
 
 from tests import HANGS_AFTER_S, tiny
@@ -116,6 +118,95 @@ def test_shards_hold_what_was_written(tmp_path, suffix):
     assert [path.name for path in tmp_path.iterdir()] == [f"part-1.{suffix}"]
 
 
+def test_a_table_is_read_once_and_a_few_rows_at_a_time(tmp_path, monkeypatch):
+    clips = [{"bytes": bytes([number]) * 4, "path": None} for number in range(40)]
+    pyarrow.parquet.write_table(pyarrow.table({"audio": clips}), tmp_path / "clips.parquet", row_group_size=20)
+    read, sizes = batch.ItemReader(), []
+    real = pyarrow.parquet.ParquetFile.iter_batches
+
+    def iter_batches(*arguments, **options):
+        for rows in real(*arguments, **options):
+            sizes.append(len(rows))
+            yield rows
+
+    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", iter_batches)
+    found = [read(item)["bytes"][0] for item in batch.find_items([str(tmp_path / "clips.parquet")])]
+    assert found == list(range(40)) and sum(sizes) == 40 and max(sizes) <= 4
+
+
+def test_a_table_that_is_gone_fails_for_its_rows_alone(tmp_path):
+    missing = batch.ItemReader()({"id": "a", "table": str(tmp_path / "gone.parquet"), "row": 0})
+    with pytest.raises(OSError, match="gone.parquet"):
+        missing.get_all_samples()
+
+
+def test_names_and_lines_that_are_no_text(tmp_path):
+    (tmp_path / "list.jsonl").write_bytes(b'\xef\xbb\xbf{"audio": "\xff.wav"}\n{"audio": "\\udcfe.wav", "id": null}\n')
+    items = batch.find_items([str(tmp_path / "list.jsonl")])
+    assert [Path(item["audio"]).name for item in items] == ["\udcff.wav", "\udcfe.wav"]
+    assert [Path(item["id"]).name for item in items] == [r"\udcff.wav", r"\udcfe.wav"]
+    for suffix in ("jsonl", "parquet"):
+        batch.write_shard(f"{tmp_path}/part-{suffix}.{suffix}", [row(items[0]["id"])])
+        assert batch.read_shard(f"{tmp_path}/part-{suffix}.{suffix}")[0]["id"] == items[0]["id"]
+
+
+def row(name: str, error: str | None = None) -> dict:
+    """A row of a shard."""
+    return {
+        "id": name,
+        "text": "",
+        "words": [],
+        "segments": [],
+        "duration": 1.0,
+        "truncated": False,
+        "error": error,
+    }
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize("size", [0, 1, 100, -1, -5])
+def test_a_damaged_shard_is_put_aside_and_made_again(tmp_path, suffix, size, caplog):
+    shard = tmp_path / f"part-1.{suffix}"
+    batch.write_shard(str(shard), [row("a"), row("b")])
+    batch.write_shard(f"{tmp_path}/part-2.{suffix}", [row("c")])
+    os.truncate(shard, size if size >= 0 else shard.stat().st_size + size)
+    if suffix == "jsonl" and size == -1:  # the line break alone
+        assert set(batch.finished(str(tmp_path))) == {"a", "b", "c"}
+        return
+    errors = batch.finished(str(tmp_path))
+    assert set(errors) == {"c"} and not shard.exists() and str(shard) in caplog.text
+    assert shard.with_name(shard.name + ".damaged").exists()
+    work = batch.pending_work([{"id": name, "audio": name} for name in "abc"], errors, suffix, 8, False)
+    assert [[item["id"] for item in unit["items"]] for unit in work] == [["a", "b"]]
+
+
+def test_what_failed_is_tried_again_when_asked_for(tmp_path):
+    batch.write_shard(f"{tmp_path}/part-1.jsonl", [row("a"), row("b", "bad"), row("c", "bad")])
+    items = [{"id": name, "audio": f"{name}.wav"} for name in "abc"]
+    errors = batch.finished(str(tmp_path))
+    assert batch.pending_work(items, errors, "jsonl", 8, False) == []
+    (work,) = batch.pending_work(items, errors, "jsonl", 8, True)
+    worker = batch.Worker(functools.partial(Counting, str(tmp_path), deaths=0), 1, str(tmp_path), {})
+    counts = worker({"work": [json.dumps(work)]})
+    assert counts == {"files": [2], "failed": [0], "seconds": [2.0], "stopped": [""]}
+    assert [(item["id"], item["text"], item["error"]) for item in results(tmp_path)] == [
+        ("a", "", None),
+        ("b", "b", None),
+        ("c", "c", None),
+    ]
+
+
+def test_a_worker_that_cannot_load_says_why_in_one_line(tmp_path):
+    def load():
+        raise OSError("no such model")
+
+    work = {"shard": "part-1.jsonl", "items": [{"id": "a", "audio": "a"}], "retry": False}
+    counts = batch.Worker(load, 1, str(tmp_path), {})({"work": [json.dumps(work)]})
+    totals = {"skipped": 0, "files": 0, "failed": 0, "seconds": 0.0}
+    with pytest.raises(RuntimeError, match="a worker cannot work: OSError: no such model"):
+        batch.add_counts(totals, [{key: value[0] for key, value in counts.items()}], 1)
+
+
 def test_files_are_transcribed_once(tmp_path, capsys):
     """The whole way: a model, real files, one of them broken, and a second run with one more file."""
     model = tiny.model(llm="qwen3")
@@ -133,26 +224,29 @@ def test_files_are_transcribed_once(tmp_path, capsys):
     assert "Cannot read" in rows["broken.wav"]["error"] and rows["broken.wav"]["text"] == ""
     assert rows["0.wav"]["text"] == model.transcribe(tmp_path / "audio" / "0.wav").text
     assert rows["0.wav"]["words"] and rows["0.wav"]["segments"][0]["gates"] == []
-    soundfile.write(tmp_path / "audio" / "late.wav", tiny.noise(0.6), tiny.RATE)
     capsys.readouterr()
-    assert main(command) == 1  # one of the results is an error still
-    said = capsys.readouterr().err
-    assert "1 files (0 failed, 5 finished before)" in said and "1 files failed in an earlier run" in said
-    soundfile.write(tmp_path / "audio" / "broken.wav", tiny.noise(0.6), tiny.RATE)
+    assert main(command) == 1  # nothing to do, but one of the results is an error still
+    assert "5 finished before" in (said := capsys.readouterr().err) and "1 files failed in an earlier run" in said
+    for name in ("late", "broken"):
+        soundfile.write(tmp_path / "audio" / f"{name}.wav", tiny.noise(0.6), tiny.RATE)
     assert main([*command, "--retry-failed"]) == 0
-    assert "1 files (0 failed, 5 finished before)" in capsys.readouterr().err
+    assert "2 files (0 failed, 4 finished before)" in capsys.readouterr().err
     rows = results(tmp_path / "out")
     assert len(rows) == 6 and all(row["error"] is None and row["text"] for row in rows)
 
 
 def test_a_worker_that_is_killed_loses_nothing(tmp_path):
+    """In a session of Ray that is the caller's, and stays it."""
     ids = names(tmp_path, 40)
+    ray.init(logging_level="error", log_to_driver=False)
     totals = batch.run(
         functools.partial(Counting, str(tmp_path), deaths=2),
         [str(tmp_path / "manifest.jsonl")],
         str(tmp_path / "out"),
         files_per_shard=4,
     )
+    assert ray.is_initialized() and ray.data.DataContext.get_current().enable_progress_bars
+    ray.shutdown()
     assert totals["files"] == 40 and len(list(tmp_path.glob("died-*"))) == 2
     assert sorted(row["id"] for row in results(tmp_path / "out")) == sorted(ids)
 

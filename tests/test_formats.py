@@ -42,7 +42,7 @@ def test_timestamps(seconds, expected):
 
 def test_srt():
     assert WRITERS["srt"](RESULT) == (
-        "1\n00:00:00,000 --> 00:00:01,500\nHello <b>world</b> & all.\n\n2\n01:01:01,250 --> 01:01:02,000\nBye\n"
+        "1\n00:00:00,000 --> 00:00:01,500\nHello ‹b›world‹/b› & all.\n\n2\n01:01:01,250 --> 01:01:02,000\nBye\n"
     )
 
 
@@ -78,9 +78,13 @@ def test_an_arrow_in_the_text_cannot_fake_a_cue():
         "# ; [Script Info] NOTE STYLE",
     ],
 )
-def test_subtitles_keep_what_only_looks_like_markup(text):
+def test_subtitles_hold_no_markup(text):
+    """SubRip gets other brackets, WebVTT its escapes; all else stays as it was said."""
     result = {"words": [word(text, 0, 1)]}
-    assert WRITERS["srt"](result).splitlines() == ["1", "00:00:00,000 --> 00:00:01,000", text]
+    number, times, written = WRITERS["srt"](result).splitlines()
+    assert (number, times) == ("1", "00:00:00,000 --> 00:00:01,000")
+    assert not set(written) & set("<>{}") and len(written) == len(text)
+    assert [left == right or left in "<>{}" for left, right in zip(text, written)] == [True] * len(text)
     header, empty, times, written = WRITERS["vtt"](result).splitlines()
     assert (header, empty, times) == ("WEBVTT", "", "00:00:00.000 --> 00:00:01.000")
     assert html.unescape(written) == text and not set(written) & {"<", ">"}

@@ -1,5 +1,8 @@
 """pipeline("automatic-speech-recognition") on a saved folder: every kind of input, the same answers as `transcribe`."""
 
+import io
+
+import datasets
 import numpy as np
 import pytest
 import soundfile
@@ -39,6 +42,8 @@ KINDS = {
     "array": lambda path: AUDIO,
     "path": str,
     "bytes": lambda path: path.read_bytes(),
+    "open file": lambda path: open(path, "rb"),
+    "bytes in memory": lambda path: io.BytesIO(path.read_bytes()),
     "dict with raw": lambda path: {"raw": AUDIO, "sampling_rate": 16000},
     "dict with array": lambda path: {"array": np.stack([AUDIO, AUDIO]), "sampling_rate": 16000},
 }
@@ -48,6 +53,14 @@ KINDS = {
 def test_every_kind_of_input_gives_what_transcribe_gives(pipe, expected, kind, tmp_path):
     soundfile.write(tmp_path / "a.wav", AUDIO, 16000, subtype="FLOAT")
     assert pipe(KINDS[kind](tmp_path / "a.wav"), **OPTIONS) == {"text": expected.text}
+
+
+def test_a_column_of_datasets_is_a_list(pipe, expected, tmp_path):
+    soundfile.write(tmp_path / "a.wav", AUDIO, 16000, subtype="FLOAT")
+    column = datasets.Dataset.from_dict({"audio": [str(tmp_path / "a.wav")] * 2})["audio"]
+    for inputs in (column, tuple(column)):
+        assert pipe(inputs, **OPTIONS) == [{"text": expected.text}] * 2
+    assert [result.text for result in pipe.model.transcribe(column, max_new_tokens=6)] == [expected.text] * 2
 
 
 @pytest.mark.parametrize("flag", [True, "word"])

@@ -32,6 +32,8 @@ PACKET_S = 0.05
 PROBE_BYTES = 2**24
 # Missing audio of less than this many seconds is not worth a warning.
 NEGLIGIBLE_S = 0.01
+# A header without a length announces about 2**63 samples.
+ENDLESS = 2**62
 
 _RAW_FILES = (bytes, bytearray, memoryview)
 # How a file's size of audio data appears in libsndfile's log: announced, then, where it disagrees, the true one.
@@ -237,25 +239,23 @@ class _Decoder:
         """Blocks `(samples, channels)`; what cannot be decoded in between is silence, so that times stay right."""
         block, packet = max(1, int(block_s * self.rate)), max(1, int(PACKET_S * self.rate))
         gap, skip, careful_until = 0, packet, 0
-        while True:
-            if self.position >= self.file.frames:
-                return
-            size = packet if self.position < careful_until else block
+        while self.position < self.file.frames:
+            size, samples = packet if self.position < careful_until else block, ()
             try:
                 samples = self.file.read(size, dtype="float32", always_2d=True)
-            except (soundfile.LibsndfileError, RuntimeError) as error:
+            except (soundfile.LibsndfileError, RuntimeError, ValueError) as error:  # ValueError: it is beyond its end
                 self.error = getattr(error, "error_string", error)
-                if size == packet:
-                    # Twice as far each time: the end of a file of any length is near.
-                    self.position, gap, skip = self.position + skip, gap + skip, 2 * skip
-                while not self._reopen():
-                    self.position, gap, skip = self.position + skip, gap + skip, 2 * skip
-                    if self.position >= self.file.frames:
-                        return
-                careful_until = self.position + block
-                continue
             if not len(samples):
-                return
+                if self.file.frames >= ENDLESS and self.error is None:
+                    return
+                # Some decoders end at damage as if it were the end: from there on with care, and if that is of no use,
+                # skipping twice as much each time, which comes to the end of a file of any length soon.
+                careful_until = self.position + block
+                if size == packet:
+                    self.position, gap, skip = self.position + skip, gap + skip, 2 * skip
+                while self.position < self.file.frames and not self._reopen():
+                    self.position, gap, skip = self.position + skip, gap + skip, 2 * skip
+                continue
             for start in range(0, gap, block):
                 yield np.zeros((min(block, gap - start), self.channels), dtype=np.float32)
             yield samples
@@ -292,7 +292,7 @@ class _Decoder:
     def _announced(self) -> float:
         """Number of samples that the header announces, in each channel."""
         frames = self.file.frames
-        if frames >= 2**62:  # a header without a length
+        if frames >= ENDLESS:
             return self.decoded
         size, length = _DATA_SIZE.search(self.log), _FILE_SIZE.search(self.log)
         if size is None:
@@ -383,7 +383,7 @@ def file_duration_s(path) -> float | None:
         info = soundfile.info(os.fsencode(path) if os.name != "nt" else os.fspath(path))
     except (soundfile.LibsndfileError, RuntimeError):
         return None
-    return None if info.frames >= 2**62 else info.frames / info.samplerate
+    return None if info.frames >= ENDLESS else info.frames / info.samplerate
 
 
 def check_rate(rate) -> int | float:

@@ -1,5 +1,7 @@
 """The `automatic-speech-recognition` pipeline of VoxLM checkpoints, named in config.json's `custom_pipelines`."""
 
+from collections.abc import Sequence
+
 from transformers import AutomaticSpeechRecognitionPipeline, GenerationConfig
 from transformers.pipelines import PIPELINE_REGISTRY
 
@@ -19,6 +21,8 @@ def check_timestamps(value):
             f"`return_timestamps` must be True, False or 'word', got {value!r}; the model times words, and `segments` of "
             "`model.transcribe`'s result have times too"
         )
+
+from .audio_voxlm import is_batch
 
 
 class VoxLMASRPipeline(AutomaticSpeechRecognitionPipeline):
@@ -49,6 +53,12 @@ class VoxLMASRPipeline(AutomaticSpeechRecognitionPipeline):
         super().__init__(model, processor=processor, **kwargs)
         self.model.processor = processor
         self.type = "voxlm"
+
+    def __call__(self, inputs, **kwargs):
+        # The library takes a list for several recordings, but a column of `datasets` or a tuple for one.
+        if isinstance(inputs, Sequence) and is_batch(inputs):
+            inputs = list(inputs)
+        return super().__call__(inputs, **kwargs)
 
     def _sanitize_parameters(
         self,

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import accumulate
 from pathlib import Path
 
@@ -206,12 +206,20 @@ class Worker:
 
     def __init__(self, load, threads: int, output: str, options: dict):
         torch.set_num_threads(threads)
-        self.model, self.output, self.options = load(), output, options
-        self.read = ItemReader()
+        self.load, self.output, self.options = load, output, options
+        self.model, self.read = None, ItemReader()
 
     def __call__(self, batch: dict) -> dict:
-        counts = [self._shard(**json.loads(work)) for work in batch["work"]]
-        return {key: [count[key] for count in counts] for key in counts[0]}
+        """Counts of a batch of one shard, and under "stopped" what keeps this worker from working, else an empty string."""
+        counts = {"files": 0, "failed": 0, "seconds": 0.0, "stopped": ""}
+        try:
+            if self.model is None:
+                self.model = self.load()
+            counts |= self._shard(**json.loads(batch["work"][0]))
+        except (OSError, ValueError, ImportError, RuntimeError, MemoryError) as error:
+            # As a result: Ray would hand over an exception as the lines of several tracebacks.
+            counts["stopped"] = f"{type(error).__name__}: {error}"
+        return {key: [value] for key, value in counts.items()}
 
     def _shard(self, shard: str, items: list[dict], retry: bool) -> dict:
         path = f"{self.output}/{shard}"
@@ -349,26 +357,31 @@ def run(
     started = time.perf_counter()
     with ray_session(address):
         dataset = worker_dataset(work, workers, threads, (load, output, options))
-        bar = tqdm(
-            total=len(items),
-            initial=totals["skipped"],
-            unit="file",
-            desc="Transcribing",
-            disable=not sys.stderr.isatty(),
-        )
         try:
-            with bar:
-                for counts in dataset.iter_rows():
-                    for key, value in counts.items():
-                        totals[key] += value
-                    bar.update(counts["files"])
-                    speed = totals["seconds"] / (time.perf_counter() - started)
-                    bar.set_postfix_str(f"{speed:.1f} times real time, {totals['failed']} failed")
+            add_counts(totals, dataset.iter_rows(), len(items))
         except ray.exceptions.RayError as error:
-            cause = getattr(error, "cause", None) or error
-            raise RuntimeError(f"a worker failed: {cause}") from error
+            raise RuntimeError(f"a worker died: {str(error).strip().splitlines()[-1]}") from error
     totals["wall"] = time.perf_counter() - started
     return totals
+
+
+def add_counts(totals: dict, rows: Iterable[dict], num_items: int):
+    """
+    Add what [`Worker`]s return to the counts of `run`, under a progress bar of so many items.
+
+    Raises:
+        RuntimeError: when a worker cannot work.
+    """
+    started, hidden = time.perf_counter(), not sys.stderr.isatty()
+    with tqdm(total=num_items, initial=totals["skipped"], unit="file", desc="Transcribing", disable=hidden) as bar:
+        for counts in rows:
+            if stopped := counts.pop("stopped"):
+                raise RuntimeError(f"a worker cannot work: {stopped}")
+            for key, value in counts.items():
+                totals[key] += value
+            bar.update(counts["files"])
+            speed = totals["seconds"] / (time.perf_counter() - started)
+            bar.set_postfix_str(f"{speed:.1f} times real time, {totals['failed']} failed")
 
 
 @contextlib.contextmanager
@@ -383,13 +396,15 @@ def ray_session(address: str | None) -> Iterator[None]:
         ray.init(address=address, logging_level="error", log_to_driver=False)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, terminate)  # Ray's exits with 15 and says nothing
-    context = ray.data.DataContext.get_current()
-    before = context.enable_progress_bars, context.print_on_execution_start
+    context, lines = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
+    before = context.enable_progress_bars, context.print_on_execution_start, lines.level
+    lines.setLevel(logging.ERROR)
     context.enable_progress_bars, context.print_on_execution_start = False, False
     try:
         yield
     finally:
-        context.enable_progress_bars, context.print_on_execution_start = before
+        context.enable_progress_bars, context.print_on_execution_start, level = before
+        lines.setLevel(level)
         if started:
             ray.shutdown()
 
