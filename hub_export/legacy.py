@@ -127,13 +127,14 @@ def check_values(path, fields: dict, state: dict):
         valid = isinstance(value, kind) and not isinstance(value, bool) and value
         if not valid or (kind is not str and not 0 < value < LARGEST_FIELD):
             raise ValueError(f"{path}: {name} of its config is {value!r}")
-    if fields["alignment_num_layers"] > len(state):
-        raise ValueError(
-            f"{path}: alignment_num_layers of its config is {fields['alignment_num_layers']}, and it holds {len(state)} tensors"
-        )
     tokens = [fields[name] for name in ADDED_TOKENS]
     if len(set(tokens)) != len(tokens):
         raise ValueError(f"{path}: {', '.join(ADDED_TOKENS)} of its config must differ, got {tokens}")
+    inside = [token for token in tokens if token in DEFAULT_INSTRUCTION]
+    if inside:
+        raise ValueError(
+            f"{path}: the token {inside[0]!r} of its config is a part of the prompt {DEFAULT_INSTRUCTION!r}"
+        )
     for name, tensor in state.items():
         if not isinstance(tensor, torch.Tensor):
             raise ValueError(f"{path}: {name} is no tensor but {type(tensor).__name__}")
@@ -148,6 +149,10 @@ def check_values(path, fields: dict, state: dict):
         # Through minimum and maximum, because a mask of a large embedding may not fit into memory.
         if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
             raise ValueError(f"{path}: {name} has values that are not finite; training must have failed")
+    if fields["alignment_num_layers"] > len(state):
+        raise ValueError(
+            f"{path}: alignment_num_layers of its config is {fields['alignment_num_layers']}, and it holds {len(state)} tensors"
+        )
 
 
 def rename(name: str) -> str | None:

@@ -49,16 +49,19 @@ PICKLES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy",
 PICKLE_STARTS = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
 # How zip (and torch.save), gzip, bzip2, xz, zstandard and 7z start; tar has its mark at byte 257.
 ARCHIVE_STARTS = (b"PK\x03\x04", b"PK\x05\x06", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf")
-# How keys and tokens look, each by what its issuer lets it begin with and long enough that no shorter name matches: of the
-# Hub, AWS, GitHub, Google, OpenAI and others, Slack; and private keys. The lengths are chosen by hand.
+# How keys and tokens begin, what they are, and how they go on: those of the Hub, AWS, GitHub, Google, OpenAI and others,
+# Slack; and private keys. Their lengths are at most what the issuers write, and such that no other word matches.
 SECRETS = {
-    "an access token": re.compile(rb"\bhf_[A-Za-z0-9]{30,}"),
-    "an AWS key": re.compile(rb"\b(AKIA|ASIA)[A-Z0-9]{16}\b"),
-    "a GitHub token": re.compile(rb"\b(gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{40,})"),
-    "a Google key": re.compile(rb"\bAIza[A-Za-z0-9_-]{35}"),
-    "an API key": re.compile(rb"\bsk-[A-Za-z0-9_-]{32,}"),
-    "a Slack token": re.compile(rb"\bxox[abeoprs]-[A-Za-z0-9-]{20,}"),
-    "a private key": re.compile(rb"-----BEGIN [A-Z ]{0,30}PRIVATE KEY"),
+    b"hf_": ("an access token", re.compile(rb"[A-Za-z0-9]{30}")),
+    **dict.fromkeys((b"AKIA", b"ASIA"), ("an AWS key", re.compile(rb"[A-Z0-9]{16}\b"))),
+    **dict.fromkeys(
+        (b"ghp_", b"gho_", b"ghu_", b"ghs_", b"ghr_", b"github_pat_"),
+        ("a GitHub token", re.compile(rb"[A-Za-z0-9_]{36}")),
+    ),
+    b"AIza": ("a Google key", re.compile(rb"[A-Za-z0-9_-]{35}")),
+    b"sk-": ("an API key", re.compile(rb"(?<![A-Za-z0-9]sk-)[A-Za-z0-9_-]{32}")),  # not within "task-"
+    b"xox": ("a Slack token", re.compile(rb"[abeoprs]-[A-Za-z0-9-]{20}")),
+    b"-----BEGIN ": ("a private key", re.compile(rb"[A-Z ]{0,30}PRIVATE KEY")),
 }
 # Files are searched in blocks that overlap by more than any of these is long, also at four bytes a character.
 BLOCK, OVERLAP = 1 << 24, 1 << 12
@@ -128,12 +131,14 @@ def starts_with(path: Path, starts: tuple[bytes, ...], at: int = 0) -> bool:
 def check_content(path: Path):
     """Raise a `ValueError` for a file that holds a secret, and for one that is not the safetensors or JSON it is called."""
     for text in texts_of(path):
-        for kind, pattern in SECRETS.items():
-            found = pattern.search(text)
-            if found:
-                raise ValueError(
-                    f"{path} holds what looks like {kind} ({found[0][:6].decode()}...); remove and revoke it"
-                )
+        for start, (kind, rest) in SECRETS.items():
+            place = text.find(start)  # much faster than a regular expression, in hundreds of megabytes of weights
+            while place >= 0:
+                if rest.match(text, place + len(start)):
+                    raise ValueError(
+                        f"{path} holds what looks like {kind} ({text[place : place + 6].decode()}...); remove and revoke it"
+                    )
+                place = text.find(start, place + 1)
 
 
 def texts_of(path: Path) -> Iterator[bytes]:
@@ -156,7 +161,8 @@ def texts_of(path: Path) -> Iterator[bytes]:
             with safe_open(path, framework="np") as tensors:
                 yield json.dumps([tensors.metadata(), list(tensors.keys())], ensure_ascii=False).encode()
         elif path.suffix == ".json":
-            yield json.dumps(json.loads(path.read_bytes()), ensure_ascii=False).encode(errors="replace")
+            text = json.dumps(json.loads(path.read_bytes()), ensure_ascii=False)
+            yield re.sub(r"\\[bfnrt]", " ", text).encode(errors="replace")
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is no {path.suffix.removeprefix('.')} file, or is truncated: {error}") from error
 

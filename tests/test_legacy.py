@@ -316,6 +316,101 @@ def test_a_tokenizer_that_begins_texts_with_bos(tmp_path):
     assert again.transcribe(CLIP, max_new_tokens=5) == model.transcribe(CLIP, max_new_tokens=5)
 
 
+def with_tokens(state_rows=None, **names):
+    """A change of fixture a's config and of the rows of its embeddings."""
+
+    def change(state):
+        if state_rows is not None:
+            for name in ("embed_tokens", "lm_head"):
+                key = next(key for key in state if name in key and key.startswith("llm."))
+                state[key] = state[key][state_rows]
+
+    return change, names
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        "<|aud|>",
+        "<|声音|>",
+        "<audio here>",
+        "[AUDIO]",
+        "plain",
+        "a.*b",
+        "{prompt}x",
+        "{audio}",
+    ],
+)
+def test_another_audio_token_is_the_processors(token, tmp_path):
+    """Converted, exported and loaded again, the model says what it says with the usual token."""
+    path = saved(tmp_path, lambda state: None, {"audio_start_token": token})
+    usual = convert(LEGACY / "a_qwen2" / "model.pt", **BASES["a_qwen2"])
+    vocabulary = usual.processor.tokenizer.get_vocab()
+    if token in vocabulary:  # then the original added one row less
+        keep = [row for row in range(407) if row != vocabulary["<|audio|>"]]
+        path = saved(tmp_path, with_tokens(keep)[0], {"audio_start_token": token})
+    export(convert(path, **BASES["a_qwen2"]), tmp_path / "model", "lora")
+    saved_config = json.loads((tmp_path / "model" / "processor_config.json").read_text())
+    assert saved_config["audio_token"] == token
+    model = VoxLMForSpeechSeq2Seq.from_pretrained(tmp_path / "model")
+    processor = model.get_processor()
+    assert processor.audio_token == token and token in processor.tokenizer.all_special_tokens
+    inputs, wanted = (made.get_processor().apply_transcription_request(CLIP) for made in (model, usual))
+    ids, usual_ids = inputs["input_ids"], wanted["input_ids"]
+    assert (ids == model.config.audio_token_id).sum() == (usual_ids == usual.config.audio_token_id).sum() == 377
+    if token not in vocabulary:  # no id has moved
+        close(outputs(model), outputs(usual))
+    assert len(processor(text=processor.render_prompt(), audio=CLIP)["input_ids"][0]) == ids.shape[1]
+    assert model.transcribe(CLIP, max_new_tokens=5).text == usual.transcribe(CLIP, max_new_tokens=5).text
+    assert processor.collate([{"audio": CLIP, "text": "the red boat"}])["input_ids"].shape[1] > ids.shape[1]
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        ({"audio_start_token": ""}, "audio_start_token of its config is ''"),
+        ({"audio_start_token": 3}, "audio_start_token of its config is 3"),
+        ({"audio_start_token": ["<|audio|>"]}, "audio_start_token of its config is"),
+        ({"audio_start_token": "<|/audio|>"}, "of its config must differ"),
+        ({"audio_start_token": " the"}, "the token ' the' of its config is a part of the prompt"),
+        ({"transcribe_token": "<|audio|>"}, "of its config must differ"),
+        ({"audio_start_token": "<|pad|>"}, "another base|is the tokenizer's pad_token too|tokens after adding"),
+        ({"audio_start_token": "<|endoftext|>"}, "another base|is the tokenizer's eos_token too"),
+    ],
+)
+def test_tokens_that_cannot_be_placeholders_are_refused(names, message, tmp_path):
+    refused(saved(tmp_path, lambda state: None, names), message)
+
+
+def test_the_eos_token_is_no_placeholder_however_many_rows_there_are(tmp_path):
+    eos = convert(LEGACY / "a_qwen2" / "model.pt", **BASES["a_qwen2"]).processor.tokenizer.eos_token
+    change, names = with_tokens(list(range(406)), audio_start_token=eos)
+    refused(saved(tmp_path, change, names), "is the tokenizer's eos_token too")
+
+
+HUGE = 2**40
+GROWN = {
+    "stride 0": lambda weight: weight[:1, :1].expand(HUGE, weight.shape[1]),
+    "one row": lambda weight: weight[:1].expand(HUGE, -1),
+    "one number": lambda weight: weight.flatten()[:1].expand(HUGE),
+    "overlapping": lambda weight: weight.flatten().unfold(0, weight.numel() - 50, 1),
+    "as_strided": lambda weight: weight.as_strided((10**6, 10**6), (0, 0), 3),
+}
+
+
+@pytest.mark.parametrize("change", GROWN.values(), ids=GROWN)
+def test_views_that_grow_when_they_are_written_are_refused(change, tmp_path):
+    name = "audio_projection.projection.0.weight"
+    path = saved(tmp_path, lambda state: state.update({name: change(state[name])}))
+    assert path.stat().st_size < 10**7
+    refused(path, f"{name} claims .* bytes, the file holds")
+
+
+def test_layers_that_are_not_there_are_refused(tmp_path):
+    layers = {"alignment_num_layers": 9_999}
+    refused(saved(tmp_path, without("alignment_module.layers."), layers), "alignment_num_layers of its config is 9999")
+
+
 class Evil:
     def __reduce__(self):
         return (exec, ("open('/tmp/voxlm-was-here', 'w').close()",))

@@ -164,6 +164,10 @@ def test_secrets_stay_at_home_in_every_encoding(folder, secret, encoding):
 
 
 def test_secrets_in_json_and_safetensors_stay_at_home(folder):
+    (folder / "vocab.json").write_text(json.dumps([f"the key:\n{SECRETS[4]}"]))
+    with pytest.raises(ValueError, match="vocab.json holds what looks like an API key"):
+        files_to_push(folder)
+    (folder / "vocab.json").unlink()
     token, config = SECRETS[0], json.loads((folder / "config.json").read_text())
     escaped = json.dumps({**config, "prompt": token}).replace("hf_a", "\\u0068f_a")
     assert token not in escaped

@@ -44,13 +44,13 @@ def check_folder(folder: Path, config_needed: bool = True):
         read_object(folder / CONFIG_FILE)
     files = [path for path in folder.iterdir() if not path.is_dir()]
     weights = [path for path in files if path.suffix == ".safetensors"]
+    for path in files:
+        if path.name.endswith(INDEX_ENDING):
+            weights += shards_of(path)
     if not weights or (folder / DISTRIBUTED_FILE).exists():
         pickled = sorted(path.name for path in files if path.suffix in PICKLED_WEIGHTS or path.name == DISTRIBUTED_FILE)
         found = f"its weights are pickles: {', '.join(pickled[:3])}" if pickled else "no model.safetensors and no index"
         raise ValueError(f"{folder} has no weights that can be loaded ({found}). {HOW_TO_CONVERT}")
-    for path in files:
-        if path.name.endswith(INDEX_ENDING):
-            weights += shards_of(path)
     for path in weights:
         check_inside(path, folder)
 

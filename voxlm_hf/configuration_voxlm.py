@@ -183,7 +183,7 @@ READER_FIELDS = {
 
 REFERENCE_FIELDS = {
     "name": (lambda value: isinstance(value, str) and bool(value), "a folder or a Hub id"),
-    "revision": (lambda value: value is None or isinstance(value, str), "a commit or null"),
+    "revision": (lambda value: value is None or isinstance(value, str) and bool(value), "a commit or null"),
     "sha256": (lambda value: isinstance(value, str) and len(value) == 64, "64 hexadecimal digits"),
 }
 
