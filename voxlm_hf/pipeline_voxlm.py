@@ -50,6 +50,11 @@ class VoxLMASRPipeline(AutomaticSpeechRecognitionPipeline):
         self.model.processor = processor
         self.type = "voxlm"
 
+    def __call__(self, inputs, **kwargs):
+        if isinstance(inputs, (list, tuple)) and not inputs:
+            raise ValueError("No audio was given: the list is empty")
+        return super().__call__(inputs, **kwargs)
+
     def _sanitize_parameters(
         self,
         return_timestamps=None,

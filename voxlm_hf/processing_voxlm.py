@@ -75,6 +75,30 @@ def one_for_each(prompt: str | list | None, count: int) -> list:
     return prompts
 
 
+def context_length(config) -> int | None:
+    """Most tokens that the LLM of a [`VoxLMConfig`] can see, `None` where its config does not say."""
+    return getattr(config.text_config, "max_position_embeddings", None)
+
+
+def check_context(context: int | None, prompt_length: int, new_tokens: int = 1):
+    """
+    Check that a prompt leaves room for a text in the LLM's context.
+
+    Args:
+        context (`int`, *optional*): most tokens that the LLM can see.
+        prompt_length (`int`): tokens of the prompt.
+        new_tokens (`int`): how many tokens have to fit behind it.
+
+    Raises:
+        ValueError: for a prompt that is too long.
+    """
+    if context and prompt_length + new_tokens > context:
+        raise ValueError(
+            f"The prompt has {prompt_length} tokens (its audio included), which leaves no room for {new_tokens} new ones in the "
+            f"LLM's context of {context}; shorten the prompt or the audio"
+        )
+
+
 def check_text(text, name: str):
     """
     Raises:
@@ -129,6 +153,7 @@ class VoxLMProcessor(ProcessorMixin):
         samples_per_frame (`int`): waveform samples per encoder frame.
         audio_token_stride (`int`), audio_token_offset (`int`): an audio of `n` input features has
             `(n + offset) // stride` placeholders.
+        context_length (`int`, *optional*): most tokens that the LLM can see; prompts have to be shorter.
     """
 
     valid_processor_kwargs = VoxLMProcessorKwargs
@@ -147,6 +172,7 @@ class VoxLMProcessor(ProcessorMixin):
         samples_per_frame=320,
         audio_token_stride=8,
         audio_token_offset=7,
+        context_length=None,
     ):
         self.audio_token = AUDIO_TOKEN
         self.audio_token_id = tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
@@ -159,6 +185,7 @@ class VoxLMProcessor(ProcessorMixin):
         self.samples_per_frame = samples_per_frame
         self.audio_token_stride = audio_token_stride
         self.audio_token_offset = audio_token_offset
+        self.context_length = context_length
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
 
     @classmethod
@@ -178,6 +205,7 @@ class VoxLMProcessor(ProcessorMixin):
         config = model.config
         self.prompt, self.prompt_template = config.prompt, config.prompt_template
         self.audio_window_s, self.pad_audio_to_window = config.audio_window_s, config.pad_audio_to_window
+        self.context_length = context_length(config)
         rate = self.sampling_rate
         silence = np.zeros(2 * rate, dtype=np.float32)
         one, two = (self._extract(silence[: seconds * rate]).shape[self._time_axis] for seconds in (1, 2))
@@ -405,8 +433,8 @@ class VoxLMProcessor(ProcessorMixin):
             prompt (`str`, *optional*): instruction or context for the LLM; by default the one used in training.
 
         Raises:
-            ValueError: for what is no string, and when the prompt contains a special token, which would be taken as control and
-                not as text.
+            ValueError: for what is no string or longer than the LLM's context, and when the prompt contains a special token,
+                which would be taken as control and not as text.
         """
         prompt = self.prompt if prompt is None else prompt
         check_text(prompt, "The prompt")
@@ -415,6 +443,8 @@ class VoxLMProcessor(ProcessorMixin):
             raise ValueError(
                 f"The prompt contains the special token {specials[0]!r}, which the model would take as control; remove it"
             )
+        if self.context_length and len(prompt) >= self.context_length:  # a token may be a character
+            check_context(self.context_length, len(self.tokenizer(prompt)["input_ids"]))
         before, after = self.prompt_template.split("{audio}")
         return before.replace("{prompt}", prompt) + self.audio_token + after.replace("{prompt}", prompt)
 
