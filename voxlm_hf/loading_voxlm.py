@@ -16,7 +16,7 @@ from transformers.generation import GenerationConfig
 from transformers.utils import is_peft_available, logging
 
 from .configuration_voxlm import DEFAULT_LORA, DEFAULT_READER, preset_bases
-from .processing_voxlm import VoxLMProcessor, saved_with_code
+from .processing_voxlm import VoxLMProcessor, context_length, saved_with_code
 from .reader_voxlm import READER_MODELS, VoxLMReader, decoder_prompt, token_table
 
 
@@ -276,6 +276,7 @@ class VoxLMLoadingMixin:
             self.processor = VoxLMProcessor.from_pretrained(
                 source, revision=revision, trust_remote_code=self.is_remote_code()
             )
+            self.processor.context_length = context_length(self.config)
         return self.processor
 
 

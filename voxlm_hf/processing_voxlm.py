@@ -16,8 +16,8 @@ from .words_voxlm import Word, decode_tokens, encode_words, split_words
 
 
 AUDIO_TOKEN, PAD_TOKEN = "<|audio|>", "<|pad|>"
-# A chat template that takes a list as the content of a message goes through it.
-CONTENT_LOOP = re.compile(r"""\bin\s+\w+(\.content|\[['"]content['"]\])""")
+# A chat template that takes a list as the content of a message goes through it or picks an item.
+TAKES_LISTS = re.compile(r"""\bin\s+\w+(\.content|\[['"]content['"]\])|(\.content|\[['"]content['"]\])\s*\[""")
 # What makes lists of contents strings, in front of a chat template that takes strings alone.
 JOIN_CONTENT = """{%- set joined = namespace(messages=[]) -%}
 {%- for message in messages -%}
@@ -153,7 +153,6 @@ class VoxLMProcessor(ProcessorMixin):
         samples_per_frame (`int`): waveform samples per encoder frame.
         audio_token_stride (`int`), audio_token_offset (`int`): an audio of `n` input features has
             `(n + offset) // stride` placeholders.
-        context_length (`int`, *optional*): most tokens that the LLM can see; prompts have to be shorter.
     """
 
     valid_processor_kwargs = VoxLMProcessorKwargs
@@ -172,7 +171,6 @@ class VoxLMProcessor(ProcessorMixin):
         samples_per_frame=320,
         audio_token_stride=8,
         audio_token_offset=7,
-        context_length=None,
     ):
         self.audio_token = AUDIO_TOKEN
         self.audio_token_id = tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
@@ -185,7 +183,8 @@ class VoxLMProcessor(ProcessorMixin):
         self.samples_per_frame = samples_per_frame
         self.audio_token_stride = audio_token_stride
         self.audio_token_offset = audio_token_offset
-        self.context_length = context_length
+        # Most tokens that the LLM can see, where the model is known; not saved.
+        self.context_length = None
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
 
     @classmethod
@@ -219,8 +218,11 @@ class VoxLMProcessor(ProcessorMixin):
         """[`ProcessorMixin.save_pretrained`]; the code travels along, and no file names a folder of this machine."""
         for name in ("is_local", "local_files_only", "name_or_path"):
             self.tokenizer.init_kwargs.pop(name, None)
-        with saved_with_code(type(self), "AutoProcessor"):
-            return super().save_pretrained(save_directory, *args, **kwargs)
+        try:
+            with saved_with_code(type(self), "AutoProcessor"):
+                return super().save_pretrained(save_directory, *args, **kwargs)
+        finally:  # the library leaves in the processor what it writes to the file
+            vars(self).pop("auto_map", None)
 
     @property
     def sampling_rate(self) -> int:
@@ -405,7 +407,7 @@ class VoxLMProcessor(ProcessorMixin):
             template = template.get(chat_template or "default")
         elif chat_template is not None:
             template = chat_template
-        if template is not None and not CONTENT_LOOP.search(template):
+        if template is not None and not TAKES_LISTS.search(template):
             template = JOIN_CONTENT.replace("AUDIO_TOKEN", self.audio_token) + template
         return super().apply_chat_template(self._with_waveforms(conversation), chat_template=template, **kwargs)
 
