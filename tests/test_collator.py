@@ -1,10 +1,12 @@
 """Training batches: what the model's `forward` takes, and the word times that the alignment head learns from."""
 
+import functools
 import math
 
 import numpy as np
 import pytest
 import torch
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from tests import tiny
 from voxlm_hf.collator_voxlm import word_targets
@@ -57,6 +59,94 @@ def test_states_give_the_loss_of_the_audio_they_come_from():
         stored = [states[mask.bool()] for states, mask in zip(encoded.last_hidden_state, encoded.frame_mask)]
         again = model.processor.collate([{"states": s, "text": r["text"]} for s, r in zip(stored, rows)])
         assert float(model(**again).loss) == pytest.approx(float(model(**batch).loss), abs=1e-5)
+
+
+GATED = {"projector_readout": "token_mixture", "frame_gate_threshold": 0.3}
+
+
+@pytest.mark.parametrize("fields", [{}, GATED], ids=["plain", "gated"])
+def test_the_form_for_generation_is_the_prompt_with_the_answer_beside(fields):
+    model = tiny.model(llm="qwen3", **fields)
+    rows = [row("the fox", 1.0), row("over the lazy dog", 0.6)]
+    processor, training = model.processor, model.processor.collate(rows)
+    batch = processor.collate(rows, for_generation=True)
+    prompts = processor.apply_transcription_request([item["audio"] for item in rows])
+    assert set(batch) == {*prompts, "labels"} and all(torch.equal(batch[name], prompts[name]) for name in prompts)
+    for answer, labels in zip(batch["labels"], training["labels"]):
+        assert answer[answer != -100].tolist() == labels[labels != -100].tolist()
+    with torch.no_grad():
+        assert float(model(**batch).loss) == pytest.approx(float(model(**training).loss), abs=1e-4)
+
+
+def test_labels_beside_never_have_the_length_of_the_prompt(processor):
+    """Their length tells the two forms apart."""
+    clip = tiny.noise(0.6)
+    length = processor.collate([row("a", audio=clip)], for_generation=True)["input_ids"].shape[1]
+    letters = [token for token in range(4, 260) if len(processor.decode_text([token])) == 1]
+    text = processor.decode_text(([letters[70], letters[80]] * length)[: length - 1])
+    batch = processor.collate([row(text, audio=clip)], for_generation=True)
+    assert (batch["labels"] != -100).sum() == length and batch["labels"].shape[1] == length + 1
+
+
+@pytest.mark.parametrize("for_generation", [False, True], ids=["form for training", "form for generation"])
+@pytest.mark.parametrize("fields", [{}, GATED], ids=["plain", "gated"])
+def test_seq2seq_trainer_scores_what_the_model_writes(fields, for_generation, tmp_path):
+    """The references must not be what an untrained model is asked to continue."""
+    model = tiny.model(llm="qwen3", **fields)
+    processor, decoded = model.processor, []
+    rows = [row("the quick brown fox", 0.5), row("he hoped", 0.9), row("over the lazy dog", 0.7)]
+
+    def compute_metrics(prediction):
+        for ids in (prediction.predictions, prediction.label_ids):
+            ids = np.where(ids == -100, processor.tokenizer.pad_token_id, ids)
+            decoded.append([text.strip() for text in processor.tokenizer.batch_decode(ids, skip_special_tokens=True)])
+        return {"right": np.mean([text == reference for text, reference in zip(*decoded)])}
+
+    options = {"use_cpu": True, "remove_unused_columns": False, "report_to": [], "disable_tqdm": True}
+    trainer = Seq2SeqTrainer(
+        model=model,
+        args=Seq2SeqTrainingArguments(tmp_path, per_device_eval_batch_size=2, predict_with_generate=True, **options),
+        eval_dataset=rows,
+        data_collator=functools.partial(processor.collate, for_generation=for_generation),
+        processing_class=processor.tokenizer,
+        compute_metrics=compute_metrics,
+    )
+    metrics = trainer.evaluate(max_new_tokens=6)
+    texts, references = decoded
+    assert references == [item["text"] for item in rows] and metrics["eval_right"] == 0.0
+    expected = model.transcribe([item["audio"] for item in rows], max_new_tokens=6)
+    assert texts == [result.text for result in expected]
+    with torch.no_grad():
+        losses = [float(model(**processor.collate(rows[part])).loss) for part in (slice(0, 2), slice(2, 3))]
+    assert min(losses) - 1e-3 <= metrics["eval_loss"] <= max(losses) + 1e-3
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ([], "no rows"),
+        ([row(), {"audio": tiny.noise(0.5)}], "Row 1 .* no 'text', only \\['audio'\\]"),
+        ([{"text": "a"}], "Row 0 .* no 'audio', only \\['text'\\]"),
+        ([row(), {"states": torch.zeros(20, 16), "text": "a"}], "Row 1 .* no 'audio'"),
+        ([{"states": torch.zeros(20, 16), "text": "a"}, row()], "Row 1 .* no 'states'"),
+        ([row(text=5)], "A transcript must be a string, got int"),
+    ],
+    ids=["none", "no text", "no audio", "states among audio", "audio among states", "a number"],
+)
+def test_rows_that_cannot_be_collated(processor, rows, message):
+    with pytest.raises(ValueError, match=message):
+        processor.collate(rows)
+
+
+def test_word_times_need_the_encoders_frames():
+    model = tiny.model()
+    words = [word("the", 0.2, 0.4), word("fox", 0.4, 0.9)]
+    batch = model.processor.collate([row("the fox", words=words)])
+    audio = model.get_audio_features(batch.pop("input_features"), batch.pop("input_features_mask"))
+    embeds = {"audio_embeds": audio.pooler_output, "audio_embeds_mask": audio.audio_embeds_mask}
+    with pytest.raises(ValueError, match="alignment head's loss also needs .*audio_states"):
+        model(**batch, **embeds)
+    assert model(**batch, **embeds, audio_states=audio.last_hidden_state, audio_states_mask=audio.frame_mask).loss > 0
 
 
 def test_without_word_times_there_are_no_targets(processor):

@@ -7,7 +7,7 @@ Stock generation on VoxLM: what transformers' own generation tests ask of a mode
 import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache, GenerationConfig, TextIteratorStreamer
+from transformers import DynamicCache, GenerationConfig, StaticCache, TextIteratorStreamer
 
 from tests import tiny
 from voxlm_hf.decoding_voxlm import padded_batches
@@ -174,27 +174,255 @@ def test_the_scores_of_beams_are_the_models_log_probabilities(case):
         assert float(beams.sequences_scores[row]) == pytest.approx(total, abs=1e-3)
 
 
-def test_generation_continues_from_a_cache_with_the_same_inputs(case):
-    """As a chat does: the whole sequence, the features and the cache of its beginning."""
+def text_alone(inputs):
+    """What continues from a cache: the sequence and its mask, without the audio."""
+    return {name: inputs[name] for name in ("input_ids", "attention_mask")}
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static", "beams"])
+def test_generation_continues_from_its_own_cache(case, kind):
+    """As the library's tests do: the sequence so far, a mask that only knows of padding, and no audio."""
     model, inputs, _ = case
-    features = {name: value for name, value in inputs.items() if name.startswith("input_features")}
-    options = {"do_sample": False, "eos_token_id": -1, "return_dict_in_generate": True}
+    options = {"do_sample": False, "eos_token_id": -1, "return_dict_in_generate": True, "output_logits": True}
     whole = model.generate(**inputs, **options, max_new_tokens=4)
-    first = model.generate(**inputs, **options, max_new_tokens=2)
-    visible = model.visible_positions(
-        inputs["input_ids"], inputs["attention_mask"], model.get_audio_features(**features)
+    cache = StaticCache(model.config, 64) if kind == "static" else DynamicCache(config=model.config)
+    first = model.generate(**inputs, **options, past_key_values=cache, max_new_tokens=3)
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 3), value=1)
+    if kind == "beams":  # as the library has it, the cache has a row for each beam
+        cache.batch_repeat_interleave(2)
+        options |= {"num_beams": 2, "length_penalty": 0.0}
+    last = model.generate(
+        input_ids=first.sequences, attention_mask=mask, past_key_values=cache, **options, max_new_tokens=1
     )
-    mask = torch.nn.functional.pad(visible, (0, 2), value=1)
-    rest = model.generate(
-        input_ids=first.sequences,
-        attention_mask=mask,
-        past_key_values=first.past_key_values,
-        audio_embeds=model.get_audio_features(**features).pooler_output,
-        audio_embeds_mask=model.get_audio_features(**features).audio_embeds_mask,
-        **options,
-        max_new_tokens=2,
+    assert torch.equal(last.sequences, whole.sequences)
+    torch.testing.assert_close(last.logits[0][:: len(last.logits[0]) // 2], whole.logits[3], atol=1e-4, rtol=1e-4)
+
+
+def test_generation_continues_without_a_mask(case):
+    model, _, _ = case
+    inputs = model.processor.apply_transcription_request(tiny.noise(0.6, 1))
+    options = {
+        "do_sample": False,
+        "eos_token_id": -1,
+        "suppress_tokens": [2, 3],
+    }  # no pad, from which masks are inferred
+    whole = model.generate(**inputs, **options, max_new_tokens=5)
+    cache = DynamicCache(config=model.config)
+    first = model.generate(**inputs, **options, past_key_values=cache, max_new_tokens=3)
+    assert torch.equal(model.generate(input_ids=first, past_key_values=cache, **options, max_new_tokens=2), whole)
+
+
+@pytest.mark.parametrize("change", ["as it is", "cropped", "reset", "repeated"])
+@torch.no_grad()
+def test_a_pass_continues_from_the_cache_of_another(case, change):
+    """Prefix and continuation, against one pass over both; the masks know of padding alone."""
+    model, inputs, _ = case
+    more = torch.tensor([[40, 41, 42], [43, 44, 45]])
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 3), value=1)
+    both = {**inputs, "input_ids": torch.cat([inputs["input_ids"], more], 1), "attention_mask": mask}
+    expected = model(**both).logits[:, -3:]
+    cache = model(**inputs, use_cache=True).past_key_values
+    if change == "cropped":
+        model(input_ids=more.flip(1), attention_mask=mask, past_key_values=cache)
+        cache.crop(-3)
+    if change == "reset":
+        cache.reset()
+        cache = model(**inputs, past_key_values=cache).past_key_values
+    if change == "repeated":
+        cache.batch_repeat_interleave(2)
+        more, mask, expected = (item.repeat_interleave(2, dim=0) for item in (more, mask, expected))
+    found = model(input_ids=more, attention_mask=mask, past_key_values=cache).logits
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_cache_that_was_cropped_into_the_audio_forgets_what_was_hidden_there(case):
+    model, inputs, _ = case
+    cache = model(**inputs, use_cache=True).past_key_values
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    first = int(
+        (ids == model.config.audio_token_id).int().argmax(1).max()
+    )  # all of both rows' audio is behind it, or none
+    cache.crop(first - ids.shape[1])
+    cache = (
+        model(**{**inputs, "input_ids": ids[:, first:]}, past_key_values=cache).past_key_values if first == 0 else cache
     )
-    assert torch.equal(rest.sequences, whole.sequences)
+    text = torch.full_like(ids[:, first:], 50)
+    found = model(input_ids=text, attention_mask=mask, past_key_values=cache).logits
+    plain = torch.cat([ids[:, :first], text], 1)
+    expected = model.language_model(input_ids=plain[:1, mask[0].bool()]).logits
+    visible = int(mask[0, first:].sum())
+    torch.testing.assert_close(found[0, -visible:], expected[0, -visible:], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_two_audios_one_after_the_other_in_a_chat(case):
+    """Audio, text and another audio: at once, by passes and by `generate` from a cache."""
+    model, _, _ = case
+    processor, clips = model.processor, [tiny.noise(0.6, 4), tiny.noise(0.9, 5)]
+    turns = ["<|audio|> the fox", " he hoped <|audio|> dog"]
+    whole = processor(text="".join(turns), audio=clips)
+    first, second = (processor(text=turn, audio=clip) for turn, clip in zip(turns, clips))
+    length = first["input_ids"].shape[1]
+    expected = model(**whole).logits
+    cache = model(**first, use_cache=True).past_key_values
+    found = model(**{**second, "attention_mask": whole["attention_mask"]}, past_key_values=cache)
+    torch.testing.assert_close(found.logits, expected[:, length:], atol=1e-4, rtol=1e-4)
+    options = {"do_sample": False, "eos_token_id": -1, "max_new_tokens": 3}
+    cache = model(**first, use_cache=True).past_key_values
+    audio = {name: second[name] for name in second if name.startswith("input_features")}
+    continued = model.generate(**text_alone(whole), **audio, past_key_values=cache, **options)
+    assert torch.equal(continued, model.generate(**whole, **options))
+
+
+@pytest.mark.parametrize(
+    "options", [{"do_sample": False}, {"num_beams": 3, "length_penalty": 0.0}], ids=["greedy", "beams"]
+)
+def test_prompts_may_have_several_audios_or_none(case, options):
+    model, _, _ = case
+    clips = [tiny.noise(0.6, 6), tiny.noise(1.1, 7), tiny.noise(0.8, 8)]
+    texts = ["<|audio|> and <|audio|>", "the lazy dog", "<|audio|> fox"]
+    options = {"eos_token_id": -1, "max_new_tokens": 4, **options}
+    batch = model.processor(text=texts, audio=clips)
+    found = new_ids(batch, model.generate(**batch, **options))
+    for row, audio in enumerate((clips[:2], None, clips[2:])):
+        alone = model.processor(text=texts[row], audio=audio)
+        assert torch.equal(found[row : row + 1], new_ids(alone, model.generate(**alone, **options)))
+
+
+@pytest.mark.parametrize("other", ["the same", "another"])
+def test_audio_that_is_not_in_the_new_part_of_the_prompt_is_refused(case, other):
+    """It would be ignored: what the cache holds was computed from the audio then."""
+    model, inputs, _ = case
+    first = model.generate(**inputs, max_new_tokens=2, do_sample=False, eos_token_id=-1, return_dict_in_generate=True)
+    features = inputs["input_features"] + (other == "another")
+    continued = {**inputs, "input_features": features, "input_ids": first.sequences}
+    continued["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (0, 2), value=1)
+    with pytest.raises(ValueError, match=r"hold \[0, 0\] audio placeholders .* only the audio that is not in it"):
+        model.generate(**continued, past_key_values=first.past_key_values, max_new_tokens=1)
+
+
+def test_a_cache_of_other_prompts_is_refused():
+    model = tiny.model(llm="qwen3", projector_readout="token_mixture", frame_gate_threshold=0.3)
+    inputs = model.processor.apply_transcription_request([tiny.noise(0.6, 1), tiny.noise(1.2, 2)])
+    cache = model(**inputs, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="made for 2 prompts, but there are 3"):
+        model(input_ids=torch.ones(3, 1, dtype=torch.long), past_key_values=cache)
+
+
+def test_audio_goes_into_prompt_embeddings_as_into_ids(case):
+    model, inputs, ids = case
+    rest = {name: value for name, value in inputs.items() if name != "input_ids"}
+    embeds = model.get_input_embeddings()(inputs["input_ids"]).detach()
+    found = model.generate(inputs_embeds=embeds, **rest, max_new_tokens=NEW, do_sample=False)
+    assert torch.equal(found, new_ids(inputs, ids))
+
+
+def test_audio_alone_gets_the_trained_prompt(case):
+    model, inputs, ids = case
+    features = {name: value for name, value in inputs.items() if name.startswith("input_features")}
+    with torch.no_grad():
+        encoded = model.encode_audio(**features)
+    states = {"audio_states": encoded.last_hidden_state, "audio_states_mask": encoded.frame_mask}
+    for audio in (features, states):
+        assert torch.equal(model.generate(**audio, max_new_tokens=NEW, do_sample=False), new_ids(inputs, ids))
+
+
+def test_encoder_states_without_a_mask_are_all_real(case):
+    model, _, _ = case
+    inputs = model.processor.apply_transcription_request(tiny.noise(0.9, 3))
+    ids = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
+    with torch.no_grad():
+        states = model.encode_audio(inputs["input_features"]).last_hidden_state
+        assert torch.equal(model(**text_alone(inputs), audio_states=states).logits, model(**inputs).logits)
+    found = model.generate(**text_alone(inputs), audio_states=states, max_new_tokens=NEW, do_sample=False)
+    assert torch.equal(found, ids)
+
+
+@pytest.mark.parametrize("assistant", ["same", "other"])
+def test_drafts_of_an_assistant_leave_the_text_as_it_is(case, assistant):
+    model, _, _ = case
+    inputs = model.processor.apply_transcription_request(tiny.noise(0.9, 3))
+    helper = model if assistant == "same" else tiny.model(llm="qwen3", projector_hidden_size=8)
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": -1}
+    assert torch.equal(model.generate(**inputs, **options, assistant_model=helper), model.generate(**inputs, **options))
+
+
+@pytest.mark.parametrize("kind", [np.int16, np.float32, np.int32, torch.int16, torch.float32], ids=str)
+def test_samples_of_any_type_are_audio_and_no_ids(case, kind):
+    model, _, _ = case
+    clip = tiny.noise(0.7, 9)
+    scale = 1 if kind in (np.float32, torch.float32) else 2.0**31 if kind is np.int32 else 2.0**15
+    samples = clip * np.float32(scale)
+    samples = torch.from_numpy(samples).to(kind) if isinstance(kind, torch.dtype) else samples.astype(kind)
+    assert model.generate(samples, max_new_tokens=NEW).text == model.transcribe(clip, max_new_tokens=NEW).text
+
+
+LONG = "x " * 300  # 600 tokens, and the tiny LLMs have a context of 512
+
+
+@pytest.mark.parametrize("saved", [True, False], ids=["in the processor", "not in the processor"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, clip: model.transcribe(clip, prompt=LONG),
+        lambda model, clip: model.transcribe([clip, clip], prompt=[None, LONG]),
+        lambda model, clip: model.align(clip, "the fox", prompt=LONG),
+        lambda model, clip: model.generate(**model.processor.apply_transcription_request(clip, prompt=LONG)),
+        lambda model, clip: model.generate(**model.processor(text="<|audio|>" + LONG, audio=clip), num_beams=2),
+    ],
+    ids=["transcribe", "one of several", "align", "generate", "processor"],
+)
+def test_a_prompt_that_the_llm_cannot_hold_is_refused_with_both_numbers(case, call, saved, monkeypatch):
+    model, _, _ = case
+    monkeypatch.setattr(model.processor, "context_length", 512 if saved else None)
+    with pytest.raises(ValueError, match=r"has (6|7)\d\d tokens .*context of 512"):
+        call(model, tiny.noise(0.6))
+
+
+def test_audio_that_the_llm_cannot_hold_is_refused_with_both_numbers():
+    model = tiny.model(llm="qwen3", projector_stride=1)
+    for call in (model.transcribe, lambda clip: model.generate(**model.processor.apply_transcription_request(clip))):
+        with pytest.raises(ValueError, match=r"has \d{3} tokens .*context of 512"):
+            call(tiny.noise(12.0))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"prompt": 5}, "prompt must be a string.* got 5"),
+        ({"prompt": [5]}, "prompt must be a string, got int"),
+        ({"prompt": "a\ud800"}, "lone surrogate"),
+        ({"chunk_length_s": "5"}, "chunk_length_s.*a number of at least 1.*'5'"),
+        ({"chunk_length_s": float("nan")}, "chunk_length_s.*nan"),
+        ({"num_beams": 0}, "num_beams.*an integer of at least 1, got 0"),
+        ({"num_beams": "2"}, "num_beams.*'2'"),
+        ({"batch_size": "8"}, "batch_size.*an integer of at least 1, got '8'"),
+        ({"batch_size": 2.5}, "batch_size.*2.5"),
+        ({"sampling_rate": float("nan")}, "sampling_rate.*nan"),
+        ({"sampling_rate": 0}, "sampling_rate.*got 0"),
+        ({"vad": 5}, "vad.*'energy', 'silero', got 5"),
+        *[({"return_timestamps": value}, "True, False or 'word'") for value in ("char", "segment", 5, 1.0, ["word"])],
+    ],
+    ids=str,
+)
+def test_arguments_that_cannot_be_used(case, options, message):
+    model, _, _ = case
+    clip = tiny.noise(0.6)
+    with pytest.raises(ValueError, match=message):
+        model.transcribe(clip, **options)
+    if "batch_size" not in options:  # that of a pipeline is the library's
+        with pytest.raises(ValueError, match=message):
+            model.transcription_pipeline()(clip, **options)
+
+
+@pytest.mark.parametrize(
+    "inputs", [{}, {"input_features": torch.zeros(1, 80, 100)}, {"audio_states": torch.zeros(1, 50, 16)}]
+)
+def test_a_pass_without_a_prompt_says_what_is_missing(case, inputs):
+    model, _, _ = case
+    with pytest.raises(ValueError, match="The prompt is missing: pass `input_ids`"):
+        model(**inputs)
 
 
 def test_a_streamer_gets_the_text_as_it_comes(case):
@@ -406,6 +634,11 @@ def test_a_recording_that_cannot_be_read_ends_with_its_error():
         ([{"array": np.zeros(16000), "sampling_rate": 16000}], 1.0),
         (["tests/data/austen-0880.flac", "no such.wav"], pytest.approx(3.0, abs=0.1)),
         ([b"bytes of a file"], None),
+        ([{"array": np.zeros(8000), "sampling_rate": 8000}, {"raw": np.zeros(8000), "sampling_rate": 16000}], 1.5),
+        ([{"array": None, "path": "tests/data/austen-0880.flac"}], pytest.approx(3.0, abs=0.1)),
+        ([{"array": np.zeros(8000), "sampling_rate": "8000"}], None),
+        ([{"array": np.zeros(8000), "sampling_rate": 0}], None),
+        ([{"array": np.zeros(8000)}, {}], None),
     ],
 )
 def test_seconds_are_known_where_recordings_say_them(items, seconds):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from tests import tiny
 from voxlm_hf import VoxLMForSpeechSeq2Seq
@@ -380,3 +381,58 @@ def test_stereo_is_heard_like_mono():
     mono = tiny.noise(1.0)
     stereo = np.stack([mono, mono])
     assert model.transcribe(stereo, max_new_tokens=4).text == model.transcribe(mono, max_new_tokens=4).text
+
+
+# What the library and torch put around a model
+
+GATED = {"projector_readout": "token_mixture", "frame_gate_threshold": 0.3}
+
+
+@pytest.mark.parametrize("fields", [{}, {**GATED, "projector_kind": "convnext"}], ids=["plain", "gated"])
+def test_forward_and_loss_compile_to_one_graph(fields):
+    """With the backend that runs the captured graph as it is: whether there is one is the question."""
+    model = tiny.model(llm="qwen3", **fields)
+    inputs = inputs_of(model, texts=TEXTS)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    expected, found = model(**inputs), compiled(**inputs)
+    torch.testing.assert_close(found.logits, expected.logits)
+    found.loss.backward()
+    gradients = {
+        name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
+    model.zero_grad()
+    expected.loss.backward()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, model.get_parameter(name).grad, atol=1e-5, rtol=1e-4)
+    assert any(name.startswith("projector") for name in gradients)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("fields", [{}, GATED], ids=["plain", "gated"])
+def test_attentions_and_hidden_states_are_returned_when_asked_for(fields, implementation):
+    model = tiny.model(llm="qwen3", **fields)
+    model.set_attn_implementation(implementation)
+    inputs = inputs_of(model)
+    output = model(**inputs, output_attentions=True, output_hidden_states=True)
+    length, config = inputs["input_ids"].shape[1], model.config.text_config
+    assert len(output.hidden_states) == config.num_hidden_layers + 1
+    if implementation == "eager":  # the other computes none
+        assert output.attentions[-1].shape == (2, config.num_attention_heads, length, length)
+
+
+@pytest.mark.parametrize("lora_config", [None, {"r": 2}], ids=["plain", "LoRA of its own"])
+def test_peft_on_top_trains_and_generates(lora_config):
+    model = tiny.model(llm="qwen3", lora_config=lora_config, **GATED)
+    inputs, prompts = inputs_of(model, texts=TEXTS), inputs_of(model)
+    before = model(**inputs).loss.item()
+    expected = model.generate(**prompts, max_new_tokens=4, do_sample=False)
+    adapted = get_peft_model(
+        model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"] if lora_config is None else "all-linear")
+    )
+    assert adapted(**inputs).loss.item() == pytest.approx(before, abs=1e-5)
+    assert torch.equal(adapted.generate(**prompts, max_new_tokens=4, do_sample=False), expected)
+    adapted(**inputs).loss.backward()
+    assert any(
+        "lora_B.default" in name and parameter.grad is not None for name, parameter in adapted.named_parameters()
+    )

@@ -6,7 +6,8 @@ import datasets
 import numpy as np
 import pytest
 import soundfile
-from transformers import AutomaticSpeechRecognitionPipeline, pipeline
+import torch
+from transformers import AutomaticSpeechRecognitionPipeline, WhisperForConditionalGeneration, pipeline
 
 from tests import tiny
 
@@ -127,3 +128,39 @@ def test_bad_options_and_bad_audio(pipe, audio, options, message):
 def test_a_pipeline_over_a_model_object(model):
     pipe = model.transcription_pipeline()
     assert pipe(tiny.noise(1), **OPTIONS)["text"] == model.transcribe(tiny.noise(1), max_new_tokens=6).text
+
+
+def test_a_pipeline_of_the_librarys_function_over_a_model_object(model, monkeypatch):
+    clip = tiny.noise(1)
+    expected = model.transcribe(clip, max_new_tokens=6)
+    parts = {"tokenizer": model.processor.tokenizer, "feature_extractor": model.processor.feature_extractor}
+    for options in ({}, {"processor": model.processor}, parts):
+        result = pipeline("automatic-speech-recognition", model=model, **options)(
+            clip, return_timestamps="word", **OPTIONS
+        )
+        assert result["text"] == expected.text and len(result["chunks"]) == len(expected.words)
+    made = model.processor
+    monkeypatch.setattr(model, "processor", None)  # as of a model that nobody gave one
+    for options in ({"processor": made}, parts):
+        monkeypatch.setattr(model, "processor", None)
+        assert (
+            pipeline("automatic-speech-recognition", model=model, **options)(clip, **OPTIONS)["text"] == expected.text
+        )
+
+
+def test_other_models_get_the_librarys_pipeline():
+    torch.manual_seed(0)
+    other = WhisperForConditionalGeneration(tiny.config().audio_config)
+    parts = {"tokenizer": tiny.tokenizer(), "feature_extractor": tiny.feature_extractor("whisper")}
+    assert type(pipeline("automatic-speech-recognition", model=other, **parts)) is AutomaticSpeechRecognitionPipeline
+    with pytest.raises(ValueError, match="needs a tokenizer and a feature_extractor"):
+        pipeline("automatic-speech-recognition", model=other)
+
+
+@pytest.mark.parametrize(
+    "inputs, options, message",
+    [([], {}, "list is empty"), (AUDIO, {"stream": True}, "model.transcribe\\(stream=True\\)")],
+)
+def test_what_a_pipeline_does_not_do(pipe, inputs, options, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(inputs, **options)

@@ -7,6 +7,7 @@ import torch
 
 from tests import tiny
 from voxlm_hf import VoxLMProcessor
+from voxlm_hf.forced_alignment_voxlm import known_text
 from voxlm_hf.processing_voxlm import affine_lengths
 
 
@@ -47,10 +48,97 @@ def test_as_many_prompts_and_texts_as_recordings(processor, options, message):
         processor.apply_transcription_request([tiny.noise(0.5)] * 2, **options)
 
 
-@pytest.mark.parametrize("text", [["no placeholder"], ["<|audio|>", "<|audio|>"]])
-def test_each_text_has_one_placeholder_and_one_audio(processor, text):
-    with pytest.raises(ValueError, match="exactly one"):
+@pytest.mark.parametrize(
+    "text", [["no placeholder"], ["<|audio|>", "<|audio|>"], ["<|audio|><|audio|>"], "<|audio|> <|audio|>"]
+)
+def test_each_audio_has_one_placeholder_in_the_texts(processor, text):
+    with pytest.raises(ValueError, match=r"Each audio needs one <\|audio\|> in the texts.* and 1 audios"):
         processor(text=text, audio=[tiny.noise(0.5)])
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_text_may_have_several_audios(processor, nested):
+    clips = [tiny.noise(0.5), tiny.noise(0.8), tiny.noise(0.3)]
+    batch = processor(text=["<|audio|> and <|audio|>", "<|audio|>"], audio=[clips[:2], clips[2:]] if nested else clips)
+    counts = [processor.num_audio_tokens(length) for length in batch["input_features_mask"].sum(-1).tolist()]
+    assert len(batch["input_features"]) == 3
+    assert (batch["input_ids"] == processor.audio_token_id).sum(-1).tolist() == [counts[0] + counts[1], counts[2]]
+
+
+HALF = "na\u00efve \ud800"
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda processor, clip: processor.render_prompt(HALF),
+        lambda processor, clip: processor.apply_transcription_request(clip, prompt=HALF),
+        lambda processor, clip: processor.apply_transcription_request(clip, text=HALF),
+        lambda processor, clip: processor.collate([{"audio": clip, "text": HALF}]),
+        lambda processor, clip: processor(text="<|audio|>" + HALF, audio=clip),
+        lambda processor, clip: known_text(processor, HALF),
+    ],
+)
+def test_half_a_character_is_refused(processor, call):
+    with pytest.raises(ValueError, match=r"a lone surrogate \('\\ud800' at position \d+\)"):
+        call(processor, tiny.noise(0.5))
+
+
+PLAIN = "{% for message in messages %}<{{ message['role'] + '> ' + message['content'] + '\n' }}{% endfor %}"
+TEMPLATES = {
+    "strings": (
+        PLAIN + "{% if add_generation_prompt %}<assistant>{% endif %}",
+        "<user> <|audio|>\nSay it.\n<assistant>",
+    ),
+    "lists": (
+        "{% for message in messages %}<{{ message.role }}>{% for item in message.content %}"
+        "{{ '<|audio|>' if item.type == 'audio' else item.text }}{% endfor %}{% endfor %}",
+        "<user><|audio|>Say it.",
+    ),
+}
+
+
+@pytest.mark.parametrize("template, expected", TEMPLATES.values(), ids=TEMPLATES)
+@pytest.mark.parametrize("holder", ["processor", "tokenizer", "argument"])
+def test_chats_of_any_template(template, expected, holder, monkeypatch):
+    processor = tiny.model().processor
+    content = [{"type": "audio"}, {"type": "text", "text": "Say it."}]
+    options = {"chat_template": template} if holder == "argument" else {}
+    if not options:
+        monkeypatch.setattr(processor if holder == "processor" else processor.tokenizer, "chat_template", template)
+    chat = [{"role": "user", "content": content}]
+    assert processor.apply_chat_template(chat, add_generation_prompt=True, **options) == expected
+    assert chat == [{"role": "user", "content": content}], "the caller's is left as it is"
+    string = [{"role": "user", "content": "<|audio|>\nSay it."}]
+    if template.startswith(PLAIN):
+        assert processor.apply_chat_template(string, add_generation_prompt=True, **options) == expected
+
+
+@pytest.mark.parametrize("kind", ["array", "path", "dict", "tensor"])
+def test_a_chat_with_audio_makes_the_inputs_of_its_text(kind, monkeypatch):
+    processor = tiny.model().processor
+    monkeypatch.setattr(processor, "chat_template", TEMPLATES["strings"][0])
+    clip, file = tiny.noise(0.7), "tests/data/austen-0880.flac"
+    audio = {
+        "array": clip,
+        "path": file,
+        "dict": {"array": clip, "sampling_rate": 16000},
+        "tensor": torch.from_numpy(clip),
+    }[kind]
+    item = {"type": "audio", "path" if kind == "path" else "audio": audio}
+    chat = [{"role": "user", "content": [item, {"type": "text", "text": "Say it."}, {"type": "audio", "audio": clip}]}]
+    made = processor.apply_chat_template([chat, chat], tokenize=True, return_dict=True)
+    text = "<user> <|audio|>\nSay it.\n<|audio|>\n"
+    expected = processor(text=[text, text], audio=[audio, clip] * 2)
+    assert set(made) == set(expected)
+    for name in expected:
+        assert torch.equal(made[name], expected[name]), name
+
+
+def test_saving_leaves_the_processor_as_it_was(processor, tmp_path):
+    before = processor.to_json_string()
+    processor.save_pretrained(tmp_path)
+    assert processor.to_json_string() == before
 
 
 @pytest.mark.parametrize("options, padded", [({}, 0), ({"padding_side": "right"}, -1)], ids=["left", "right"])

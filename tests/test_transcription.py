@@ -1,6 +1,9 @@
 """`transcribe` from end to end with a tiny random model; joining segments; word confidence."""
 
+import copy
+import json
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -446,3 +449,23 @@ def test_a_word_inside_another_words_token_has_that_tokens_score():
     text = DecodedText([5, 6], True, logprobs=logprobs, entropies=entropies, words=["你", "好", "a"])
     text.token_words = np.array([1, 2])
     assert [score["logprob"] for score in word_scores(text)] == [-1.0, -1.0, -2.0]
+
+
+def test_a_result_always_has_its_error():
+    good, bad = join_segments([], 1.0), join_segments([], 1.0, "no such file")
+    for result, error in ((good, None), (bad, "no such file")):
+        assert "error" in result and result["error"] == result.get("error", 0) == result.error == error
+        assert json.loads(json.dumps(result))["error"] == error
+        assert copy.deepcopy(result) == result == pickle.loads(pickle.dumps(result))
+
+
+def test_one_recording_that_cannot_be_aligned_leaves_the_others_alone():
+    model, clip = tiny.model(llm="qwen3"), tiny.noise(1.0)
+    results = model.align([clip, "no such.wav", clip, clip], ["the fox", "a", "", "dog"])
+    assert [result["error"] is None for result in results] == [True, False, False, True]
+    assert "no such.wav" in results[1].error and "no words" in results[2].error and results[1].words == []
+    alone = model.align(clip, "dog")
+    assert alone.error is None and results[3] == alone
+    for audio, text, error in (("no such.wav", "a", FileNotFoundError), (clip, "", ValueError)):
+        with pytest.raises(error):
+            model.align(audio, text)

@@ -17,7 +17,8 @@ from transformers.generation import GenerationConfig, GenerationMixin
 
 from .ctc_voxlm import CTCPrefix, choose, ctc_frames
 from .outputs_voxlm import VoxLMAudioOutput
-from .processing_voxlm import VoxLMProcessor
+from .placeholders_voxlm import marks_tokens
+from .processing_voxlm import VoxLMProcessor, check_context, context_length
 from .segmentation_voxlm import AudioSegment
 from .words_voxlm import word_indices
 
@@ -157,33 +158,25 @@ def encode(model, processor: VoxLMProcessor, segments: list[AudioSegment], promp
     features, inputs = ({name: value.to(model.device) for name, value in part.items()} for part in (features, inputs))
     audio = model.get_audio_features(**features)
     visible = model.visible_positions(**inputs, audio=audio)
-    check_context(model.config, visible, None, new_tokens=MIN_TOKENS)
+    check_prompt_length(model.config, visible, new_tokens=MIN_TOKENS)
     return EncodedBatch(segments, prompts, **inputs, audio=audio)
 
 
-def check_context(config, attention_mask, input_ids, new_tokens: int = 1):
+def check_prompt_length(config, attention_mask, input_ids=None, new_tokens: int = 1):
     """
-    Check that prompts leave room in the LLM's context.
+    `check_context` for a batch of prompts with their audio.
 
     Args:
         config ([`VoxLMConfig`])
         attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*): what it hides takes no room.
         input_ids (`torch.Tensor` of shape `(batch, length)`, *optional*): for prompts without a mask.
         new_tokens (`int`): how many tokens have to fit behind the prompt.
-
-    Raises:
-        ValueError: for a prompt that is too long.
     """
-    context = getattr(config.text_config, "max_position_embeddings", None)
-    if attention_mask is not None and attention_mask.dim() == 2:
+    if marks_tokens(attention_mask):
         longest = int(attention_mask.sum(-1).max())
     else:
         longest = 0 if input_ids is None else input_ids.shape[1]
-    if context and longest + new_tokens > context:
-        raise ValueError(
-            f"The prompt has {longest} tokens, audio included, but the LLM's context is {context} with at least {new_tokens} new; "
-            "shorten the prompt or the audio"
-        )
+    check_context(context_length(config), longest, new_tokens)
 
 
 def encode_with_silence(model, processor: VoxLMProcessor, segments: list[AudioSegment], seconds: float | None):

@@ -13,7 +13,7 @@ from transformers.generation import GenerationMixin
 from transformers.utils import logging
 
 from .audio_voxlm import file_duration_s, is_batch, stream_audio
-from .decoding_voxlm import check_context, pack_left, padded_batches, token_budget
+from .decoding_voxlm import MIN_TOKENS, check_prompt_length, pack_left, padded_batches, token_budget
 from .fallback_voxlm import transcribe_batch
 from .forced_alignment_voxlm import align_segments, align_text, known_text
 from .pipeline_voxlm import VoxLMASRPipeline, check_timestamps
@@ -122,7 +122,7 @@ class VoxLMGenerationMixin(GenerationMixin):
             inputs, kwargs["attention_mask"] = self._trained_prompts(audio)
             only_new = True
         hidden = self._place_audio(inputs, audio, kwargs)
-        check_context(self.config, kwargs.get("attention_mask"), inputs)
+        check_prompt_length(self.config, kwargs.get("attention_mask"), inputs)
         output = super().generate(inputs, *args, **kwargs)
         if hidden is not None:
             # Whoever continues from the cache has a mask of the tokens, which does not say what the gate hides.
@@ -194,17 +194,26 @@ class VoxLMGenerationMixin(GenerationMixin):
         return hidden
 
     def prepare_inputs_for_generation(
-        self, *args, inputs_embeds=None, is_first_iteration=False, audio_embeds=None, audio_embeds_mask=None, **kwargs
+        self,
+        *args,
+        inputs_embeds=None,
+        is_first_iteration=False,
+        audio_embeds=None,
+        audio_embeds_mask=None,
+        cache=None,
+        **kwargs,
     ) -> dict:
         """
         [`GenerationMixin.prepare_inputs_for_generation`]; with a cache, only the pass over the prompt takes the encoded audio,
         as the library has it for inputs whose names it knows.
         """
-        if is_first_iteration or not kwargs.get("use_cache", True):
-            kwargs |= {"audio_embeds": audio_embeds, "audio_embeds_mask": audio_embeds_mask}
         # `generate` accepts what this signature names.
-        options = {"inputs_embeds": inputs_embeds, "is_first_iteration": is_first_iteration}
-        return super().prepare_inputs_for_generation(*args, **options, **kwargs)
+        kwargs |= {"inputs_embeds": inputs_embeds, "is_first_iteration": is_first_iteration}
+        if audio_embeds is not None and (is_first_iteration or not kwargs.get("use_cache", True)):
+            kwargs |= {"audio_embeds": audio_embeds, "audio_embeds_mask": audio_embeds_mask}
+        if cache is not None:  # what `past_key_values` is called from 5.24 on
+            kwargs["cache"] = cache
+        return super().prepare_inputs_for_generation(*args, **kwargs)
 
     def transcribe(
         self,
@@ -387,7 +396,7 @@ def transcribe_recordings(
     token_budget(options.generate_kwargs)
     prompts = [processor.render_prompt(prompt) for prompt in prompts]
     for prompt in set(prompts):
-        check_context(model.config, None, processor.prompt_ids([prompt], [1])["input_ids"])
+        check_prompt_length(model.config, **processor.prompt_ids([prompt], [1]), new_tokens=MIN_TOKENS)
     DETECTORS[options.vad](processor.sampling_rate)
     seconds = known_seconds(items, options.sampling_rate or processor.sampling_rate)
     tasks = segment_recordings(processor, items, options)

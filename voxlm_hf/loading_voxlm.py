@@ -19,7 +19,7 @@ from transformers.utils import is_peft_available, logging
 
 from .checkpoint_voxlm import HOW_TO_CONVERT, check_folder, check_inside, check_tensors, tensors_of
 from .configuration_voxlm import DEFAULT_LORA, DEFAULT_READER, TESTED_TRANSFORMERS, preset_bases
-from .processing_voxlm import VoxLMProcessor, saved_with_code
+from .processing_voxlm import VoxLMProcessor, context_length, saved_with_code
 from .reader_voxlm import READER_MODELS, VoxLMReader, decoder_prompt, token_table
 
 
@@ -314,6 +314,7 @@ class VoxLMLoadingMixin:
             commit = getattr(self.config, "_commit_hash", None)
             options["revision"] = commit or options.get("revision") or "main"
             self.processor = VoxLMProcessor.from_pretrained(source, trust_remote_code=self.is_remote_code(), **options)
+            self.processor.context_length = context_length(self.config)
         return self.processor
 
 

@@ -21,7 +21,7 @@ from .generation_voxlm import VoxLMGenerationMixin
 from .legacy_voxlm import EDGE_STD, VoxLMConvProjector, VoxLMCrossAttentionHead
 from .loading_voxlm import VoxLMLoadingMixin
 from .outputs_voxlm import VoxLMAudioOutput, VoxLMCausalLMOutputWithPast
-from .placeholders_voxlm import append_answers, cache_of, check_placeholders, gated_mask, real_frames
+from .placeholders_voxlm import append_answers, cache_of, check_placeholders, gated_mask, marks_tokens, real_frames
 from .reader_voxlm import VoxLMReader
 from .timing_voxlm import AlignmentScores, alignment_loss
 
@@ -276,7 +276,8 @@ class VoxLMPreTrainedModel(VoxLMLoadingMixin, PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("audio", "text")
     supports_gradient_checkpointing = True
-    _supports_flash_attn = True
+    # Not tested: what the frame gate hides lies in the middle of a prompt, where flash attention expects no padding.
+    _supports_flash_attn = False
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
@@ -602,7 +603,7 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, VoxLMGenerationMixin, VoxLMInf
         if audio_embeds is not None:
             inputs_embeds = self.merge_audio(input_ids, inputs_embeds, audio_embeds, audio_embeds_mask)
         attention_mask, hidden = gated_mask(attention_mask, cache, shown, *inputs_embeds.shape[:2])
-        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+        if position_ids is None and marks_tokens(attention_mask):
             # Positions count what is visible, so that padding on either side and hidden frames change nothing.
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
         if word_times is not None:

@@ -22,6 +22,7 @@ def check_timestamps(value):
             "`model.transcribe`'s result have times too"
         )
 
+
 from .audio_voxlm import is_batch
 
 
@@ -58,6 +59,8 @@ class VoxLMASRPipeline(AutomaticSpeechRecognitionPipeline):
         # The library takes a list for several recordings, but a column of `datasets` or a tuple for one.
         if isinstance(inputs, Sequence) and is_batch(inputs):
             inputs = list(inputs)
+        if isinstance(inputs, (list, tuple)) and not inputs:
+            raise ValueError("No audio was given: the list is empty")
         return super().__call__(inputs, **kwargs)
 
     def _sanitize_parameters(

@@ -74,6 +74,11 @@ def append_answers(input_ids, attention_mask, labels, pad_token_id: int) -> tupl
     )
 
 
+def marks_tokens(attention_mask) -> bool:
+    """Whether a mask is `(batch, length)`, and not one of queries and keys, or a dict of them by type of layer."""
+    return isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2
+
+
 def full_mask(attention_mask: torch.Tensor | None, batch: int, length: int, device) -> torch.Tensor:
     """A copy of a mask `(batch, length)`, of ones when there is none."""
     if attention_mask is None:
@@ -118,8 +123,8 @@ def gated_mask(attention_mask, cache, shown: torch.Tensor | None, batch: int, le
     The mask of a pass without what the frame gate hides: placeholders of this pass and, with a cache, of those before it.
 
     Args:
-        attention_mask (`torch.LongTensor` of shape `(batch, past + length)`, *optional*): left alone with more dimensions, which
-            `generate` makes of a gated mask.
+        attention_mask (`torch.LongTensor` of shape `(batch, past + length)`, *optional*): another kind, which `generate` makes of
+            a gated mask, is left alone.
         cache ([`Cache`], *optional*)
         shown (`torch.BoolTensor` of shape `(batch, length)`, *optional*): False for hidden placeholders of this pass.
         batch (`int`), length (`int`): of this pass.
@@ -131,7 +136,7 @@ def gated_mask(attention_mask, cache, shown: torch.Tensor | None, batch: int, le
     if hidden is None and shown is None:
         return attention_mask, None
     past = past_length(cache) if shown is not None or attention_mask is None else 0
-    if attention_mask is None or attention_mask.dim() == 2:
+    if attention_mask is None or marks_tokens(attention_mask):
         device = (hidden if shown is None else shown).device
         attention_mask = full_mask(attention_mask, batch, past + length, device)
         if hidden is not None:

@@ -17,8 +17,8 @@ from .words_voxlm import Word, decode_tokens, encode_words, split_words
 
 # What `from_base_models` adds to a tokenizer. Converted checkpoints may have other tokens, which their processor names.
 AUDIO_TOKEN, PAD_TOKEN = "<|audio|>", "<|pad|>"
-# A chat template that takes a list as the content of a message goes through it.
-CONTENT_LOOP = re.compile(r"""\bin\s+\w+(\.content|\[['"]content['"]\])""")
+# A chat template that takes a list as the content of a message goes through it or picks an item.
+TAKES_LISTS = re.compile(r"""\bin\s+\w+(\.content|\[['"]content['"]\])|(\.content|\[['"]content['"]\])\s*\[""")
 # What makes lists of contents strings, in front of a chat template that takes strings alone.
 JOIN_CONTENT = """{%- set joined = namespace(messages=[]) -%}
 {%- for message in messages -%}
@@ -96,6 +96,30 @@ def audio_token_id(tokenizer, token: str) -> int:
         if token == getattr(tokenizer, name, None):
             raise ValueError(f"The audio token {token!r} is the tokenizer's {name} too; it needs a token of its own")
     return token_id
+
+
+def context_length(config) -> int | None:
+    """Most tokens that the LLM of a [`VoxLMConfig`] can see, `None` where its config does not say."""
+    return getattr(config.text_config, "max_position_embeddings", None)
+
+
+def check_context(context: int | None, prompt_length: int, new_tokens: int = 1):
+    """
+    Check that a prompt leaves room for a text in the LLM's context.
+
+    Args:
+        context (`int`, *optional*): most tokens that the LLM can see.
+        prompt_length (`int`): tokens of the prompt.
+        new_tokens (`int`): how many tokens have to fit behind it.
+
+    Raises:
+        ValueError: for a prompt that is too long.
+    """
+    if context and prompt_length + new_tokens > context:
+        raise ValueError(
+            f"The prompt has {prompt_length} tokens (its audio included), which leaves no room for {new_tokens} new ones in the "
+            f"LLM's context of {context}; shorten the prompt or the audio"
+        )
 
 
 def check_text(text, name: str):
@@ -184,6 +208,8 @@ class VoxLMProcessor(ProcessorMixin):
         self.samples_per_frame = samples_per_frame
         self.audio_token_stride = audio_token_stride
         self.audio_token_offset = audio_token_offset
+        # Most tokens that the LLM can see, where the model is known; not saved.
+        self.context_length = None
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
 
     @classmethod
@@ -203,6 +229,7 @@ class VoxLMProcessor(ProcessorMixin):
         config = model.config
         self.prompt, self.prompt_template = config.prompt, config.prompt_template
         self.audio_window_s, self.pad_audio_to_window = config.audio_window_s, config.pad_audio_to_window
+        self.context_length = context_length(config)
         rate = self.sampling_rate
         silence = np.zeros(2 * rate, dtype=np.float32)
         one, two = (self._extract(silence[: seconds * rate]).shape[self._time_axis] for seconds in (1, 2))
@@ -216,8 +243,11 @@ class VoxLMProcessor(ProcessorMixin):
         """[`ProcessorMixin.save_pretrained`]; the code travels along, and no file names a folder of this machine."""
         for name in ("is_local", "local_files_only", "name_or_path"):
             self.tokenizer.init_kwargs.pop(name, None)
-        with saved_with_code(type(self), "AutoProcessor"):
-            return super().save_pretrained(save_directory, *args, **kwargs)
+        try:
+            with saved_with_code(type(self), "AutoProcessor"):
+                return super().save_pretrained(save_directory, *args, **kwargs)
+        finally:  # the library leaves in the processor what it writes to the file
+            vars(self).pop("auto_map", None)
 
     @property
     def sampling_rate(self) -> int:
@@ -402,7 +432,7 @@ class VoxLMProcessor(ProcessorMixin):
             template = template.get(chat_template or "default")
         elif chat_template is not None:
             template = chat_template
-        if template is not None and not CONTENT_LOOP.search(template):
+        if template is not None and not TAKES_LISTS.search(template):
             template = JOIN_CONTENT.replace("AUDIO_TOKEN", self.audio_token) + template
         return super().apply_chat_template(self._with_waveforms(conversation), chat_template=template, **kwargs)
 
@@ -430,8 +460,8 @@ class VoxLMProcessor(ProcessorMixin):
             prompt (`str`, *optional*): instruction or context for the LLM; by default the one used in training.
 
         Raises:
-            ValueError: for what is no string, and when the prompt contains a special token, which would be taken as control and
-                not as text.
+            ValueError: for what is no string or longer than the LLM's context, and when the prompt contains a special token,
+                which would be taken as control and not as text.
         """
         prompt = self.prompt if prompt is None else prompt
         check_text(prompt, "The prompt")
@@ -440,6 +470,8 @@ class VoxLMProcessor(ProcessorMixin):
             raise ValueError(
                 f"The prompt contains the special token {specials[0]!r}, which the model would take as control; remove it"
             )
+        if self.context_length and len(prompt) >= self.context_length:  # a token may be a character
+            check_context(self.context_length, len(self.tokenizer(prompt)["input_ids"]))
         before, after = self.prompt_template.split("{audio}")
         text = before.replace("{prompt}", prompt) + self.audio_token + after.replace("{prompt}", prompt)
         if text.count(self.audio_token) != 1:

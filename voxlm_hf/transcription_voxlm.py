@@ -76,7 +76,7 @@ class VoxLMTranscription(ModelOutput):
             log-probability, where the reader proposed the text.
         segments (`list[dict]`): the segments that the recording was split into: `{"start", "end", "text", "mean_logprob",
             "gates", "fallback", "rejected"}`, see [`Segment`].
-        error (`str`, *optional*): why one recording of several could not be transcribed.
+        error (`str`, *optional*): why one recording of several could not be transcribed; a key of the dict in any case.
     """
 
     text: str | None = None
@@ -86,6 +86,10 @@ class VoxLMTranscription(ModelOutput):
     word_scores: list[dict] | None = None
     segments: list[dict] | None = None
     error: str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        self["error"] = self.error  # the library leaves out what is `None`
 
 
 def join_segments(segments: list[Segment], duration_s: float, error: str | None = None) -> VoxLMTranscription:
