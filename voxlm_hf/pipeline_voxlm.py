@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from transformers import AutomaticSpeechRecognitionPipeline, GenerationConfig
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from .audio_voxlm import is_batch
 from .processing_voxlm import VoxLMProcessor
 
 
@@ -21,9 +22,6 @@ def check_timestamps(value):
             f"`return_timestamps` must be True, False or 'word', got {value!r}; the model times words, and `segments` of "
             "`model.transcribe`'s result have times too"
         )
-
-
-from .audio_voxlm import is_batch
 
 
 class VoxLMASRPipeline(AutomaticSpeechRecognitionPipeline):

@@ -15,6 +15,23 @@ from .words_voxlm import Word, match_words, word_indices
 KNOWN_PAUSE_S = 1.0
 
 
+def check_rows(rows: list[dict]):
+    """
+    Raises:
+        ValueError: without rows, for a row without text or audio, and for rows of which some have audio and some states.
+    """
+    if not rows:
+        raise ValueError("There are no rows to collate")
+    kind = "states" if "states" in rows[0] else "audio"
+    for number, row in enumerate(rows):
+        missing = [name for name in ("text", kind) if row.get(name) is None]
+        if missing:
+            raise ValueError(
+                f"Row {number} of the batch has no {' and no '.join(map(repr, missing))}, only {sorted(row)}; each row needs 'text' "
+                "and 'audio', or 'text' and 'states' in all rows"
+            )
+
+
 def word_time_targets(
     words: list[list[Word]], timed: list[list[dict] | None], labels: torch.Tensor, frame_s: float
 ) -> dict[str, torch.Tensor]:

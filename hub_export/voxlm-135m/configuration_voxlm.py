@@ -1,10 +1,30 @@
 """Configuration of VoxLM: an audio encoder, a projector, a causal LLM with LoRA and an alignment head."""
 
+import functools
+import math
+from collections.abc import Callable
 from typing import Literal
 
-from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig
-from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+from packaging import version
+from transformers import __version__ as transformers_version
+
+
+# The range of transformers that this code is tested with: from the first, and before the second. Older ones cannot load a
+# checkpoint in 8 bits.
+TESTED_TRANSFORMERS = ("5.23", "5.25")
+WRONG_TRANSFORMERS = (
+    f"VoxLM needs transformers from {TESTED_TRANSFORMERS[0]} and before {TESTED_TRANSFORMERS[1]}; this is "
+    f"{transformers_version}. Install one that works: pip install "
+    f'"transformers>={TESTED_TRANSFORMERS[0]},<{TESTED_TRANSFORMERS[1]}"'
+)
+# Checked here because this file is the first of a checkpoint's code that is imported.
+if version.parse(transformers_version).release < version.parse(TESTED_TRANSFORMERS[0]).release:
+    raise ImportError(WRONG_TRANSFORMERS)
+
+from huggingface_hub.dataclasses import strict  # noqa: E402
+from huggingface_hub.errors import StrictDataclassError  # noqa: E402
+from transformers import CONFIG_MAPPING, AutoConfig  # noqa: E402
+from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec  # noqa: E402
 
 
 # preset -> (audio encoder, causal LLM, fields that differ from the defaults)
@@ -52,17 +72,124 @@ DEFAULT_READER = {
 DEFAULT_TEMPERATURES = (0.2, 0.6, 1.0)
 
 
-# Least values of numeric fields; fields may be `None` where that is their default.
-LEAST_VALUES = {
-    "projector_stride": 1,
-    "projector_hidden_size": 1,
-    "projector_num_blocks": 0,
-    "projector_vocab_size": 1,
-    "ctc_weight": 0,
-    "alignment_hidden_size": 1,
-    "alignment_num_blocks": 0,
-    "alignment_num_heads": 1,
+# Widest layer, most layers and largest vocabulary of any model that is known, times ten at least. A config beyond them is
+# broken, and building its model would never end.
+WIDEST, DEEPEST, MOST_TOKENS = 2**20, 2000, 2**24
+# Least and largest values of numeric fields; fields may be `None` where that is their default.
+LIMITS = {
+    "projector_stride": (1, 1000),
+    "projector_hidden_size": (1, WIDEST),
+    "projector_num_blocks": (0, DEEPEST),
+    "projector_vocab_size": (1, MOST_TOKENS),
+    "ctc_weight": (0, 1000),
+    "alignment_hidden_size": (1, WIDEST),
+    "alignment_num_blocks": (0, DEEPEST),
+    "alignment_num_heads": (1, WIDEST),
+    "initializer_range": (0, 1000),
 }
+# The same for sizes of the base models' configs, by the names that most models use and by Whisper's and GPT-2's.
+BASE_LIMITS = {
+    **dict.fromkeys(("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size"), (1, WIDEST)),
+    **dict.fromkeys(("d_model", "encoder_attention_heads", "encoder_ffn_dim", "num_mel_bins"), (1, WIDEST)),
+    **dict.fromkeys(("decoder_attention_heads", "decoder_ffn_dim", "n_embd", "n_head"), (1, WIDEST)),
+    **dict.fromkeys(("max_source_positions", "max_target_positions"), (1, MOST_TOKENS)),
+    **dict.fromkeys(("num_hidden_layers", "encoder_layers", "decoder_layers", "n_layer"), (0, DEEPEST)),
+    "vocab_size": (1, MOST_TOKENS),
+}
+
+
+def _is_number(value, least=-math.inf, most=math.inf) -> bool:
+    """Whether a value is a finite number within limits; bools are none."""
+    return (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and least <= value <= most
+    )
+
+
+def _is_count(value, least=0, most=WIDEST) -> bool:
+    """Whether a value is an integer within limits; bools are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def _is_names(value) -> bool:
+    """Whether a value is a name or a list of at least one."""
+    names = [value] if isinstance(value, str) else value
+    return isinstance(names, (list, tuple)) and bool(names) and all(isinstance(name, str) and name for name in names)
+
+
+def _is_pattern(valid: Callable) -> Callable:
+    """A check for a dict from names to values that are `valid`."""
+    return lambda value: isinstance(value, dict) and all(_is_names(k) and valid(v) for k, v in value.items())
+
+
+# The fields of `lora_config`: those of `peft.LoraConfig` that change nothing but LoRA's own weights, so that a checkpoint
+# holds the base's weights and LoRA's, and merging is exact. Of each its check and what it must be.
+LORA_FIELDS = {
+    "r": (lambda value: _is_count(value, 1), "a positive integer"),
+    "lora_alpha": (lambda value: _is_number(value) and value > 0, "a number above 0"),
+    "lora_dropout": (lambda value: _is_number(value, 0) and value < 1, "a number in [0, 1)"),
+    "target_modules": (_is_names, 'a list of names, a regular expression or "all-linear"'),
+    "exclude_modules": (lambda value: value is None or _is_names(value), "a list of names or a regular expression"),
+    "use_rslora": (lambda value: isinstance(value, bool), "true or false"),
+    "use_dora": (lambda value: isinstance(value, bool), "true or false"),
+    "layers_to_transform": (
+        lambda value: (
+            value is None or _is_count(value) or isinstance(value, (list, tuple)) and all(map(_is_count, value))
+        ),
+        "a layer's number or a list of them",
+    ),
+    "layers_pattern": (lambda value: value is None or _is_names(value), "a name or a list of names"),
+    "rank_pattern": (_is_pattern(lambda value: _is_count(value, 1)), "positive integers by name"),
+    "alpha_pattern": (_is_pattern(lambda value: _is_number(value) and value > 0), "numbers above 0 by name"),
+    "init_lora_weights": (lambda value: value in (True, "gaussian"), 'true or "gaussian"'),
+}
+# Other fields of `peft.LoraConfig`, with values that mean the same as their absence; `None`, `False` and what is empty mean
+# that for every field.
+LORA_NO_EFFECT = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "megatron_core": ("megatron.core",),
+    "qalora_group_size": (16,),
+    "runtime_config": ({"ephemeral_gpu_offload": False},),
+}
+# Fields that describe an adapter and change nothing.
+LORA_DESCRIPTION = (
+    "task_type",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "auto_mapping",
+)
+
+READER_FIELDS = {
+    "prompt_ids": (
+        lambda value: (
+            isinstance(value, (list, tuple)) and bool(value) and all(_is_count(v, 0, MOST_TOKENS) for v in value)
+        ),
+        "a list of token ids, not empty",
+    ),
+    "eos_token_id": (lambda value: _is_count(value, 0, MOST_TOKENS), "a token id"),
+    "end_frames": (lambda value: _is_count(value, 0, 10_000), "an integer from 0 to 10000"),
+    "spelling_size": (lambda value: _is_count(value, 0, 2**28), "the length of a table"),
+    "num_beams": (lambda value: _is_count(value, 1, 1000), "an integer from 1 to 1000"),
+    "llm_weight": (_is_number, "a finite number"),
+    "ctc_weight": (_is_number, "a finite number"),
+    "word_bonus": (_is_number, "a finite number"),
+    "plain_text": (lambda value: isinstance(value, bool), "true or false"),
+}
+
+REFERENCE_FIELDS = {
+    "name": (lambda value: isinstance(value, str) and bool(value), "a folder or a Hub id"),
+    "revision": (lambda value: value is None or isinstance(value, str) and bool(value), "a commit or null"),
+    "sha256": (lambda value: isinstance(value, str) and len(value) == 64, "64 hexadecimal digits"),
+}
+
+
+class VoxLMConfigError(StrictDataclassError, ValueError):
+    """A field of a config that means nothing, named in one line."""
 
 
 def _require(condition, message: str):
@@ -70,6 +197,68 @@ def _require(condition, message: str):
         raise ValueError(message)
 
 
+def _require_fields(name: str, values: dict, fields: dict):
+    """Raise a `ValueError` that names the first entry of the config's dict `name` that its check in `fields` refuses."""
+    for key, (valid, kind) in fields.items():
+        if key in values:
+            _require(valid(values[key]), f"`{name}[{key!r}]` must be {kind}, got {values[key]!r}")
+
+
+def _require_base(part: str, fields: dict):
+    """Raise a `ValueError` for a base's config of an unknown type, or with sizes no model has: its own class may loop over them."""
+    kind = fields.get("model_type", "")
+    known = isinstance(kind, str) and (not kind or kind in CONFIG_MAPPING)
+    _require(known, f"`{part}` is of model type {kind!r}, which transformers {transformers_version} does not know")
+    for name, value in fields.items():
+        least, most = BASE_LIMITS.get(name, (None, DEEPEST if "layer" in name else None))
+        # Other types (lists with a size for each layer, for one) are the base's own matter.
+        if most is not None and isinstance(value, int):
+            message = f"`{part}[{name!r}]` must be at most {most}, got {value}"
+            _require(value <= most, message)
+            _require(least is None or value >= least, f"`{part}[{name!r}]` must be at least {least}, got {value}")
+
+
+def _effective_lora(settings: dict) -> dict:
+    """
+    The fields of `lora_config` that have an effect, with the defaults; for settings made by hand and `LoraConfig.to_dict()`.
+
+    Raises:
+        ValueError: naming a field that LoRA as a part of this model cannot have.
+    """
+    settings = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
+    for name in [name for name in settings if name not in LORA_FIELDS]:
+        value = settings.pop(name)
+        if name not in LORA_DESCRIPTION and value and value not in LORA_NO_EFFECT.get(name, ()):
+            raise ValueError(
+                f"`lora_config` cannot have {name}={value!r}: it may only say where LoRA is and how large "
+                f"({', '.join(LORA_FIELDS)}), so that base weights stay as they are and LoRA can be merged into them"
+            )
+    return {**DEFAULT_LORA, **settings}
+
+
+def errors_in_one_line(cls: type) -> type:
+    """Class decorator: whatever is wrong with a config's fields is a [`VoxLMConfigError`] of one line."""
+
+    def wrap(method):
+        @functools.wraps(method)
+        def checked(self, *args, **kwargs):
+            try:
+                return method(self, *args, **kwargs)
+            except VoxLMConfigError:
+                raise
+            # The last three come from configs of base models, which compute with their fields before they check them.
+            except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
+                cause = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
+                text = str(cause).split(". Errors: ")[0]  # of a field of several types, tried one after the other
+                raise VoxLMConfigError(f"This VoxLM config is not valid: {' '.join(text.split())}") from error
+
+        return checked
+
+    cls.__init__, cls.validate = wrap(cls.__init__), wrap(cls.validate)
+    return cls
+
+
+@errors_in_one_line
 @strict
 class VoxLMConfig(PreTrainedConfig):
     r"""
@@ -180,11 +369,14 @@ class VoxLMConfig(PreTrainedConfig):
     quality_gates: dict | None = None
     fallback_temperatures: list[float] | None = None
     confidence_calibration: dict | None = None
-    initializer_range: float = 0.02
+    initializer_range: int | float = 0.02
 
     def __post_init__(self, **kwargs):
+        for name in self.sub_configs_defaults:
+            if isinstance(getattr(self, name), dict):
+                _require_base(name, getattr(self, name))
         if self.lora_config is not None:
-            self.lora_config = {**DEFAULT_LORA, **self.lora_config}
+            self.lora_config = _effective_lora(self.lora_config)
         if self.quality_gates is None:
             self.quality_gates = dict(DEFAULT_GATES)
         if self.fallback_temperatures is None:
@@ -204,9 +396,12 @@ class VoxLMConfig(PreTrainedConfig):
 
     def validate_sizes(self):
         """Raise a `ValueError` that names the field whose number is out of range."""
-        for name, least in LEAST_VALUES.items():
+        for name, (least, most) in LIMITS.items():
             value = getattr(self, name)
-            _require(value is None or value >= least, f"`{name}` must be at least {least}, got {value}")
+            message = f"`{name}` must be at least {least} and at most {most}, got {value}"
+            _require(value is None or _is_number(value, least, most), message)
+        for name in self.sub_configs_defaults:
+            _require_base(name, getattr(self, name).to_dict())
         window, chunk, gate = self.audio_window_s, self.chunk_length_s, self.frame_gate_threshold
         _require(1 <= window <= 3600, f"`audio_window_s` must be at least 1 and at most 3600, got {window}")
         message = f"`chunk_length_s` must be at least 1 and at most the window of {window} s, got {chunk}"
@@ -215,6 +410,9 @@ class VoxLMConfig(PreTrainedConfig):
         token, vocab_size = self.audio_token_id, getattr(self.text_config, "vocab_size", None)
         message = f"`audio_token_id` is {token}, outside the LLM's vocabulary of {vocab_size} tokens"
         _require(token is None or not vocab_size or 0 <= token < vocab_size, message)
+        scored = self.projector_vocab_size
+        message = f"`projector_vocab_size` is {scored}, more than the LLM's vocabulary of {vocab_size} tokens"
+        _require(scored is None or not vocab_size or scored <= vocab_size, message)
 
     def validate_projector(self):
         """Raise a `ValueError` for fields of the projector that do not go together."""
@@ -265,37 +463,79 @@ class VoxLMConfig(PreTrainedConfig):
     def validate_dicts(self):
         """Raise a `ValueError` for a malformed field that is a dict or list."""
         for name, known in (("reader_config", DEFAULT_READER), ("quality_gates", DEFAULT_GATES)):
-            unknown = sorted(set(getattr(self, name) or {}) - set(known))
+            unknown = [key for key in getattr(self, name) or {} if key not in known]
             _require(not unknown, f"`{name}` knows {sorted(known)}, got {unknown}")
-        if self.lora_config is not None:
-            rank = self.lora_config.get("r", 1)
-            valid = isinstance(rank, int) and rank >= 1
-            _require(valid, f"`lora_config['r']` must be a positive integer, got {rank!r}")
+        gates = dict.fromkeys(self.quality_gates, (_is_number, "a finite number"))
+        _require_fields("quality_gates", self.quality_gates, gates)
         if self.reader_config is not None:
-            reader = self.reader_config
-            message = (
-                "`reader_config` needs 'prompt_ids', 'num_beams' of at least 1 and 'end_frames' of at least 0, got "
-                f"{reader}"
-            )
-            _require(reader["prompt_ids"] and reader["num_beams"] >= 1 and reader["end_frames"] >= 0, message)
-        temperatures, calibration = self.fallback_temperatures or [], self.confidence_calibration or {}
-        message = f"`fallback_temperatures` must be above 0, got {temperatures}"
-        _require(all(temperature > 0 for temperature in temperatures), message)
+            _require_fields("reader_config", self.reader_config, READER_FIELDS)
+        temperatures = self.fallback_temperatures
+        message = f"`fallback_temperatures` must be finite numbers above 0, got {temperatures}"
+        _require(all(_is_number(temperature) and temperature > 0 for temperature in temperatures), message)
+        self._validate_lora()
+        self._validate_calibration()
+        self._validate_bases()
+
+    def _validate_lora(self):
+        """Raise a `ValueError` for a `lora_config` that peft would refuse, or with which saving or merging would not be exact."""
+        if self.lora_config is None:
+            return
+        settings = _effective_lora(self.lora_config)
+        _require_fields("lora_config", settings, LORA_FIELDS)
+        layers, targets = settings.get("layers_to_transform"), settings["target_modules"]
+        message = (
+            "`lora_config['layers_to_transform']` needs a list of names as `target_modules`; a regular expression can name "
+            f"the layers itself, got {targets!r}"
+        )
+        _require(layers is None or not isinstance(targets, str), message)
+        message = "`lora_config['layers_pattern']` says where `layers_to_transform` counts, which is missing"
+        _require(layers is not None or not settings.get("layers_pattern"), message)
+        depth = getattr(self.text_config, "num_hidden_layers", None)
+        for layer in [layers] if isinstance(layers, int) else layers or []:
+            message = f"`lora_config['layers_to_transform']` names layer {layer}, the LLM has {depth}"
+            _require(depth is None or layer < depth, message)
+
+    def _validate_calibration(self):
+        """Raise a `ValueError` for a `confidence_calibration` that is no curve, or one that falls."""
+        calibration = self.confidence_calibration
         message = (
             "`confidence_calibration` needs exactly 'scale', 'entropy' and 'bias', and may have 'reader', got "
-            f"{sorted(calibration)}"
+            f"{list(calibration)}"
         )
-        _require(not calibration or set(calibration) - {"reader"} == {"scale", "entropy", "bias"}, message)
-        for name in set(calibration) - {"bias"}:
-            message = (
-                f"`confidence_calibration['{name}']` must not be negative, which would reverse the order of confidences, "
-                f"got {calibration[name]}"
-            )
-            _require(calibration[name] >= 0, message)
+        _require(set(calibration) - {"reader"} == {"scale", "entropy", "bias"}, message)
+        fields = dict.fromkeys(
+            calibration,
+            (
+                lambda value: _is_number(value, 0),
+                "a finite number of at least 0: less would reverse the order of confidences",
+            ),
+        )
+        fields["bias"] = (_is_number, "a finite number")
+        _require_fields("confidence_calibration", calibration, fields)
+
+    def _validate_bases(self):
+        """Raise a `ValueError` for `base_models` that do not name two bases and what their weights are."""
+        if self.base_models is None:
+            return
+        message = f"`base_models` needs exactly 'audio' and 'text', got {list(self.base_models)}"
+        _require(set(self.base_models) == {"audio", "text"}, message)
+        for part, reference in self.base_models.items():
+            _require(isinstance(reference, dict), f"`base_models[{part!r}]` must be a dict, got {reference!r}")
+            missing = [key for key in REFERENCE_FIELDS if key not in reference]
+            _require(not missing, f"`base_models[{part!r}]` lacks {missing}")
+            _require_fields(f"base_models[{part!r}]", reference, REFERENCE_FIELDS)
 
     def to_dict(self) -> dict:
         """As in the library, but the sub-configs do not name the folder that they were loaded from."""
         output = super().to_dict()
+        for name in self.sub_configs_defaults:
+            if isinstance(output.get(name), dict) and "_name_or_path" in output[name]:
+                output[name]["_name_or_path"] = ""
+        return output
+
+    def to_diff_dict(self) -> dict:
+        """As in the library; what is saved has no empty names."""
+        output = super().to_diff_dict()
         for name in self.sub_configs_defaults:
             if isinstance(output.get(name), dict):
                 output[name].pop("_name_or_path", None)

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin
 
 from .ctc_voxlm import CTCPrefix, choose, ctc_frames
 from .outputs_voxlm import VoxLMAudioOutput
-from .processing_voxlm import VoxLMProcessor
+from .placeholders_voxlm import marks_tokens
+from .processing_voxlm import VoxLMProcessor, check_context, context_length
 from .segmentation_voxlm import AudioSegment
 from .words_voxlm import word_indices
 
@@ -33,20 +34,35 @@ DRAFT_TOKENS_PER_PASS = 24
 # After a wrong token the draft continues where it has the LLM's token, if that is at most this far ahead. Chosen by hand.
 DRAFT_LOOKAHEAD = 4
 
-# Options that leave a greedy search as it is: in a saved generation config, and as arguments of `transcribe`.
-PLAIN_OPTIONS = {"do_sample", "max_new_tokens", "temperature", "top_k", "top_p"}
-PLAIN_FIELDS = {
-    *PLAIN_OPTIONS,
+# Options that leave the tokens of a greedy search as they are: those of sampling, of what `generate` returns and of how it
+# stores its cache, and special tokens that a model knows already.
+NOT_SEARCH = {
     "bos_token_id",
+    "cache_config",
+    "cache_implementation",
+    "disable_compile",
+    "do_sample",
     "eos_token_id",
+    "max_cache_len",
     "max_length",
+    "max_new_tokens",
+    "min_p",
     "output_attentions",
     "output_hidden_states",
+    "output_logits",
+    "output_scores",
     "pad_token_id",
+    "return_dict_in_generate",
     "suppress_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
     "transformers_version",
+    "typical_p",
     "use_cache",
 }
+# Options that change a greedy text where they are not what the model's own generation config says.
+GIVEN_TOKENS = {"eos_token_id", "suppress_tokens"}
 
 
 @dataclass
@@ -66,6 +82,7 @@ class DecodedText:
         token_words (`np.ndarray` of shape `(tokens,)`, *optional*): index of each token's word, -1 for tokens of no word.
         mean_logprob (`float`, *optional*): mean log-probability of the tokens, by the model that proposed the text.
         reader_logprobs (`list[float]`, *optional*): the reader's log-probability of each word, where it proposed the text.
+        fallback (`str`, *optional*): "window" where the reader decoded the audio with silence behind it.
     """
 
     ids: list[int]
@@ -78,6 +95,7 @@ class DecodedText:
     token_words: np.ndarray | None = None
     mean_logprob: float | None = None
     reader_logprobs: list[float] | None = None
+    fallback: str | None = None
 
 
 @dataclass
@@ -131,11 +149,43 @@ def encode(model, processor: VoxLMProcessor, segments: list[AudioSegment], promp
         model ([`VoxLMForSpeechSeq2Seq`])
         processor ([`VoxLMProcessor`])
         segments (`list[AudioSegment]`), prompts (`list[str]`): see [`EncodedBatch`].
+
+    Raises:
+        ValueError: for prompt and audio that leave no room in the LLM's context for a short text.
     """
     features = processor.extract_features([segment.waveform for segment in segments])
     inputs = processor.prompt_ids(prompts, processor.count_audio_tokens(features))
     features, inputs = ({name: value.to(model.device) for name, value in part.items()} for part in (features, inputs))
-    return EncodedBatch(segments, prompts, **inputs, audio=model.get_audio_features(**features))
+    audio = model.get_audio_features(**features)
+    visible = model.visible_positions(**inputs, audio=audio)
+    check_prompt_length(model.config, visible, new_tokens=MIN_TOKENS)
+    return EncodedBatch(segments, prompts, **inputs, audio=audio)
+
+
+def check_prompt_length(config, attention_mask, input_ids=None, new_tokens: int = 1):
+    """
+    `check_context` for a batch of prompts with their audio.
+
+    Args:
+        config ([`VoxLMConfig`])
+        attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*): what it hides takes no room.
+        input_ids (`torch.Tensor` of shape `(batch, length)`, *optional*): for prompts without a mask.
+        new_tokens (`int`): how many tokens have to fit behind the prompt.
+    """
+    if marks_tokens(attention_mask):
+        longest = int(attention_mask.sum(-1).max())
+    else:
+        longest = 0 if input_ids is None else input_ids.shape[1]
+    check_context(context_length(config), longest, new_tokens)
+
+
+def encode_with_silence(model, processor: VoxLMProcessor, segments: list[AudioSegment], seconds: float | None):
+    """The encoder's output for segments with `seconds` of silence behind each, or with silence to the end of its window."""
+    rate = processor.sampling_rate
+    window, waveforms = round(processor.audio_window_s * rate), [segment.waveform for segment in segments]
+    silence = [window - len(waveform) if seconds is None else round(seconds * rate) for waveform in waveforms]
+    features = processor.extract_features([np.pad(*parts) for parts in zip(waveforms, [(0, size) for size in silence])])
+    return model.encode_audio(**{name: value.to(model.device) for name, value in features.items()})
 
 
 def pack_left(visible: torch.Tensor, columns: dict[str, tuple[torch.Tensor, int]]) -> dict[str, torch.Tensor]:
@@ -198,10 +248,63 @@ def token_budgets(batch: EncodedBatch, max_new_tokens: int | None) -> list[int]:
     return [int(TOKENS_PER_SECOND * segment.duration_s) + MIN_TOKENS for segment in batch.segments]
 
 
-def is_plain_greedy(generation_config, options: dict) -> bool:
-    """Whether `generate` with this config and these arguments is a bare greedy search; `do_sample` is off unless given."""
-    fields = {key for key in generation_config.to_diff_dict() if not key.startswith("_")}
-    return not options.get("do_sample") and set(options) <= PLAIN_OPTIONS and fields <= PLAIN_FIELDS
+def search_options(generation_config, options: dict) -> dict:
+    """
+    Those of the options that make `generate` search otherwise than greedily. A value that is the library's default changes
+    nothing, and sampling is off unless the caller asks for it.
+
+    Args:
+        generation_config ([`GenerationConfig`]): of the model.
+        options (`dict`): arguments of `generate`.
+    """
+    saved, given = _set_fields(generation_config), _given_options(options)
+    defaults = {"synced_gpus": False, **GenerationConfig._get_default_generation_params()}
+
+    def changes(name: str, value) -> bool:
+        return name not in NOT_SEARCH and value != [] and (name not in defaults or value != defaults[name])
+
+    search = {name: value for name, value in {**saved, **given}.items() if changes(name, value)}
+    search |= {name: given[name] for name in GIVEN_TOKENS & given.keys() if given[name] != saved.get(name)}
+    return {**search, "do_sample": True} if given.get("do_sample") else search
+
+
+def token_budget(options: dict) -> int | None:
+    """
+    The most tokens that the caller of `transcribe` allows for a segment; `None` where the audio decides.
+
+    Args:
+        options (`dict`): arguments of `generate`.
+
+    Raises:
+        ValueError: for a budget that is no whole number or below 1, for `max_length`, which counts the prompt, and for several
+            texts of one segment.
+    """
+    given = _given_options(options)
+    if "max_length" in given:
+        raise ValueError(
+            f"`max_length={given['max_length']!r}` counts prompt and audio too, whose lengths `transcribe` decides; pass "
+            "`max_new_tokens`"
+        )
+    if given.get("num_return_sequences", 1) != 1:
+        raise ValueError(f"`transcribe` returns one text, got `num_return_sequences={given['num_return_sequences']!r}`")
+    budget = given.get("max_new_tokens")
+    whole = isinstance(budget, (int, np.integer)) and not isinstance(budget, bool)
+    if budget is not None and not (whole and budget >= 1):
+        raise ValueError(f"`max_new_tokens` must be a whole number of at least 1, got {budget!r}")
+    return budget
+
+
+def _given_options(options: dict) -> dict:
+    """Options that are not `None`, those of a `generation_config` among them."""
+    given = {name: value for name, value in options.items() if value is not None}
+    config = given.pop("generation_config", None)
+    return given if config is None else {**_set_fields(config), **given}
+
+
+def _set_fields(generation_config) -> dict:
+    """What is set in a [`GenerationConfig`]."""
+    fields = generation_config.to_diff_dict()
+    return {name: value for name, value in fields.items() if not name.startswith("_") and value is not None}
 
 
 def stop_tokens(eos_token_id: int | list[int] | None) -> set[int]:
@@ -358,13 +461,15 @@ def greedy_decode(
     return [row.decoded() for row in rows]
 
 
-def draft_and_decode(model, processor: VoxLMProcessor, prompt: dict, budgets: list[int], audio) -> list[DecodedText]:
+def draft_and_decode(
+    model, processor: VoxLMProcessor, prompt: dict, budgets: list[int], batch: EncodedBatch
+) -> list[DecodedText]:
     """`greedy_decode` with the drafts and, with a `config.ctc_weight`, the CTC scores of the projector."""
     prefixes = None
     if model.config.ctc_weight:
         embeddings = model.get_input_embeddings().weight
-        prefixes = [CTCPrefix(frames, embeddings) for frames in ctc_frames(model, audio)]
-    return greedy_decode(model, prompt, budgets, draft_texts(model, processor, audio), prefixes)
+        prefixes = [CTCPrefix(frames, embeddings) for frames in ctc_frames(model, batch.audio)]
+    return greedy_decode(model, prompt, budgets, draft_texts(model, processor, batch.audio), prefixes)
 
 
 def generate_text(model, prompt: dict, budgets: list[int], generate_kwargs: dict) -> list[DecodedText]:
@@ -374,6 +479,7 @@ def generate_text(model, prompt: dict, budgets: list[int], generate_kwargs: dict
     The prompt is passed as embeddings, so that penalties on repetition apply to the text alone.
     """
     options = {"do_sample": False, **generate_kwargs, "max_new_tokens": max(budgets)}
+    options.pop("return_dict_in_generate", None)  # what this function returns does not depend on it
     embeds = model.merge_audio(prompt["input_ids"], None, prompt["audio_embeds"], prompt["audio_embeds_mask"])
     inputs = {"inputs_embeds": embeds, "attention_mask": prompt["attention_mask"], "return_dict_in_generate": True}
     output = GenerationMixin.generate(

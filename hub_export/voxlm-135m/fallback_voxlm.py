@@ -5,6 +5,7 @@ import zlib
 from collections.abc import Callable
 
 import torch
+from transformers.utils import logging
 
 from .decoding_voxlm import (
     DecodedText,
@@ -13,21 +14,24 @@ from .decoding_voxlm import (
     draft_texts,
     encode,
     generate_text,
-    is_plain_greedy,
     pack_prompt,
+    search_options,
     split_decoded,
     teacher_force,
+    token_budget,
     token_budgets,
 )
 from .processing_voxlm import VoxLMProcessor
-from .rescoring_voxlm import rescore
+from .rescoring_voxlm import SILENCE_S, rescore
 from .segmentation_voxlm import AudioSegment
 from .transcription_voxlm import Segment, merge_segments, timed_words
 
 
-# Longest phrase, in words, that is looked for in loops, and how often in a row it may come. Chosen by hand: people do say
-# "no, no, no, no", not eight times.
-LOOP_WORDS, LOOP_TIMES = 8, 8
+logger = logging.get_logger(__name__)
+
+# Longest phrase, in words, that is looked for in loops. It may come so often in a row, or so often if there are not frames
+# enough for half its tokens. Chosen by hand: people do say "no, no, no, no", not eight times.
+LOOP_WORDS, LOOP_TIMES, UNHEARD_LOOP_TIMES, UNHEARD_TOKENS_PER_FRAME = 8, 8, 3, 2.0
 # The compression of shorter texts (bytes) says nothing: zlib's own header weighs in. Chosen by hand.
 COMPRESSION_FROM = 100
 # Shorter activity than this (seconds) may be a word or two, of which few frames carry a token. Chosen by hand.
@@ -57,7 +61,8 @@ def fired_gates(
 
     - "token_budget": the budget, which follows the audio generously, ended the text.
     - "left_out": fewer than `tokens_per_frame` tokens for each frame that carries one.
-    - "loop": a phrase of up to 8 words comes more than 8 times in a row, *and* another gate fires.
+    - "loop": a phrase of up to 8 words comes more than 8 times in a row, and another gate fires or fewer frames than tokens
+      carry one (people do count); or more than 3 times, and there are more than two tokens for each such frame.
     - "compression_ratio", "mean_logprob": as in Whisper (Radford et al. 2022), bytes by compressed bytes and the mean
       log-probability of the tokens.
     - "words_per_second": more words than anybody says in the time in which the voice activity detector found activity.
@@ -89,9 +94,23 @@ def fired_gates(
     sparse = gated and visible_frames < gates.get("heard_per_second", 0) * active_s
     if sparse and (active_s >= NO_SPEECH_FROM_S or "mean_logprob" in fired):
         fired.append("no_speech")
-    if fired and longest_loop(words) > LOOP_TIMES:
+    if gates and is_loop(longest_loop(words), num_tokens / max(1, visible_frames) if gated else math.inf, bool(fired)):
         fired.append("loop")
     return fired
+
+
+def is_loop(times: int, tokens_per_frame: float, other_gate: bool) -> bool:
+    """
+    Whether a phrase that comes so many times in a row is nonsense.
+
+    Args:
+        times (`int`): of `longest_loop`.
+        tokens_per_frame (`float`): the text's tokens for each frame that carries one; infinite where that is unknown.
+        other_gate (`bool`): whether the text fires another gate.
+    """
+    if times > LOOP_TIMES:
+        return other_gate or tokens_per_frame > 1
+    return times > UNHEARD_LOOP_TIMES and UNHEARD_TOKENS_PER_FRAME < tokens_per_frame < math.inf
 
 
 def longest_loop(words: list[str]) -> int:
@@ -127,23 +146,28 @@ def transcribe_batch(
         generate_kwargs (`dict`): for `generate`.
     """
     with_words = with_words or any(segment.overlap or segment.continues for segment in segments)
-    budget, batch = generate_kwargs.get("max_new_tokens"), encode(model, processor, segments, prompts)
-    if not is_plain_greedy(model.generation_config, generate_kwargs):
+    budget, batch = token_budget(generate_kwargs), encode(model, processor, segments, prompts)
+    searching = search_options(model.generation_config, generate_kwargs)
+    if searching:
+        if model.reader is not None:
+            logger.warning_once(f"The reader cannot search with {', '.join(sorted(searching))}: the LLM decodes alone")
 
-        def search(prompt, budgets, audio):
+        def search(prompt, budgets, batch):
             return generate_text(model, prompt, budgets, generate_kwargs)
 
         return decode_segments(model, processor, batch, search, budget, with_words)
 
-    def default(prompt, budgets, audio):
+    def default(prompt, budgets, batch):
         decode = draft_and_decode if model.reader is None else rescore
-        return decode(model, processor, prompt, budgets, audio)
+        return decode(model, processor, prompt, budgets, batch)
 
     results = decode_segments(model, processor, batch, default, budget, with_words)
     if budget is not None:
         return results  # not the audio but the caller may have ended a short text
     return [
-        with_fallback(model, processor, batch.row(row), default, generate_kwargs, result) if result.gates else result
+        with_fallback(model, processor, batch.row(row), default, generate_kwargs, result)
+        if result.gates and result.rejected is None
+        else result
         for row, result in enumerate(results)
     ]
 
@@ -155,13 +179,12 @@ def decode_segments(
     One [`Segment`] for each segment of an encoded batch.
 
     Args:
-        decode: function of the packed prompt, the token budgets and the [`VoxLMAudioOutput`] that returns
-            `list[DecodedText]`.
+        decode: function of the packed prompt, the token budgets and the batch that returns `list[DecodedText]`.
         budget (`int`, *optional*): the caller's token budget.
         with_words (`bool`): whether to compute words with times and confidences.
     """
     prompt = pack_prompt(model, batch)
-    texts = decode(prompt, token_budgets(batch, budget), batch.audio)
+    texts = decode(prompt, token_budgets(batch, budget), batch)
     has_text = any(text.ids for text in texts)
     unknown = any(text.ids and text.states is None for text in texts)
     if with_words and has_text and (unknown or model.alignment.states_at_tokens):
@@ -205,6 +228,7 @@ def judged_segment(
         end=round(audio.start_s + audio.duration_s, 3),
         mean_logprob=None if text.mean_logprob is None else round(text.mean_logprob, 4),
         gates=fired,
+        fallback=text.fallback,
     )
     if "no_speech" in fired:
         segment.rejected = text.text
@@ -218,13 +242,18 @@ def with_fallback(
     model, processor: VoxLMProcessor, batch: EncodedBatch, default: Callable, generate_kwargs: dict, first: Segment
 ) -> Segment:
     """
-    The first text of one segment that fires no gate. If something was left out, the text of each half by itself ("halves");
-    then greedy CTC ("projector"); then samples at the temperatures of the config, the same every time. If all fire a gate,
-    the text that fires the fewest and, of these, the likeliest.
+    The first text of one segment that fires no gate. The fallbacks in turn:
 
-    All but halves work on the audio as it is encoded. Whisper's states contain their position and their context, so a half is
-    encoded by itself; halves cut from the states of the whole gave other texts, and not better ones (six segments of
-    LibriSpeech dev-clean, 438 words: 16 errors, 12 when encoded by themselves, 14 undivided).
+    - "window": the reader decodes the segment padded with silence to the encoder's window, as it was trained to.
+    - "halves": if something was left out, the text of each half by itself.
+    - "projector": greedy CTC.
+    - samples at the temperatures of the config, the same every time.
+
+    If all fire a gate, the text that fires the fewest and, of these, the likeliest.
+
+    All but "window" and "halves" work on the audio as it is encoded. Whisper's states contain their position and their
+    context, so a half is encoded by itself; halves cut from the states of the whole gave other texts, and not better ones
+    (six segments of LibriSpeech dev-clean, 438 words: 16 errors, 12 when encoded by themselves, 14 undivided).
 
     Args:
         batch ([`EncodedBatch`]): of the one segment.
@@ -233,21 +262,26 @@ def with_fallback(
         first ([`Segment`]): the text that fired a gate.
     """
 
-    def greedy_ctc(prompt, budgets, audio):
-        return [DecodedText(ids, ended=True) for ids in draft_texts(model, processor, audio)]
+    def in_window(prompt, budgets, batch):
+        return rescore(model, processor, prompt, budgets, batch, in_window=True)
+
+    def greedy_ctc(prompt, budgets, batch):
+        return [DecodedText(ids, ended=True) for ids in draft_texts(model, processor, batch.audio)]
 
     def sample(temperature: float) -> Callable:
         sampling = {**generate_kwargs, "do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        return lambda prompt, budgets, audio: generate_text(model, prompt, budgets, sampling)
+        return lambda prompt, budgets, batch: generate_text(model, prompt, budgets, sampling)
 
-    fallbacks: dict[str | float, Callable] = {"projector": greedy_ctc}
+    seconds = batch.segments[0].duration_s
+    fallbacks: dict[str | float, Callable] = {}
+    if model.reader is not None and seconds + SILENCE_S <= model.config.audio_window_s:
+        fallbacks["window"] = in_window
+    if "left_out" in first.gates and seconds >= SHORTEST_TO_HALVE_S:
+        fallbacks["halves"] = default
+    fallbacks["projector"] = greedy_ctc
     fallbacks.update((value, sample(value)) for value in model.config.fallback_temperatures)
-    if "left_out" in first.gates and batch.segments[0].duration_s >= SHORTEST_TO_HALVE_S:
-        fallbacks = {"halves": default, **fallbacks}
     attempts = [first]
     for name, decode in fallbacks.items():
-        if not attempts[-1].gates or attempts[-1].rejected is not None:
-            return attempts[-1]
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(FALLBACK_SEED)
             tried = batch
@@ -257,6 +291,8 @@ def with_fallback(
         if attempt.text:
             attempt.fallback = name
             attempts.append(attempt)
+        if not attempts[-1].gates or attempts[-1].rejected is not None:
+            return attempts[-1]
 
     def badness(segment: Segment) -> tuple[int, float]:
         return len(segment.gates), math.inf if segment.mean_logprob is None else -segment.mean_logprob

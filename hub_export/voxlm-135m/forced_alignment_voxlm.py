@@ -7,7 +7,7 @@ import torch
 
 from .decoding_voxlm import DecodedText, encode, pack_prompt, teacher_force
 from .outputs_voxlm import VoxLMAudioOutput
-from .processing_voxlm import VoxLMProcessor
+from .processing_voxlm import VoxLMProcessor, check_text
 from .segmentation_voxlm import AudioSegment
 from .transcription_voxlm import Segment, VoxLMTranscription, frame_counts, timed_words
 from .words_voxlm import match_in_order, plain_words
@@ -58,8 +58,7 @@ def known_text(processor: VoxLMProcessor, text: str) -> KnownText:
     Raises:
         ValueError: for a text that cannot be aligned.
     """
-    if not isinstance(text, str):
-        raise ValueError(f"The text to align must be a string, got {type(text).__name__}")
+    check_text(text, "The text to align")
     ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
     special = [token for token in ids if token in processor.special_ids]
     if special:

@@ -1,22 +1,23 @@
 """Generation: `generate`, `transcribe` and `align`, and how recordings pass through the model."""
 
 import math
+import numbers
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 
 import numpy as np
-import soundfile
 import torch
 from transformers.generation import GenerationMixin
 from transformers.utils import logging
 
-from .audio_voxlm import is_batch, stream_audio
-from .decoding_voxlm import padded_batches
+from .audio_voxlm import file_duration_s, is_batch, stream_audio
+from .decoding_voxlm import MIN_TOKENS, check_prompt_length, pack_left, padded_batches, token_budget
 from .fallback_voxlm import transcribe_batch
 from .forced_alignment_voxlm import align_segments, align_text, known_text
-from .pipeline_voxlm import VoxLMASRPipeline
+from .pipeline_voxlm import VoxLMASRPipeline, check_timestamps
+from .placeholders_voxlm import audio_by_prompt, cache_of, gated_mask, hidden_in_cache, past_length
 from .processing_voxlm import VoxLMProcessor, one_for_each
 from .segmentation_voxlm import DETECTORS, AudioSegment, segment_audio
 from .transcription_voxlm import Segment, VoxLMTranscription, join_segments, trim_overlap
@@ -30,6 +31,9 @@ BATCHES_AHEAD = 4
 CPU_BATCH_S = 60.0
 # The shortest segment that a caller may ask for.
 SHORTEST_CHUNK_S = 1.0
+# The encoder's inputs, and the targets of training batches that `Seq2SeqTrainer` hands to `generate` with the rest.
+FEATURES = ("input_features", "input_features_mask", "input_values", "input_values_mask")
+TARGETS = ("token_words", "word_times", "frame_times")
 
 
 @dataclass
@@ -46,7 +50,8 @@ class TranscriptionOptions:
         generate_kwargs (`dict`): for `generate`.
 
     Raises:
-        ValueError: for a batch size below 1 or an unknown detector.
+        ValueError: for a batch size or a number of beams that is no integer of at least 1, a rate that is no number above 0, or
+            an unknown detector.
     """
 
     sampling_rate: int | None = None
@@ -57,9 +62,10 @@ class TranscriptionOptions:
     generate_kwargs: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        if self.batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, got {self.batch_size}")
-        if self.vad not in DETECTORS:
+        check_number("batch_size", self.batch_size, 1, whole=True)
+        check_number("num_beams", self.generate_kwargs.get("num_beams"), 1, whole=True)
+        check_number("sampling_rate", self.sampling_rate, 1)
+        if not isinstance(self.vad, str) or self.vad not in DETECTORS:
             raise ValueError(f"`vad` must be one of {', '.join(map(repr, DETECTORS))}, got {self.vad!r}")
 
 
@@ -91,36 +97,123 @@ class VoxLMGenerationMixin(GenerationMixin):
         """
         Token ids, as everywhere in transformers; the audio is encoded once, before the first step.
 
-        For convenience, a waveform (floating-point array or tensor) as the first argument, without `input_ids`, is handed to
-        `transcribe`, whose result has `["text"]` and `["words"]`.
+        For convenience, a waveform (an array, or a tensor of floating-point or 16-bit numbers) as the first argument, without
+        `input_ids`, is handed to `transcribe`, whose result has `["text"]` and `["words"]`.
+
+        With `labels`, as [`Seq2SeqTrainer`] passes them, the result is the new ids alone, to be compared with them; reference
+        texts in `input_ids` (`VoxLMProcessor.collate` for training) are taken out of the prompt first.
+
+        Raises:
+            ValueError: for audio that does not fit the placeholders of the prompt or, with a cache, of that part of the prompt
+                that is not in the cache yet; for a prompt longer than the LLM's context.
         """
         if is_waveform(inputs) and kwargs.get("input_ids") is None:
             return self.transcribe(inputs, *args, **kwargs)
-        names = ("input_features", "input_features_mask", "input_values", "input_values_mask")
-        features = {name: kwargs.pop(name) for name in names if kwargs.get(name) is not None}
+        check_number("num_beams", kwargs.get("num_beams"), 1, whole=True)
+        if kwargs.get("input_ids") is not None and inputs is None:
+            inputs = kwargs.pop("input_ids")
+        labels = kwargs.pop("labels", None)
+        for name in TARGETS:
+            kwargs.pop(name, None)
+        if labels is not None and inputs is not None and labels.shape == inputs.shape:
+            inputs, kwargs["attention_mask"] = self._without_answers(inputs, kwargs.get("attention_mask"), labels)
+        audio, only_new = self._encode_inputs(kwargs), labels is not None
+        if audio is not None and inputs is None and kwargs.get("inputs_embeds") is None:
+            inputs, kwargs["attention_mask"] = self._trained_prompts(audio)
+            only_new = True
+        hidden = self._place_audio(inputs, audio, kwargs)
+        check_prompt_length(self.config, kwargs.get("attention_mask"), inputs)
+        output = super().generate(inputs, *args, **kwargs)
+        if hidden is not None:
+            # Whoever continues from the cache has a mask of the tokens, which does not say what the gate hides.
+            for cache in (kwargs.get("past_key_values"), kwargs.get("cache"), cache_of(output)):
+                if cache is not None:
+                    cache.hidden_positions = hidden
+        if not only_new or inputs is None:
+            return output
+        if isinstance(output, torch.Tensor):
+            return output[:, inputs.shape[1] :]
+        output.sequences = output.sequences[:, inputs.shape[1] :]
+        return output
+
+    def _trained_prompts(self, audio):
+        """The trained prompt for each audio of a batch, as `input_ids` and `attention_mask`."""
+        processor = self.get_processor()
+        counts = audio.audio_embeds_mask.sum(-1).tolist()
+        prompts = processor.prompt_ids([processor.render_prompt()] * len(counts), counts)
+        return prompts["input_ids"].to(self.device), prompts["attention_mask"].to(self.device)
+
+    def _without_answers(self, input_ids, attention_mask, labels):
+        """Prompts and their mask, padded on the left, of training batches: what has a label is left out."""
+        kept = labels == -100
+        if attention_mask is not None:
+            kept &= attention_mask.bool()
+        columns = {"input_ids": (input_ids, self.config.pad_token_id or 0), "attention_mask": (kept.long(), 0)}
+        packed = pack_left(kept, columns)
+        return packed["input_ids"], packed["attention_mask"]
+
+    def _encode_inputs(self, kwargs: dict):
+        """Encode and project the audio among the arguments of `generate`, which is taken out; `None` without any."""
+        features = {name: value for name in FEATURES if (value := kwargs.pop(name, None)) is not None}
         states, states_mask = kwargs.pop("audio_states", None), kwargs.pop("audio_states_mask", None)
-        if states is not None or "input_features" in features or "input_values" in features:
-            input_ids = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else inputs
-            audio = self.get_audio_features(**features) if features else self.project(states, states_mask)
-            kwargs["audio_embeds"], kwargs["audio_embeds_mask"] = audio.pooler_output, audio.audio_embeds_mask
-            if input_ids is not None:
-                kwargs["attention_mask"] = self.visible_positions(input_ids, kwargs.get("attention_mask"), audio)
-        return super().generate(inputs, *args, **kwargs)
+        if "input_features" in features or "input_values" in features:
+            return self.get_audio_features(**features)
+        return None if states is None else self.project(states, states_mask)
+
+    def _place_audio(self, input_ids, audio, kwargs: dict):
+        """
+        Put encoded audio in its place among the arguments of `generate`, and the mask of what the LLM sees.
+
+        Returns:
+            the positions `(batch, length)` that the frame gate hides, `None` without audio or without a gate.
+        """
+        cache = kwargs.get("past_key_values") if kwargs.get("cache") is None else kwargs["cache"]
+        mask, embeds = kwargs.get("attention_mask"), kwargs.get("inputs_embeds")
+        whole = input_ids if embeds is None else embeds
+        if whole is None or audio is None and hidden_in_cache(cache, len(whole)) is None:
+            return None
+        if mask is None and input_ids is not None and self.config.pad_token_id is not None:
+            mask = (input_ids != self.config.pad_token_id).long()
+        # With a cache, the ids are either the whole sequence or, with a longer mask, only what is new.
+        done = past_length(cache) if mask is None or mask.shape[1] == whole.shape[1] else 0
+        batch, length = whole.shape[0], whole.shape[1] - done
+        new_ids, new_embeds = (None if part is None else part[:, done:] for part in (input_ids, embeds))
+        shown = None if audio is None else self.shown_positions(new_ids, audio, new_embeds)
+        gated, hidden = gated_mask(mask, cache, shown, batch, length)
+        if gated is not mask:
+            kwargs["attention_mask"] = gated
+        if audio is None:
+            return None
+        if embeds is None:
+            placeholders = self._placeholders(new_ids, audio.audio_embeds_mask)
+            found = audio_by_prompt(placeholders, audio.pooler_output, audio.audio_embeds_mask)
+            kwargs["audio_embeds"], kwargs["audio_embeds_mask"] = found
+        else:
+            merged = self.merge_audio(new_ids, new_embeds, audio.pooler_output, audio.audio_embeds_mask)
+            kwargs["inputs_embeds"] = torch.cat([embeds[:, :done], merged], dim=1)
+        return hidden
 
     def prepare_inputs_for_generation(
-        self, *args, inputs_embeds=None, is_first_iteration=False, cache=None, **kwargs
+        self,
+        *args,
+        inputs_embeds=None,
+        is_first_iteration=False,
+        audio_embeds=None,
+        audio_embeds_mask=None,
+        cache=None,
+        **kwargs,
     ) -> dict:
-        """[`GenerationMixin.prepare_inputs_for_generation`]; only the pass over the prompt takes the encoded audio."""
+        """
+        [`GenerationMixin.prepare_inputs_for_generation`]; with a cache, only the pass over the prompt takes the encoded audio,
+        as the library has it for inputs whose names it knows.
+        """
+        # `generate` accepts what this signature names.
+        kwargs |= {"inputs_embeds": inputs_embeds, "is_first_iteration": is_first_iteration}
+        if audio_embeds is not None and (is_first_iteration or not kwargs.get("use_cache", True)):
+            kwargs |= {"audio_embeds": audio_embeds, "audio_embeds_mask": audio_embeds_mask}
         if cache is not None:  # what `past_key_values` is called from 5.24 on
             kwargs["cache"] = cache
-        past = kwargs.get("past_key_values") if cache is None else cache
-        continued = past is not None and past.get_seq_length() > 0
-        if continued or not is_first_iteration and kwargs.get("use_cache", True):
-            for name in ("audio_embeds", "audio_embeds_mask"):
-                kwargs.pop(name, None)
-        # `generate` accepts what this signature names.
-        options = {"inputs_embeds": inputs_embeds, "is_first_iteration": is_first_iteration}
-        return super().prepare_inputs_for_generation(*args, **options, **kwargs)
+        return super().prepare_inputs_for_generation(*args, **kwargs)
 
     def transcribe(
         self,
@@ -167,6 +260,7 @@ class VoxLMGenerationMixin(GenerationMixin):
         items = list(audio) if many else [audio]
         if not items:
             raise ValueError("No audio was given: the list is empty")
+        check_timestamps(return_timestamps)
         options = TranscriptionOptions(
             sampling_rate=sampling_rate,
             with_words=bool(return_timestamps),
@@ -209,29 +303,41 @@ class VoxLMGenerationMixin(GenerationMixin):
             then say only where it would have been. `"confidence"` is that of the word given the words before it.
 
         Raises:
-            ValueError: for a text without words, a text that is no string, a number of texts that is not the number of
-                recordings, or audio that cannot be read, is long and without speech, or has fewer frames than the text has
-                words.
+            ValueError: for a number of texts that is not the number of recordings, and for a prompt that cannot be used. For one
+                recording also for a text without words or that is no string, and for audio that cannot be read, is long and
+                without speech, or has fewer frames than the text has words; of a list, such a recording has an `error`.
         """
-        processor = self.get_processor()
-        waveforms = processor.load_batch(audio, sampling_rate)
-        texts = text if is_batch(audio) else [text]
-        if isinstance(texts, str) or len(texts) != len(waveforms):
+        processor, many = self.get_processor(), is_batch(audio)
+        items, texts = (list(audio), text) if many else ([audio], [text])
+        if not items:
+            raise ValueError("No audio was given: the list is empty")
+        if isinstance(texts, str) or len(texts) != len(items):
             given = "one text" if isinstance(texts, str) else len(texts)
-            raise ValueError(f"Got {given} for {len(waveforms)} recordings")
-        known = [known_text(processor, item) for item in texts]
-        options = TranscriptionOptions(longest_s=longest_segment(self.config, None))
-        window, results = int(self.config.audio_window_s * processor.sampling_rate), []
-        for waveform, item, request in zip(waveforms, known, one_for_each(prompt, len(waveforms))):
-            if len(waveform) <= window:
-                results.append(align_text(self, processor, waveform, item, request))
-            else:
-                tasks = raise_errors(transcribe_recordings(self, [waveform], [request], options, at_once=True))
-                segments = [task.result for task in tasks if task.result is not None]
-                results.append(align_segments(self, processor, waveform, item, request, segments))
-        for result, item in zip(results, texts):
-            result.text = item
-        return results if is_batch(audio) else results[0]
+            raise ValueError(f"Got {given} for {len(items)} recordings")
+        requests, results = one_for_each(prompt, len(items)), []
+        for request in requests:
+            processor.render_prompt(request)
+        options = TranscriptionOptions(longest_s=longest_segment(self.config, None), sampling_rate=sampling_rate)
+        for number, (item, words, request) in enumerate(zip(items, texts, requests)):
+            try:
+                results.append(self._align_one(processor, item, words, request, options))
+            except (OSError, ValueError) as error:
+                if not many:
+                    raise
+                results.append(join_segments([], 0.0, error_line(number, error, "aligned")))
+        return results if many else results[0]
+
+    def _align_one(self, processor, item, text, prompt, options) -> VoxLMTranscription:
+        """`align` for one recording."""
+        waveform, known = processor.load_audio(item, options.sampling_rate), known_text(processor, text)
+        if len(waveform) <= int(self.config.audio_window_s * processor.sampling_rate):
+            result = align_text(self, processor, waveform, known, prompt)
+        else:
+            tasks = raise_errors(transcribe_recordings(self, [waveform], [prompt], options, at_once=True))
+            segments = [task.result for task in tasks if task.result is not None]
+            result = align_segments(self, processor, waveform, known, prompt, segments)
+        result.text = text
+        return result
 
     def transcription_pipeline(self, **kwargs) -> VoxLMASRPipeline:
         """An `automatic-speech-recognition` pipeline over this very model and its processor."""
@@ -239,20 +345,34 @@ class VoxLMGenerationMixin(GenerationMixin):
 
 
 def is_waveform(value) -> bool:
-    """Whether `value` is a floating-point array or tensor, so audio and not token ids."""
+    """Whether `value` is samples and not token ids, which are tensors of 32 or 64-bit integers."""
     if isinstance(value, torch.Tensor):
-        return value.is_floating_point()
-    return isinstance(value, np.ndarray) and np.issubdtype(value.dtype, np.floating)
+        return value.is_floating_point() or value.dtype == torch.int16
+    return isinstance(value, np.ndarray)
+
+
+def check_number(name: str, value, least: float, whole: bool = False):
+    """
+    Check an argument of the caller; `None` stands for its default.
+
+    Raises:
+        ValueError: for what is no finite number, or no whole number if it has to be one, and for less than `least`.
+    """
+    if value is None:
+        return
+    kind = numbers.Integral if whole else numbers.Real
+    if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value) or value < least:
+        raise ValueError(f"`{name}` must be {'an integer' if whole else 'a number'} of at least {least}, got {value!r}")
 
 
 def longest_segment(config, chunk_length_s: float | None) -> float:
     """Length of the longest segment in seconds, as the caller and the config ask for.
 
     Raises:
-        ValueError: when the caller asks for too little.
+        ValueError: when the caller asks for too little, or for what is no number.
     """
-    if chunk_length_s and chunk_length_s < SHORTEST_CHUNK_S:
-        raise ValueError(f"`chunk_length_s` must be at least {SHORTEST_CHUNK_S} s, got {chunk_length_s}")
+    if chunk_length_s != 0:  # as in the library's pipelines, 0 stands for the default
+        check_number("chunk_length_s", chunk_length_s, SHORTEST_CHUNK_S)
     return min(config.audio_window_s, chunk_length_s or config.chunk_length_s or math.inf)
 
 
@@ -270,10 +390,13 @@ def transcribe_recordings(
         at_once (`bool`): prefer an early first result to full batches.
 
     Raises:
-        ValueError: at once, for a prompt or a voice activity detector that cannot be used.
+        ValueError: at once, for a prompt, an option or a voice activity detector that cannot be used.
     """
     processor = model.get_processor()
+    token_budget(options.generate_kwargs)
     prompts = [processor.render_prompt(prompt) for prompt in prompts]
+    for prompt in set(prompts):
+        check_prompt_length(model.config, **processor.prompt_ids([prompt], [1]), new_tokens=MIN_TOKENS)
     DETECTORS[options.vad](processor.sampling_rate)
     seconds = known_seconds(items, options.sampling_rate or processor.sampling_rate)
     tasks = segment_recordings(processor, items, options)
@@ -340,6 +463,8 @@ def transcribe_tasks(
                 for task, result in zip(batch, results):
                     task.result = result
                     bar.update(round(task.audio.duration_s))
+                while group and (group[0].audio is None or group[0].result is not None):
+                    yield group.pop(0)
             yield from group
 
 
@@ -371,6 +496,9 @@ def finish_segments(tasks: Iterable[SegmentTask], options: TranscriptionOptions)
                 waiting.result.words, waiting.result.word_scores = [], []
             yield waiting
         waiting = task
+        if waiting is not None and waiting.audio is None:  # the end of a recording waits for nothing
+            yield waiting
+            waiting = None
 
 
 def raise_errors(tasks: Iterable[SegmentTask]) -> Iterator[SegmentTask]:
@@ -390,24 +518,41 @@ def join_recordings(tasks: Iterable[SegmentTask]) -> Iterator[VoxLMTranscription
             continue
         error = None
         if task.error is not None:
-            error, segments = " ".join(str(task.error).split()), []
-            logger.warning(f"Recording {task.recording} could not be transcribed: {error}")
+            error, segments = error_line(task.recording, task.error, "transcribed"), []
         yield join_segments(segments, task.duration_s, error)
         segments = []
 
 
+def error_line(recording: int, error: Exception, done: str) -> str:
+    """The message of what went wrong with a recording, on one line; also logged."""
+    line = " ".join(str(error).split())
+    logger.warning(f"Recording {recording} could not be {done}: {line}")
+    return line
+
+
 def known_seconds(items: list, rate: int) -> float | None:
-    """Length of all recordings, as far as it is known before they are read; `None` where one does not say."""
+    """
+    Length of all recordings, as far as it is known before they are read; `None` where one does not say.
+
+    Args:
+        items (`list`): recordings, of any kind `audio_voxlm.read_audio` takes.
+        rate (`int`): of those that do not have their own, in Hz.
+    """
     total = 0.0
     for item in items:
-        item = item.get("path") or item.get("array", item.get("raw")) if isinstance(item, dict) else item
+        item_rate = rate
+        if isinstance(item, dict):
+            samples = item.get("array") if item.get("array") is not None else item.get("raw")
+            if samples is not None:
+                item, item_rate = samples, item.get("sampling_rate")
+            else:
+                item = item.get("path")
         if isinstance(item, (np.ndarray, torch.Tensor)) and item.ndim:
-            total += item.shape[-1] / rate
+            if not isinstance(item_rate, numbers.Real) or not item_rate > 0:
+                return None  # reading it will say what is wrong
+            total += item.shape[-1] / item_rate
         elif isinstance(item, (str, os.PathLike)):
-            try:
-                total += soundfile.info(item).duration
-            except (soundfile.LibsndfileError, RuntimeError):
-                continue  # reading it will say what is wrong
+            total += file_duration_s(item) or 0.0  # reading it will say what is wrong
         else:
             return None
     return total

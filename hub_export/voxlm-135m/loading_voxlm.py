@@ -2,21 +2,24 @@
 
 import copy
 import hashlib
+import re
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
 from packaging import version
-from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers import __version__ as transformers_version
 from transformers import initialization as init
 from transformers.generation import GenerationConfig
+from transformers.modeling_utils import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_peft_available, logging
 
-from .configuration_voxlm import DEFAULT_LORA, DEFAULT_READER, preset_bases
-from .processing_voxlm import VoxLMProcessor, saved_with_code
+from .checkpoint_voxlm import HOW_TO_CONVERT, check_folder, check_inside, check_tensors, tensors_of
+from .configuration_voxlm import DEFAULT_LORA, DEFAULT_READER, TESTED_TRANSFORMERS, preset_bases
+from .processing_voxlm import VoxLMProcessor, context_length, saved_with_code
 from .reader_voxlm import READER_MODELS, VoxLMReader, decoder_prompt, token_table
 
 
@@ -27,12 +30,12 @@ if is_peft_available():
 
 logger = logging.get_logger(__name__)
 
-# The range of transformers that this code is tested with: from the first, and before the second.
-TESTED_TRANSFORMERS = ("5.23", "5.25")
 # Only these files of a base model are read: no code, no pickles.
 BASE_FILES = ["*.safetensors", "*.json"]
 # Options of `from_pretrained` that say where on the Hub something is.
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
+# Those of them that another repository is found with too.
+SHARED_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
 # What config.json says of the code beside it.
 AUTO_MAP = {
     "AutoConfig": "configuration_voxlm.VoxLMConfig",
@@ -60,42 +63,69 @@ class VoxLMLoadingMixin:
         if self.config.lora_config is not None:
             for module in self.modules():
                 if isinstance(module, LoraLayer):
-                    for name in module.lora_A:
-                        init.kaiming_uniform_(module.lora_A[name].weight, a=5**0.5)
-                        init.zeros_(module.lora_B[name].weight)
+                    initialize_lora(module, self.config.lora_config.get("init_lora_weights", True))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
         """
-        [`PreTrainedModel.from_pretrained`], with two differences: weights of plain base models load into a model with
-        LoRA, and weights that the checkpoint lacks are an error instead of random numbers (LoRA weights alone may be
-        missing, since they start as the identity).
+        [`PreTrainedModel.from_pretrained`], with three differences: only safetensors are loaded, weights of plain base models
+        load into a model with LoRA, and weights that the checkpoint lacks are an error instead of random numbers (LoRA weights
+        alone may be missing, since they start as the identity).
 
         Raises:
-            ValueError: naming the missing weights; not with `output_loading_info=True`, which asks for their list.
+            ValueError: naming the missing weights; not with `output_loading_info=True`, which asks for their list, nor for
+                a caller's `state_dict` without a checkpoint. For weights that mean nothing, pickles, and files outside the
+                folder, see `checkpoint_voxlm`.
         """
         warn_if_untested()
         output_loading_info = kwargs.pop("output_loading_info", False)
-        known = cls._known_config(pretrained_model_name_or_path, config, kwargs)
-        kwargs.setdefault("key_mapping", cls._lora_key_mapping(known))
         source, delta_folder = pretrained_model_name_or_path, None
-        if getattr(known, "base_models", None):
-            names = ("cache_dir", "force_download", "local_files_only", "token")
-            hub_options = {name: kwargs[name] for name in names if name in kwargs}
-            delta_folder = base_folder(source, kwargs.get("revision"), **hub_options)
-            kwargs["state_dict"] = with_bases(read_tensors(delta_folder), known, **hub_options)
+        check_source(source, kwargs, config_needed=config is None)
+        kwargs.update(use_safetensors=True, weights_only=True)
+        hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        known = cls._known_config(source, config, kwargs)
+        kwargs.setdefault("key_mapping", cls._lora_key_mapping(known))
+        if source is not None and getattr(known, "base_models", None):
+            shared_options = {name: kwargs[name] for name in SHARED_OPTIONS if name in kwargs}
+            delta_folder = base_folder(source, kwargs.get("revision"), **shared_options) / kwargs.pop("subfolder", "")
+            kwargs["state_dict"] = with_bases(read_tensors(delta_folder), known, **shared_options)
             config, source = known, None
-        model, info = super().from_pretrained(source, *model_args, config=config, output_loading_info=True, **kwargs)
+        try:
+            model, info = super().from_pretrained(
+                source, *model_args, config=config, output_loading_info=True, **kwargs
+            )
+        except OSError as error:
+            if "safetensors" not in str(error):
+                raise
+            # The library's own advice is to load pickles instead.
+            raise ValueError(f"{source} has no weights that can be loaded. {HOW_TO_CONVERT}") from error
         if delta_folder is not None:
             model.config._name_or_path = model.name_or_path = str(pretrained_model_name_or_path)
             model.config.base_models = None  # the model is whole now, and so is what it saves
             model.generation_config = GenerationConfig.from_pretrained(delta_folder)
-        if not output_loading_info:
+        if not output_loading_info and pretrained_model_name_or_path is not None:
             check_missing(pretrained_model_name_or_path, info["missing_keys"])
         model.freeze_base_weights()  # loading makes every parameter anew, and trainable
         # `save_pretrained` restores the plain names of base weights itself; the library would undo the renaming again.
         model._weight_conversions = None
+        model.hub_options = hub_options
         return (model, info) if output_loading_info else model
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+        """The library's step between making the model on the meta device and filling it, with a check of what fills it."""
+        tensors = {name: ("The state dict", tensor) for name, tensor in (state_dict or {}).items()}
+        source = load_config.pretrained_model_name_or_path
+        for path in map(Path, checkpoint_files or []):
+            if path.suffix != ".safetensors":
+                raise ValueError(f"{source} names the weights {path.name!r}. {HOW_TO_CONVERT}")
+            if Path(source).is_dir():
+                check_inside(path, Path(source))
+            tensors |= {name: (path, tensor) for name, tensor in tensors_of(path)}
+        if state_dict is None:
+            any_size = load_config.ignore_mismatched_sizes
+            check_tensors(model, tensors, load_config.hf_quantizer is not None, any_size)
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 
     @classmethod
     def _known_config(cls, source, config, options: dict):
@@ -111,12 +141,15 @@ class VoxLMLoadingMixin:
         if config.lora_config is None:
             return None
         targets = {**DEFAULT_LORA, **config.lora_config}["target_modules"]
-        if isinstance(targets, str):
-            with torch.device("meta"):  # "all-linear" becomes a list of names when the model is made
-                targets = cls(copy.deepcopy(config)).config.lora_config["target_modules"]
-        names = "|".join(sorted(targets))
+        limits = [config.lora_config.get(name) for name in ("exclude_modules", "layers_to_transform")]
+        if isinstance(targets, str) or any(limit is not None for limit in limits):
+            with torch.device("meta"):  # which layers those are, peft alone can tell
+                names = [name for name, _ in lora_layers(cls(copy.deepcopy(config)))]
+        else:
+            names = targets
+        names = "|".join(re.escape(name.removeprefix("language_model.")) for name in sorted(names))
         return {
-            rf"(language_model\..+\.(?:{names}))\.{kind}": rf"\1.base_layer.{kind}"
+            rf"(^language_model\.(?:.+\.)?(?:{names}))\.{kind}": rf"\1.base_layer.{kind}"
             for kind in ("weight", "bias", "weight_scale")  # the last one where the checkpoint is stored in 8 bits
         }
 
@@ -153,6 +186,7 @@ class VoxLMLoadingMixin:
 
         Raises:
             ImportError: without peft.
+            ValueError: for targets that the LLM does not have, or that are no linear layers inside it.
         """
         if not is_peft_available():
             raise ImportError(
@@ -161,13 +195,17 @@ class VoxLMLoadingMixin:
             )
         settings = {**DEFAULT_LORA, **self.config.lora_config}
         inject_adapter_in_model(LoraConfig(**settings), self.language_model)
-        # The names and not "all-linear": loading must know which weights are under LoRA before the model exists.
-        targets = {
-            name.rsplit(".", 1)[-1]
-            for name, module in self.language_model.named_modules()
-            if isinstance(module, LoraLayer)
-        }
-        self.config.lora_config = {**settings, "target_modules": sorted(targets)}
+        output_layer = self.language_model.get_output_embeddings()
+        for name, module in lora_layers(self):
+            if module is output_layer or not isinstance(module.get_base_layer(), (nn.Linear, Conv1D)):
+                raise ValueError(
+                    f"LoRA can be in linear layers inside the LLM; `lora_config['target_modules']` also names {name}, "
+                    "which is an embedding, the output layer or of another kind"
+                )
+        if settings["target_modules"] == "all-linear":
+            # The names, which say more in a config, and are found without making the model.
+            targets = {name.rsplit(".", 1)[-1] for name, _ in lora_layers(self)}
+            self.config.lora_config = {**settings, "target_modules": sorted(targets)}
 
     @classmethod
     def from_base_models(cls, audio=None, text=None, preset=None, dtype=None, **overrides):
@@ -193,10 +231,10 @@ class VoxLMLoadingMixin:
         if audio is None or text is None:
             raise ValueError(f"Both base models are needed, got audio={audio!r} and text={text!r}")
         dtype = dtype or torch.float32
-        encoder = AutoModel.from_pretrained(audio, dtype=dtype)
+        encoder = load_base(AutoModel, audio, dtype)
         audio_config = encoder.config
         encoder = encoder.get_encoder() if audio_config.is_encoder_decoder else encoder
-        language_model = AutoModelForCausalLM.from_pretrained(text, dtype=dtype)
+        language_model = load_base(AutoModelForCausalLM, text, dtype)
         processor = VoxLMProcessor.from_base_models(audio, text)
         tokenizer = processor.tokenizer
         if len(tokenizer) > language_model.get_input_embeddings().num_embeddings:
@@ -237,7 +275,7 @@ class VoxLMLoadingMixin:
             ValueError: for an audio model whose decoder cannot be driven or whose encoder is not this model's, and for a
                 language it does not know.
         """
-        base = AutoModel.from_pretrained(audio, dtype=self.dtype)
+        base = load_base(AutoModel, audio, self.dtype)
         if base.config.model_type not in READER_MODELS:
             raise ValueError(f"A reader needs an audio model of {READER_MODELS}, {audio} is {base.config.model_type!r}")
         own = self.encoder.state_dict()
@@ -271,12 +309,68 @@ class VoxLMLoadingMixin:
             source = self.config._name_or_path
             if not source:
                 raise ValueError("The model was not loaded from a checkpoint; set `model.processor` first")
+            options = {name: value for name, value in self.hub_options.items() if name != "force_download"}
             # The same commit as the weights; where this very code came with the checkpoint, it is trusted already.
-            revision = getattr(self.config, "_commit_hash", None) or "main"
-            self.processor = VoxLMProcessor.from_pretrained(
-                source, revision=revision, trust_remote_code=self.is_remote_code()
-            )
+            commit = getattr(self.config, "_commit_hash", None)
+            options["revision"] = commit or options.get("revision") or "main"
+            self.processor = VoxLMProcessor.from_pretrained(source, trust_remote_code=self.is_remote_code(), **options)
+            self.processor.context_length = context_length(self.config)
         return self.processor
+
+
+def check_source(source, options: dict, config_needed: bool):
+    """
+    Check what `from_pretrained` was told to load, as far as it is on this machine.
+
+    Raises:
+        ValueError: see `check_folder`; also for a path that is no folder, and for kinds of weights other than safetensors.
+    """
+    if options.get("gguf_file") is not None:
+        raise ValueError(f"`gguf_file` is {options['gguf_file']!r}. {HOW_TO_CONVERT}")
+    if source is None:
+        return
+    path = Path(source)
+    if path.is_dir():
+        check_folder(path / (options.get("subfolder") or ""), config_needed)
+    elif path.is_file():
+        raise ValueError(f"{source} is a file; give the folder of the checkpoint")
+    elif path.is_absolute() or str(source).startswith((".", "~")):
+        raise ValueError(f"{source} is not a folder")
+
+
+def load_base(auto_class, name: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+    """
+    A pretrained base model, from a folder or the Hub.
+
+    Raises:
+        ValueError: for one without safetensors, and for what `check_folder` refuses.
+    """
+    check_source(name, {}, config_needed=True)
+    try:
+        return auto_class.from_pretrained(name, dtype=dtype, use_safetensors=True)
+    except OSError as error:
+        if "safetensors" not in str(error):
+            raise
+        raise ValueError(f"The base model {name} has no weights that can be loaded. {HOW_TO_CONVERT}") from error
+
+
+def lora_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Names and modules of a model's layers under LoRA."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+
+
+def initialize_lora(layer: nn.Module, kind: bool | str):
+    """Make a LoRA layer the identity, as peft does: B is 0 and, for DoRA, the magnitudes are those of the base's rows."""
+    for name in layer.lora_A:
+        if kind == "gaussian":
+            init.normal_(layer.lora_A[name].weight, std=1 / layer.r[name])
+        else:
+            init.kaiming_uniform_(layer.lora_A[name].weight, a=5**0.5)
+        init.zeros_(layer.lora_B[name].weight)
+        if name in layer.lora_magnitude_vector:
+            weight = layer.get_base_layer().weight
+            weight = weight.T if layer.fan_in_fan_out else weight
+            init.copy_(layer.lora_magnitude_vector[name].weight, torch.linalg.norm(weight, dim=1))
 
 
 def warn_if_untested():
@@ -372,21 +466,21 @@ def base_state(config, **hub_options) -> dict[str, torch.Tensor]:
                 f"SHA-256 is {found[:16]}..., expected {reference['sha256'][:16]}..."
             )
         if part == "audio":
-            model = AutoModel.from_pretrained(folder, dtype=torch.float32)
+            model = load_base(AutoModel, folder, torch.float32)
             if config.reader_config is not None:
                 decoder = model.get_decoder().state_dict()
                 state.update({f"reader.decoder.{name}": tensor for name, tensor in decoder.items()})
             model = model.get_encoder() if model.config.is_encoder_decoder else model
             prefix = "encoder."
         else:
-            model, prefix = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), "language_model."
+            model, prefix = load_base(AutoModelForCausalLM, folder, torch.float32), "language_model."
         state.update({prefix + name: tensor for name, tensor in model.state_dict().items()})
     return state
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of the safetensors files of a folder."""
-    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in tensors_of(path)}
 
 
 def with_bases(tensors: dict[str, torch.Tensor], config, **hub_options) -> dict[str, torch.Tensor]:

@@ -5,21 +5,23 @@ import math
 import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
+from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple, is_torchdynamo_compiling
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_voxlm import VoxLMConfig
 from .cpu_voxlm import VoxLMInferenceMixin
 from .generation_voxlm import VoxLMGenerationMixin
-from .legacy_voxlm import VoxLMConvProjector, VoxLMCrossAttentionHead
+from .legacy_voxlm import EDGE_STD, VoxLMConvProjector, VoxLMCrossAttentionHead
 from .loading_voxlm import VoxLMLoadingMixin
 from .outputs_voxlm import VoxLMAudioOutput, VoxLMCausalLMOutputWithPast
+from .placeholders_voxlm import append_answers, cache_of, check_placeholders, gated_mask, marks_tokens, real_frames
 from .reader_voxlm import VoxLMReader
 from .timing_voxlm import AlignmentScores, alignment_loss
 
@@ -184,16 +186,19 @@ class VoxLMProjector(nn.Module):
         if self.token_ids is not None:
             token_embeddings = token_embeddings[self.token_ids]
         token_embeddings = token_embeddings.to(embeds.dtype)
+        # A compiled graph scores all frames, since its shapes cannot depend on how many pass.
+        scored = torch.ones_like(passes) if is_torchdynamo_compiling() else passes
+        frames = embeds.flatten(0, 1) if is_torchdynamo_compiling() else embeds[passes]
         mixed, best = [embeds[:0, 0]], [passes.new_zeros(0, dtype=torch.long)]
-        for frames in embeds[passes].split(FRAMES_AT_ONCE):
-            scores = frames @ token_embeddings.T * self.log_scale.exp()
+        for part in frames.split(FRAMES_AT_ONCE):
+            scores = part @ token_embeddings.T * self.log_scale.exp()
             mixed.append(scores.softmax(-1) @ token_embeddings)
             best.append(scores.argmax(-1))
-        mixtures = torch.zeros_like(embeds)
-        mixtures[passes] = torch.cat(mixed)
-        tokens = torch.full(passes.shape, -1, device=embeds.device)
         best = torch.cat(best)
-        tokens[passes] = best if self.token_ids is None else self.token_ids[best]
+        best = best if self.token_ids is None else self.token_ids[best]
+        mixtures = torch.zeros_like(embeds).masked_scatter(scored.unsqueeze(-1), torch.cat(mixed))
+        mixtures = mixtures.masked_fill(~passes.unsqueeze(-1), 0.0)
+        tokens = torch.full_like(passes, -1, dtype=torch.long).masked_scatter(scored, best).masked_fill(~passes, -1)
         repeats = nn.functional.pad((tokens[:, 1:] == tokens[:, :-1]) & passes[:, 1:], (1, 0))
         return mixtures, tokens.masked_fill(repeats, -1)
 
@@ -271,10 +276,12 @@ class VoxLMPreTrainedModel(VoxLMLoadingMixin, PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("audio", "text")
     supports_gradient_checkpointing = True
-    _supports_flash_attn = True
+    # Not tested: what the frame gate hides lies in the middle of a prompt, where flash attention expects no padding.
+    _supports_flash_attn = False
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _can_compile_fullgraph = True
     _no_split_modules = [
         "VoxLMProjector",
         "VoxLMConvProjector",
@@ -283,6 +290,22 @@ class VoxLMPreTrainedModel(VoxLMLoadingMixin, PreTrainedModel):
         "VoxLMReader",
     ]
     _skip_keys_device_placement = ["past_key_values"]
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        """Initialise what is in no layer of the library's: a checkpoint may lack it, and then it was never made."""
+        super()._init_weights(module)
+        if isinstance(module, VoxLMProjector):
+            if module.log_scale is not None:
+                init.zeros_(module.log_scale)
+            if module.token_ids is not None:
+                init.copy_(module.token_ids, torch.arange(len(module.token_ids)))
+        elif isinstance(module, VoxLMConvProjector):
+            for vector in (module.start, module.end):
+                init.normal_(vector, std=EDGE_STD)
+        elif isinstance(module, VoxLMReader):
+            for tensor in (module.end, module.spelling, module.spelling_offsets):
+                init.zeros_(tensor)
 
 
 class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, VoxLMGenerationMixin, VoxLMInferenceMixin):
@@ -322,6 +345,8 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, VoxLMGenerationMixin, VoxLMInf
         self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
         self.alignment = make_alignment_head(config)
         self.processor = None
+        # Where on the Hub `from_pretrained` found the model; the processor is there too.
+        self.hub_options = {}
         self.for_inference_only = False
         # The class name does not tell the library that labels are those of a causal LM.
         self.loss_type = "ForCausalLM"
@@ -400,11 +425,13 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, VoxLMGenerationMixin, VoxLMInf
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_audio_encoder):
             encoded = self._run_encoder(inputs, mask, **kwargs)
         lengths = encoder_output_lengths(self.encoder, mask.sum(-1))
-        if int(lengths.min()) < 1:
-            raise ValueError(
-                f"An audio of {int(mask.sum(-1).min())} input frames is too short: the encoder makes no frame of it"
-            )
-        frames = encoded.last_hidden_state[:, : int(lengths.max())]
+        frames = encoded.last_hidden_state
+        if not is_torchdynamo_compiling():  # a compiled graph can neither raise nor cut by what is in a tensor
+            if int(lengths.min()) < 1:
+                raise ValueError(
+                    f"An audio of {int(mask.sum(-1).min())} input frames is too short: the encoder makes no frame of it"
+                )
+            frames = frames[:, : int(lengths.max())]
         return VoxLMAudioOutput(
             last_hidden_state=frames,
             frame_mask=(torch.arange(frames.shape[1], device=lengths.device) < lengths.unsqueeze(1)).long(),
@@ -424,14 +451,16 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, VoxLMGenerationMixin, VoxLMInf
             return BaseModelOutput(last_hidden_state=nn.utils.rnn.pad_sequence(rows, batch_first=True))
         return self.encoder(inputs, attention_mask=mask, **kwargs)
 
-    def project(self, frames, frame_mask) -> VoxLMAudioOutput:
+    def project(self, frames, frame_mask=None) -> VoxLMAudioOutput:
         """
         Run the projector on encoder states.
 
         Args:
             frames (`torch.Tensor` of shape `(batch, frames, audio_size)`)
-            frame_mask (`torch.LongTensor` of shape `(batch, frames)`)
+            frame_mask (`torch.LongTensor` of shape `(batch, frames)`, *optional*): without one, all frames are real.
         """
+        if frame_mask is None:
+            frame_mask = torch.ones(frames.shape[:2], dtype=torch.long, device=frames.device)
         mixes_tokens = self.config.projector_readout == "token_mixture"
         token_embeddings = self.get_input_embeddings().weight if mixes_tokens else None
         projected = self.projector(frames, frame_mask, token_embeddings)
@@ -449,15 +478,23 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, VoxLMGenerationMixin, VoxLMInf
 
     def visible_positions(self, input_ids, attention_mask, audio: VoxLMAudioOutput, inputs_embeds=None):
         """
-        `attention_mask` `(batch, length)` with the placeholders of hidden frames set to 0: the one place where the frame
-        gate acts on the LLM's input. Unchanged without a frame gate.
+        `attention_mask` `(batch, length)` with the placeholders of hidden frames set to 0. Unchanged without a frame gate.
         """
         if audio.gate_logits is None:
             return attention_mask
+        shown = self.shown_positions(input_ids, audio, inputs_embeds)
+        return gated_mask(attention_mask, None, shown, *shown.shape)[0]
+
+    def shown_positions(self, input_ids, audio: VoxLMAudioOutput, inputs_embeds=None):
+        """
+        Mask `(batch, length)` of bool, False at the placeholders of hidden frames; `None` without a frame gate. The one place
+        where the frame gate acts on the LLM's input.
+        """
+        if audio.gate_logits is None:
+            return None
         placeholders = self._placeholders(input_ids, audio.audio_embeds_mask, inputs_embeds)
-        visible = torch.ones_like(placeholders, dtype=torch.long) if attention_mask is None else attention_mask.clone()
-        visible[placeholders] *= audio.visible_mask[audio.audio_embeds_mask.bool()].to(visible)
-        return visible
+        visible = real_frames(audio.visible_mask, audio.audio_embeds_mask).bool()
+        return torch.ones_like(placeholders).masked_scatter(placeholders, visible)
 
     def _placeholders(self, input_ids, audio_embeds_mask, inputs_embeds=None):
         """
@@ -469,12 +506,7 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, VoxLMGenerationMixin, VoxLMInf
         else:
             token = torch.tensor(self.config.audio_token_id, device=inputs_embeds.device)
             placeholders = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
-        wanted, given = audio_embeds_mask.sum(-1).tolist(), placeholders.sum(-1).tolist()
-        if wanted != given:
-            raise ValueError(
-                f"`input_ids` hold {given} audio placeholders (token {self.config.audio_token_id}) per row, but the audio "
-                f"gives {wanted} projected frames; prepare both with the model's own processor"
-            )
+        check_placeholders(placeholders, audio_embeds_mask, self.config.audio_token_id)
         return placeholders
 
     def merge_audio(self, input_ids, inputs_embeds, audio_embeds, audio_embeds_mask):
@@ -492,10 +524,8 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, VoxLMGenerationMixin, VoxLMInf
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         placeholders = self._placeholders(input_ids, audio_embeds_mask, inputs_embeds).unsqueeze(-1)
-        return inputs_embeds.masked_scatter(
-            placeholders.to(inputs_embeds.device),
-            audio_embeds[audio_embeds_mask.bool()].to(inputs_embeds.device, inputs_embeds.dtype),
-        )
+        audio_embeds = real_frames(audio_embeds, audio_embeds_mask).to(inputs_embeds.device, inputs_embeds.dtype)
+        return inputs_embeds.masked_scatter(placeholders.to(inputs_embeds.device), audio_embeds)
 
     @can_return_tuple
     def forward(
@@ -533,7 +563,9 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, VoxLMGenerationMixin, VoxLMInf
                 before, instead of features.
             audio_embeds (`torch.Tensor` of shape `(batch, projected_frames, text_size)`), audio_embeds_mask: audio that
                 `get_audio_features` has encoded and projected, instead of features.
-            labels (`torch.LongTensor` of shape `(batch, length)`): -100 where no loss is wanted; not shifted.
+            labels (`torch.LongTensor` of shape `(batch, length)`): -100 where no loss is wanted; not shifted. With another
+                length than that of `input_ids`, the answers alone, which are appended to the prompts (see
+                `VoxLMProcessor.collate`).
             token_words (`torch.LongTensor` of shape `(batch, length)`): with `labels`, the index of the word that each
                 token of `input_ids` belongs to, -100 for tokens of no word.
             word_times (`torch.Tensor` of shape `(batch, words, 2)`): starts and ends of the words in seconds, NaN where
@@ -543,8 +575,17 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, VoxLMGenerationMixin, VoxLMInf
             logits_to_keep (`int`): compute the logits (and the loss) of the last positions only.
 
         Raises:
-            ValueError: when placeholders and projected frames differ in number.
+            ValueError: without a prompt, when placeholders and projected frames differ in number, and for word times without
+                what else the alignment head's loss needs.
         """
+        if input_ids is None and inputs_embeds is None:
+            raise ValueError(
+                "The prompt is missing: pass `input_ids` with a placeholder for each projected frame, as the model's processor "
+                "makes them, or `inputs_embeds`"
+            )
+        if labels is not None and input_ids is not None and labels.shape[1] != input_ids.shape[1]:
+            pad_token_id = self.config.pad_token_id or 0
+            input_ids, attention_mask, labels = append_answers(input_ids, attention_mask, labels, pad_token_id)
         audio = None
         if audio_states is not None and audio_embeds is not None:
             # Already projected: the states are for the alignment head.
@@ -553,14 +594,16 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, VoxLMGenerationMixin, VoxLMInf
             audio = self.project(audio_states, audio_states_mask)
         elif input_features is not None or input_values is not None:
             audio = self.get_audio_features(input_features, input_features_mask, input_values, input_values_mask)
+        cache, shown = kwargs.get("cache") if past_key_values is None else past_key_values, None
         if audio is not None and audio_embeds is None:
             audio_embeds, audio_embeds_mask = audio.pooler_output, audio.audio_embeds_mask
-            attention_mask = self.visible_positions(input_ids, attention_mask, audio, inputs_embeds)
+            shown = self.shown_positions(input_ids, audio, inputs_embeds)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if audio_embeds is not None:
             inputs_embeds = self.merge_audio(input_ids, inputs_embeds, audio_embeds, audio_embeds_mask)
-        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+        attention_mask, hidden = gated_mask(attention_mask, cache, shown, *inputs_embeds.shape[:2])
+        if position_ids is None and marks_tokens(attention_mask):
             # Positions count what is visible, so that padding on either side and hidden frames change nothing.
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
         if word_times is not None:
@@ -575,6 +618,9 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, VoxLMGenerationMixin, VoxLMInf
             logits_to_keep=logits_to_keep,
             **{key: value for key, value in kwargs.items() if key != "num_items_in_batch"},
         )
+        if hidden is not None and cache_of(outputs) is not None:
+            # Whoever continues from the cache has a mask of the tokens, which does not say what the gate hides.
+            cache_of(outputs).hidden_positions = hidden
         loss, timing_loss = None, None
         if labels is not None:
             kept = labels[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else labels[:, logits_to_keep]
@@ -588,7 +634,7 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, VoxLMGenerationMixin, VoxLMInf
         return VoxLMCausalLMOutputWithPast(
             loss=loss,
             logits=outputs.logits,
-            past_key_values=outputs.past_key_values,
+            past_key_values=cache_of(outputs),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             audio=audio,
@@ -611,6 +657,16 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, VoxLMGenerationMixin, VoxLMInf
         The alignment head's loss, with each row weighted by its text tokens as in the LLM's loss, so that both add up in the
         same way over the parts of a batch.
         """
+        if (
+            audio is None
+            or audio.last_hidden_state.shape[0] != len(labels)
+            or token_words is None
+            or frame_times is None
+        ):
+            raise ValueError(
+                "With `word_times`, the alignment head's loss also needs `token_words`, `frame_times` and, for each row, the "
+                "audio as features or `audio_states`; `audio_embeds` have lost the encoder's frames"
+            )
         # Only the columns that contain text in some row.
         first = max(1, int((token_words != -100).any(0).int().argmax()))
         states = self.text_states(hidden_states, first).detach()

@@ -1,6 +1,27 @@
 """The `automatic-speech-recognition` pipeline of VoxLM checkpoints, named in config.json's `custom_pipelines`."""
 
+from collections.abc import Sequence
+
 from transformers import AutomaticSpeechRecognitionPipeline, GenerationConfig
+from transformers.pipelines import PIPELINE_REGISTRY
+
+from .audio_voxlm import is_batch
+from .processing_voxlm import VoxLMProcessor
+
+
+TASK = "automatic-speech-recognition"
+
+
+def check_timestamps(value):
+    """
+    Raises:
+        ValueError: for a `return_timestamps` that is neither a bool, nor "word", nor `None`.
+    """
+    if value is not None and not isinstance(value, bool) and not (isinstance(value, str) and value == "word"):
+        raise ValueError(
+            f"`return_timestamps` must be True, False or 'word', got {value!r}; the model times words, and `segments` of "
+            "`model.transcribe`'s result have times too"
+        )
 
 
 class VoxLMASRPipeline(AutomaticSpeechRecognitionPipeline):
@@ -11,6 +32,11 @@ class VoxLMASRPipeline(AutomaticSpeechRecognitionPipeline):
     them, datasets and generators, with `batch_size`, `return_timestamps` (`True` or `"word"`), `chunk_length_s`, `prompt` and
     `generate_kwargs`. Returns `{"text"}` and, with timestamps, `"chunks": [{"text", "timestamp": (start, end),
     "confidence"}]` in seconds.
+
+    Args:
+        model ([`VoxLMForSpeechSeq2Seq`])
+        processor ([`VoxLMProcessor`], *optional*): by default one of `tokenizer` and `feature_extractor` where both are given,
+            else the model's own.
     """
 
     _load_processor = True
@@ -19,12 +45,21 @@ class VoxLMASRPipeline(AutomaticSpeechRecognitionPipeline):
     _default_generation_config = GenerationConfig()
 
     def __init__(self, model, processor=None, **kwargs):
-        processor = processor or model.get_processor()
+        if processor is None:
+            processor = own_processor(model, kwargs.get("tokenizer"), kwargs.get("feature_extractor"))
         kwargs.setdefault("tokenizer", processor.tokenizer)
         kwargs.setdefault("feature_extractor", processor.feature_extractor)
         super().__init__(model, processor=processor, **kwargs)
         self.model.processor = processor
         self.type = "voxlm"
+
+    def __call__(self, inputs, **kwargs):
+        # The library takes a list for several recordings, but a column of `datasets` or a tuple for one.
+        if isinstance(inputs, Sequence) and is_batch(inputs):
+            inputs = list(inputs)
+        if isinstance(inputs, (list, tuple)) and not inputs:
+            raise ValueError("No audio was given: the list is empty")
+        return super().__call__(inputs, **kwargs)
 
     def _sanitize_parameters(
         self,
@@ -37,8 +72,11 @@ class VoxLMASRPipeline(AutomaticSpeechRecognitionPipeline):
         truncation=None,
         **kwargs,
     ):
-        if return_timestamps not in (None, False, True, "word"):
-            raise ValueError(f"`return_timestamps` must be True, False or 'word', got {return_timestamps!r}")
+        check_timestamps(return_timestamps)
+        if kwargs.pop("stream", False):
+            raise ValueError(
+                "A pipeline returns whole results; for results as they are ready use `model.transcribe(stream=True)`"
+            )
         preprocess = {} if sampling_rate is None else {"sampling_rate": sampling_rate}
         # Accepted for compatibility and without effect: `stride_length_s` (segments are split at pauses and need no overlap)
         # and `truncation` (which `evaluate`'s evaluator passes to every pipeline; no audio is cut off here).
@@ -80,3 +118,38 @@ class VoxLMASRPipeline(AutomaticSpeechRecognitionPipeline):
                 for word in result["words"]
             ]
         return final
+
+
+def own_processor(model, tokenizer=None, feature_extractor=None) -> VoxLMProcessor:
+    """A model's own processor or, when a tokenizer and a feature extractor that are not its parts are given, one of them."""
+    own = model.processor
+    if tokenizer is None or feature_extractor is None:
+        return model.get_processor()
+    if own is not None and own.tokenizer is tokenizer and own.feature_extractor is feature_extractor:
+        return own
+    return VoxLMProcessor(feature_extractor, tokenizer).configure(model)
+
+
+class SpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline):
+    """
+    What `pipeline("automatic-speech-recognition", model=...)` makes of a model object: VoxLM's pipeline of a VoxLM model, the
+    library's own of any other. (The library looks into `custom_pipelines` of a config for the name of a model only.)
+    """
+
+    # `None`: load them if possible. A VoxLM model object needs neither.
+    _load_tokenizer = None
+    _load_feature_extractor = None
+
+    def __new__(cls, model, **kwargs):
+        if model.config.model_type == "voxlm":
+            return VoxLMASRPipeline(model, **kwargs)
+        missing = [name for name in ("tokenizer", "feature_extractor") if kwargs.get(name) is None]
+        if missing:
+            raise ValueError(
+                f"The pipeline needs a {' and a '.join(missing)}, which could not be loaded from "
+                f"{model.name_or_path!r}; pass it to `pipeline`"
+            )
+        return AutomaticSpeechRecognitionPipeline(model, **kwargs)
+
+
+PIPELINE_REGISTRY.supported_tasks[TASK] = {**PIPELINE_REGISTRY.supported_tasks[TASK], "impl": SpeechRecognitionPipeline}

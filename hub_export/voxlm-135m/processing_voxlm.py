@@ -1,5 +1,6 @@
 """VoxLMProcessor: audio and prompts to model inputs, token ids to text and words."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,11 +11,29 @@ from transformers import AutoFeatureExtractor, AutoTokenizer, BatchFeature
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 
 from .audio_voxlm import is_batch, read_audio, to_waveform
-from .collator_voxlm import word_time_targets
+from .collator_voxlm import check_rows, word_time_targets
 from .words_voxlm import Word, decode_tokens, encode_words, split_words
 
 
+# What `from_base_models` adds to a tokenizer. Converted checkpoints may have other tokens, which their processor names.
 AUDIO_TOKEN, PAD_TOKEN = "<|audio|>", "<|pad|>"
+# A chat template that takes a list as the content of a message goes through it or picks an item.
+TAKES_LISTS = re.compile(r"""\bin\s+\w+(\.content|\[['"]content['"]\])|(\.content|\[['"]content['"]\])\s*\[""")
+# What makes lists of contents strings, in front of a chat template that takes strings alone.
+JOIN_CONTENT = """{%- set joined = namespace(messages=[]) -%}
+{%- for message in messages -%}
+{%- if message.content is defined and message.content is not string and message.content is iterable -%}
+{%- set found = namespace(parts=[]) -%}
+{%- for item in message.content -%}
+{%- set found.parts = found.parts + ["AUDIO_TOKEN" if item.type == "audio" else item.text] -%}
+{%- endfor -%}
+{%- set joined.messages = joined.messages + [dict(message, content=found.parts | join("\\n"))] -%}
+{%- else -%}
+{%- set joined.messages = joined.messages + [message] -%}
+{%- endif -%}
+{%- endfor -%}
+{%- set messages = joined.messages -%}
+"""
 # One analysis window of 25 ms (Whisper, Kaldi) is the shortest input that every feature extractor accepts.
 ANALYSIS_WINDOW_S = 0.025
 
@@ -47,12 +66,76 @@ def one_for_each(prompt: str | list | None, count: int) -> list:
     """A prompt for each of `count` recordings, from one for all or a list of them.
 
     Raises:
-        ValueError: for a list of another length.
+        ValueError: for a list of another length, and for what is neither a string nor a list.
     """
+    if prompt is not None and not isinstance(prompt, (str, list, tuple)):
+        raise ValueError(f"The prompt must be a string, or a list with one for each recording, got {prompt!r}")
     prompts = [prompt] * count if prompt is None or isinstance(prompt, str) else list(prompt)
     if len(prompts) != count:
         raise ValueError(f"Got {len(prompts)} prompts for {count} recordings")
     return prompts
+
+
+def audio_token_id(tokenizer, token: str) -> int:
+    """
+    The id of the token that stands for a projected frame.
+
+    Raises:
+        ValueError: for one that the tokenizer does not know as a single token, or that has another meaning already.
+    """
+    if not isinstance(token, str) or not token:
+        raise ValueError(f"`audio_token` must be a token of the tokenizer, got {token!r}")
+    token_id = tokenizer.convert_tokens_to_ids(token)
+    ids = tokenizer(2 * token, add_special_tokens=False)["input_ids"]
+    if token_id is None or ids != [token_id, token_id]:
+        raise ValueError(
+            f"The audio token {token!r} is no special token of the tokenizer, which splits two of them into the ids {ids}; add "
+            "it with `add_special_tokens`, or give the one that the tokenizer has as `audio_token`"
+        )
+    for name in ("eos_token", "pad_token", "bos_token", "unk_token"):
+        if token == getattr(tokenizer, name, None):
+            raise ValueError(f"The audio token {token!r} is the tokenizer's {name} too; it needs a token of its own")
+    return token_id
+
+
+def context_length(config) -> int | None:
+    """Most tokens that the LLM of a [`VoxLMConfig`] can see, `None` where its config does not say."""
+    return getattr(config.text_config, "max_position_embeddings", None)
+
+
+def check_context(context: int | None, prompt_length: int, new_tokens: int = 1):
+    """
+    Check that a prompt leaves room for a text in the LLM's context.
+
+    Args:
+        context (`int`, *optional*): most tokens that the LLM can see.
+        prompt_length (`int`): tokens of the prompt.
+        new_tokens (`int`): how many tokens have to fit behind it.
+
+    Raises:
+        ValueError: for a prompt that is too long.
+    """
+    if context and prompt_length + new_tokens > context:
+        raise ValueError(
+            f"The prompt has {prompt_length} tokens (its audio included), which leaves no room for {new_tokens} new ones in the "
+            f"LLM's context of {context}; shorten the prompt or the audio"
+        )
+
+
+def check_text(text, name: str):
+    """
+    Raises:
+        ValueError: for what is no string, or holds half a character (a lone surrogate), which no tokenizer can encode.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"{name} must be a string, got {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        raise ValueError(
+            f"{name} holds a lone surrogate ({half!r} at position {error.start}), which is half a character; read it as UTF-8"
+        ) from error
 
 
 @contextmanager
@@ -84,10 +167,11 @@ class VoxLMProcessor(ProcessorMixin):
 
     Args:
         feature_extractor: of the audio encoder, of any kind.
-        tokenizer: of the LLM, with the token `<|audio|>` and a pad token of its own.
+        tokenizer: of the LLM, with the audio token and a pad token of its own.
         chat_template (`str`, *optional*): Jinja template for `apply_chat_template`.
         prompt (`str`), prompt_template (`str`), audio_window_s (`float`), pad_audio_to_window (`bool`):
             as in [`VoxLMConfig`].
+        audio_token (`str`): the placeholder of a projected frame, a special token of the tokenizer.
         text_prefix (`str`): what the transcript begins with after the prompt.
         samples_per_feature (`int`): waveform samples per input feature (1 for encoders of raw audio).
         samples_per_frame (`int`): waveform samples per encoder frame.
@@ -111,9 +195,10 @@ class VoxLMProcessor(ProcessorMixin):
         samples_per_frame=320,
         audio_token_stride=8,
         audio_token_offset=7,
+        audio_token=AUDIO_TOKEN,
     ):
-        self.audio_token = AUDIO_TOKEN
-        self.audio_token_id = tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
+        self.audio_token = audio_token
+        self.audio_token_id = audio_token_id(tokenizer, audio_token)
         self.prompt = prompt
         self.prompt_template = prompt_template
         self.text_prefix = text_prefix
@@ -123,6 +208,8 @@ class VoxLMProcessor(ProcessorMixin):
         self.samples_per_frame = samples_per_frame
         self.audio_token_stride = audio_token_stride
         self.audio_token_offset = audio_token_offset
+        # Most tokens that the LLM can see, where the model is known; not saved.
+        self.context_length = None
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
 
     @classmethod
@@ -142,6 +229,7 @@ class VoxLMProcessor(ProcessorMixin):
         config = model.config
         self.prompt, self.prompt_template = config.prompt, config.prompt_template
         self.audio_window_s, self.pad_audio_to_window = config.audio_window_s, config.pad_audio_to_window
+        self.context_length = context_length(config)
         rate = self.sampling_rate
         silence = np.zeros(2 * rate, dtype=np.float32)
         one, two = (self._extract(silence[: seconds * rate]).shape[self._time_axis] for seconds in (1, 2))
@@ -155,8 +243,11 @@ class VoxLMProcessor(ProcessorMixin):
         """[`ProcessorMixin.save_pretrained`]; the code travels along, and no file names a folder of this machine."""
         for name in ("is_local", "local_files_only", "name_or_path"):
             self.tokenizer.init_kwargs.pop(name, None)
-        with saved_with_code(type(self), "AutoProcessor"):
-            return super().save_pretrained(save_directory, *args, **kwargs)
+        try:
+            with saved_with_code(type(self), "AutoProcessor"):
+                return super().save_pretrained(save_directory, *args, **kwargs)
+        finally:  # the library leaves in the processor what it writes to the file
+            vars(self).pop("auto_map", None)
 
     @property
     def sampling_rate(self) -> int:
@@ -290,6 +381,8 @@ class VoxLMProcessor(ProcessorMixin):
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         if audio is not None:
             rate = kwargs.get("sampling_rate", kwargs.get("audio_kwargs", {}).get("sampling_rate"))
+            if is_batch(audio) and any(is_batch(item) for item in audio):
+                audio = [one for item in audio for one in (item if is_batch(item) else [item])]
             audio = self.load_batch(audio, rate)
         if text is not None:
             text = [text] if isinstance(text, str) else list(text)  # a copy: placeholders are expanded in place
@@ -298,19 +391,19 @@ class VoxLMProcessor(ProcessorMixin):
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
         if text is not None and audio is not None and all(isinstance(sample, str) for sample in text):
             counts = [sample.count(self.audio_token) for sample in text]
-            if len(text) != len(audio) or any(count != 1 for count in counts):
+            if sum(counts) != len(audio):
                 raise ValueError(
-                    f"Each text needs exactly one {self.audio_token}: got {len(text)} texts with {counts} of them and "
-                    f"{len(audio)} audios"
+                    f"Each audio needs one {self.audio_token} in the texts, in order: got {len(text)} texts with {counts} of "
+                    f"them and {len(audio)} audios"
                 )
         super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
     def __call__(self, text=None, audio=None, **kwargs) -> BatchFeature:
         r"""
         Args:
-            text (`str` or `list[str]`): prompts with one `<|audio|>` each, which becomes one placeholder per projected
-                frame.
-            audio: one or many recordings, of any kind `read_audio` takes.
+            text (`str` or `list[str]`): prompts. Each audio token in them stands for one recording, in order, and becomes one
+                placeholder per projected frame.
+            audio: one or many recordings, of any kind `read_audio` takes; a list for each prompt is taken as well.
             sampling_rate (`int`, *optional*): rate of bare arrays in Hz, by default the encoder's.
 
         Returns:
@@ -319,32 +412,71 @@ class VoxLMProcessor(ProcessorMixin):
         """
         if text is not None and isinstance(text, (list, tuple)) and not text:
             raise ValueError("`text` is an empty list")
+        for item in [text] if isinstance(text, str) else text if isinstance(text, (list, tuple)) else []:
+            if isinstance(item, str):  # the library says what is wrong with the rest
+                check_text(item, "The text")
         text_kwargs = dict(kwargs.pop("text_kwargs", {}))
         if "padding_side" not in kwargs:
             # Not a default of the class: the side that the tokenizer was saved with would override it.
             text_kwargs.setdefault("padding_side", "left")
         return super().__call__(text=text, audio=audio, text_kwargs=text_kwargs, **kwargs)
 
+    def apply_chat_template(self, conversation, chat_template=None, **kwargs):
+        """
+        [`ProcessorMixin.apply_chat_template`] for any LLM's template. Where the template wants a string as the content of a
+        message, items of a list of `{"type": "audio"}` (with "audio", "path" or "url" to load) and `{"type": "text", "text"}` are
+        joined by newlines, with an `<|audio|>` for each audio.
+        """
+        template = self.tokenizer.chat_template if self.chat_template is None else self.chat_template
+        if isinstance(template, dict):
+            template = template.get(chat_template or "default")
+        elif chat_template is not None:
+            template = chat_template
+        if template is not None and not TAKES_LISTS.search(template):
+            template = JOIN_CONTENT.replace("AUDIO_TOKEN", self.audio_token) + template
+        return super().apply_chat_template(self._with_waveforms(conversation), chat_template=template, **kwargs)
+
+    def _with_waveforms(self, conversation):
+        """A conversation, or a list of them, with the audio in it read as everywhere else in the processor."""
+        if isinstance(conversation, (list, tuple)):
+            return [self._with_waveforms(item) for item in conversation]
+        if not isinstance(conversation, dict) or not isinstance(conversation.get("content"), (list, tuple)):
+            return conversation
+        content = []
+        for item in conversation["content"]:
+            item = {"type": "text", "text": item} if isinstance(item, str) else item
+            found = [item[key] for key in ("audio", "path", "url") if item.get(key) is not None]
+            web = bool(found) and isinstance(found[0], str) and found[0].startswith(("http://", "https://", "data:"))
+            if item.get("type") == "audio" and found and not web:  # the library fetches what is in the web
+                item = {"type": "audio", "audio": self.load_audio(found[0])}
+            content.append(item)
+        return {**conversation, "content": content}
+
     def render_prompt(self, prompt: str | None = None) -> str:
         """
-        The text of one request, with one `<|audio|>`.
+        The text of one request, with one audio token.
 
         Args:
             prompt (`str`, *optional*): instruction or context for the LLM; by default the one used in training.
 
         Raises:
-            ValueError: when the prompt contains a special token, which would be taken as control and not as text.
+            ValueError: for what is no string or longer than the LLM's context, and when the prompt contains a special token,
+                which would be taken as control and not as text.
         """
         prompt = self.prompt if prompt is None else prompt
-        if not isinstance(prompt, str):
-            raise ValueError(f"The prompt must be a string, got {type(prompt).__name__}")
+        check_text(prompt, "The prompt")
         specials = [token for token in self.tokenizer.all_special_tokens if token in prompt]
         if specials:
             raise ValueError(
                 f"The prompt contains the special token {specials[0]!r}, which the model would take as control; remove it"
             )
+        if self.context_length and len(prompt) >= self.context_length:  # a token may be a character
+            check_context(self.context_length, len(self.tokenizer(prompt)["input_ids"]))
         before, after = self.prompt_template.split("{audio}")
-        return before.replace("{prompt}", prompt) + self.audio_token + after.replace("{prompt}", prompt)
+        text = before.replace("{prompt}", prompt) + self.audio_token + after.replace("{prompt}", prompt)
+        if text.count(self.audio_token) != 1:
+            raise ValueError(f"The request must hold {self.audio_token} once, where the audio goes, got {text!r}")
+        return text
 
     def apply_transcription_request(self, audio, prompt=None, text=None, sampling_rate=None) -> BatchFeature:
         """
@@ -393,8 +525,7 @@ class VoxLMProcessor(ProcessorMixin):
             texts (`list[str]`): the reference transcripts.
         """
         prompt_ids = self.tokenizer(self._expand(prompts, audio_tokens))["input_ids"]
-        text_ids = self.tokenizer([self.text_prefix + text for text in texts], add_special_tokens=False)["input_ids"]
-        rows = [(prompt, text + [self.tokenizer.eos_token_id]) for prompt, text in zip(prompt_ids, text_ids)]
+        rows = list(zip(prompt_ids, self._answer_ids(texts)))
         longest = max(len(prompt) + len(text) for prompt, text in rows)
         output = {name: [] for name in ("input_ids", "attention_mask", "labels")}
         for prompt, text in rows:
@@ -404,28 +535,55 @@ class VoxLMProcessor(ProcessorMixin):
             output["labels"].append([-100] * (padding + len(prompt)) + text)
         return {name: torch.tensor(values) for name, values in output.items()}
 
+    def _answer_ids(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of reference transcripts, each with its prefix and eos."""
+        for text in texts:
+            check_text(text, "A transcript")
+        ids = self.tokenizer([self.text_prefix + text for text in texts], add_special_tokens=False)["input_ids"]
+        return [row + [self.tokenizer.eos_token_id] for row in ids]
+
+    def answer_labels(self, texts: list[str], prompt_length: int) -> torch.Tensor:
+        """
+        Labels `(batch, answer)` of reference transcripts alone, padded on the right with -100.
+
+        Args:
+            texts (`list[str]`)
+            prompt_length (`int`): of the prompts beside them. The labels have another length: that is what tells answers alone
+                from labels at the positions of `input_ids`.
+        """
+        rows = [torch.tensor(row) for row in self._answer_ids(texts)]
+        labels = pad_sequence(rows, batch_first=True, padding_value=-100)
+        return torch.nn.functional.pad(labels, (0, int(labels.shape[1] == prompt_length)), value=-100)
+
     def _expand(self, prompts: list[str], audio_tokens: list[int]) -> list[str]:
         """Prompts with one placeholder per projected frame."""
         return [
             prompt.replace(self.audio_token, self.audio_token * count) for prompt, count in zip(prompts, audio_tokens)
         ]
 
-    def collate(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+    def collate(self, rows: list[dict], for_generation: bool = False) -> dict[str, torch.Tensor]:
         """
         Data collator for [`Trainer`] (with `remove_unused_columns=False`): rows of speech to a padded batch.
 
-        The prompt is the trained one.
+        The prompt is the trained one. [`Seq2SeqTrainer`] with `predict_with_generate` may use either form: `generate` takes the
+        references out of training batches before it writes, and returns the new ids alone.
 
         Args:
             rows (`list[dict]`): each with "text" and one of "audio" (any kind `read_audio` takes) and "states" (encoder
                 states `(frames, audio_size)`). With "words", a list of `{"word", "start", "end"}` in seconds, the
                 alignment head learns too; that needs rapidfuzz.
+            for_generation (`bool`): the form for evaluation: `input_ids` are the prompts alone, and `labels` the answers alone,
+                padded on the right. The model's `forward` computes the same loss of it.
 
         Returns:
             `input_ids`, `attention_mask` and `labels` of shape `(batch, length)`, the audio as the encoder's inputs or as
             `audio_states` with their mask and, when a row has words, `token_words`, `word_times` and `frame_times`; see
             the model's `forward`.
+
+        Raises:
+            ValueError: without rows, for a row without text or audio, and for rows of which some have audio and some states.
         """
+        check_rows(rows)
         texts = [row["text"] for row in rows]
         if "states" in rows[0]:
             states = [row["states"] for row in rows]
@@ -438,7 +596,11 @@ class VoxLMProcessor(ProcessorMixin):
         else:
             audio = self.extract_features([self.load_audio(row["audio"]) for row in rows])
             counts = self.count_audio_tokens(audio)
-        batch = self.training_ids([self.render_prompt()] * len(rows), counts, texts)
+        prompts = [self.render_prompt()] * len(rows)
+        if for_generation:
+            batch = self.prompt_ids(prompts, counts)
+            return {**batch, **audio, "labels": self.answer_labels(texts, batch["input_ids"].shape[1])}
+        batch = self.training_ids(prompts, counts, texts)
         if any(row.get("words") for row in rows):
             answers = [labels[labels != -100].tolist() for labels in batch["labels"]]
             words, timed = [self.split_words(ids) for ids in answers], [row.get("words") for row in rows]

@@ -77,7 +77,7 @@ class VoxLMReader(nn.Module):
     Beam search with the audio model's own decoder over encoder states of unpadded audio.
 
     The decoder has learnt to stop on the silence that pads recordings to its window. Unpadded audio has none, so learned
-    frames (`end`) follow the real ones, as keys of the cross-attention only.
+    frames (`end`) follow the real ones, as keys of the cross-attention only. Audio that fills the window needs none.
 
     Args:
         config ([`VoxLMConfig`]): with a `reader_config`.
@@ -105,7 +105,7 @@ class VoxLMReader(nn.Module):
         return [self.spelling[first:end].tolist() for first, end in bounds]
 
     @torch.no_grad()
-    def forward(self, states, mask, budgets: list[int]) -> list[list[ReaderHypothesis]]:
+    def forward(self, states, mask, budgets: list[int], padded: bool = False) -> list[list[ReaderHypothesis]]:
         """
         The n-best list of each recording of a batch, best first.
 
@@ -113,8 +113,9 @@ class VoxLMReader(nn.Module):
             states (`torch.Tensor` of shape `(batch, frames, audio_size)`): of the encoder.
             mask (`torch.LongTensor` of shape `(batch, frames)`): 1 for real frames, which come first.
             budgets (`list[int]`): token budget of each recording.
+            padded (`bool`): whether the audio was padded to the encoder's window with silence, as the decoder learnt it.
         """
-        cross, mask = self._cross_attention_inputs(states, mask)
+        cross, mask = self._cross_attention_inputs(states, mask, self.end[:0] if padded else self.end)
         room = self.decoder.embed_positions.weight.shape[0] - len(self.prompt_ids)
         searches = [BeamSearch(self.num_beams, min(budget, room)) for budget in budgets]
         rows = [number for number, search in enumerate(searches) if search.open]
@@ -155,21 +156,21 @@ class VoxLMReader(nn.Module):
             states, mask: as in `forward`.
             ids (`torch.LongTensor` of shape `(batch, tokens)`): the prompt and the text.
         """
-        cross, mask = self._cross_attention_inputs(states, mask)
+        cross, mask = self._cross_attention_inputs(states, mask, self.end)
         hidden_states = self._hidden_states(ids.unsqueeze(1), 0, cross, mask, [None] * len(cross))
         return self._logits(hidden_states, self._forbidden_tokens()).squeeze(1)
 
-    def _cross_attention_inputs(self, states, mask):
+    def _cross_attention_inputs(self, states, mask, end):
         """
-        Keys and values of each layer's cross-attention, `(batch, heads, frames, head size)`, with the learned frames behind
+        Keys and values of each layer's cross-attention, `(batch, heads, frames, head size)`, with the frames `end` behind
         the real ones of each row, and the boolean mask of both.
         """
-        states = states.to(self.end.dtype)
-        lengths, extra = mask.sum(1), len(self.end)
+        states = states.to(end.dtype)
+        lengths, extra = mask.sum(1), len(end)
         states = torch.cat([states, states.new_zeros(len(states), extra, states.shape[2])], dim=1)
         places = lengths.unsqueeze(1) + torch.arange(extra, device=states.device)
         rows = torch.arange(len(states), device=states.device).unsqueeze(1)
-        states = states.index_put((rows, places), self.end.expand(len(states), -1, -1))
+        states = states.index_put((rows, places), end.expand(len(states), -1, -1))
         projections = [(layer.encoder_attn.k_proj, layer.encoder_attn.v_proj) for layer in self.decoder.layers]
         cross = [[self._heads(project(states)) for project in pair] for pair in projections]
         return cross, torch.arange(states.shape[1], device=states.device) < (lengths + extra).unsqueeze(1)

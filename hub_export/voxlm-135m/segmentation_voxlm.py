@@ -41,7 +41,9 @@ class EnergyDetector:
     Voice activity by level: louder than the background of the last 30 seconds.
 
     Conservative about silence: it finds pauses and skips what surely contains no speech (digital silence, even noise). Music
-    counts as activity; the model decides what it means.
+    counts as activity; the model decides what it means. A constant offset (DC) has no level. Where the level is even, as
+    under the hum of a power line, the level of the differences between samples decides, in which low frequencies hardly
+    count.
 
     Args:
         rate (`int`): sampling rate in Hz.
@@ -49,7 +51,7 @@ class EnergyDetector:
 
     def __init__(self, rate: int):
         self.frame = round(FRAME_S * rate)
-        self.history = np.zeros(0)
+        self.histories = [np.zeros(0), np.zeros(0)]
 
     def __call__(self, samples: np.ndarray) -> np.ndarray:
         """
@@ -59,13 +61,20 @@ class EnergyDetector:
         Returns:
             `(frames,)` of bool, true for activity.
         """
-        power = np.square(samples.reshape(-1, self.frame), dtype=np.float64).mean(1)
-        levels = 10 * np.log10(power + 1e-12)
-        self.history = np.concatenate([self.history, levels])[-max(len(levels), round(HISTORY_S / FRAME_S)) :]
-        background, loud = np.percentile(self.history, [BACKGROUND_PERCENTILE, LOUD_PERCENTILE])
-        if loud - background < EVEN_DB and len(self.history) * FRAME_S >= EVEN_FROM_S:
-            return np.zeros(len(levels), dtype=bool)
-        return levels > max(SILENCE_DB, min(background + ABOVE_BACKGROUND_DB, loud - RANGE_DB))
+        frames = samples.reshape(-1, self.frame).astype(np.float64)
+        both_levels = [_levels_db(frames), _levels_db(np.diff(frames, axis=1))]
+        recent = max(len(frames), round(HISTORY_S / FRAME_S))
+        self.histories = [np.append(*parts)[-recent:] for parts in zip(self.histories, both_levels)]
+        for levels, history in zip(both_levels, self.histories):
+            background, loud = np.percentile(history, [BACKGROUND_PERCENTILE, LOUD_PERCENTILE])
+            if loud - background >= EVEN_DB or len(history) * FRAME_S < EVEN_FROM_S:
+                return levels > max(SILENCE_DB, min(background + ABOVE_BACKGROUND_DB, loud - RANGE_DB))
+        return np.zeros(len(frames), dtype=bool)
+
+
+def _levels_db(frames: np.ndarray) -> np.ndarray:
+    """Level of each row of samples around their mean, in dB of full scale."""
+    return 10 * np.log10(frames.var(axis=1) + 1e-12)
 
 
 class SileroDetector:
@@ -274,6 +283,8 @@ def _runs(flags: np.ndarray) -> list[tuple[int, int]]:
 def quietest(samples: np.ndarray, first: int, last: int, rate: int) -> int:
     """The middle of the quietest `QUIET_WINDOW_S` of `samples[first:last]`, as a sample number."""
     hop = max(1, int(rate * QUIET_STEP_S))
-    energy = np.add.reduceat(samples[first:last].astype(np.float64) ** 2, np.arange(0, last - first, hop))
+    centred = samples[first:last].astype(np.float64)
+    centred -= centred.mean()  # an offset (DC) is no loudness
+    energy = np.add.reduceat(centred**2, np.arange(0, last - first, hop))
     smooth = np.convolve(energy, np.ones(round(QUIET_WINDOW_S / QUIET_STEP_S)), mode="same")
     return first + int(smooth[:-1].argmin()) * hop + hop // 2

@@ -38,8 +38,8 @@ class Segment:
         mean_logprob (`float`, *optional*): mean log-probability of the text's tokens, in nats.
         truncated (`bool`): whether the token budget ended the text.
         gates (`list[str]`): quality gates that the text fires, see `fallback_voxlm.fired_gates`.
-        fallback (`str` or `float`, *optional*): the fallback that the text comes from, when the first text fired a gate:
-            "halves", "projector", or the temperature of a sample.
+        fallback (`str` or `float`, *optional*): the fallback that the text comes from, when the first text fired a gate or the
+            reader's list was in doubt (see `rescoring_voxlm.in_doubt`): "window", "halves", "projector", or the temperature of a sample.
         rejected (`str`, *optional*): a text that was taken for music or noise, and is not part of the result.
     """
 
@@ -76,7 +76,7 @@ class VoxLMTranscription(ModelOutput):
             log-probability, where the reader proposed the text.
         segments (`list[dict]`): the segments that the recording was split into: `{"start", "end", "text", "mean_logprob",
             "gates", "fallback", "rejected"}`, see [`Segment`].
-        error (`str`, *optional*): why one recording of several could not be transcribed.
+        error (`str`, *optional*): why one recording of several could not be transcribed; a key of the dict in any case.
     """
 
     text: str | None = None
@@ -86,6 +86,10 @@ class VoxLMTranscription(ModelOutput):
     word_scores: list[dict] | None = None
     segments: list[dict] | None = None
     error: str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        self["error"] = self.error  # the library leaves out what is `None`
 
 
 def join_segments(segments: list[Segment], duration_s: float, error: str | None = None) -> VoxLMTranscription:

@@ -1,0 +1,188 @@
+"""What a checkpoint must be before it is loaded: files inside its folder, safetensors only, and weights that mean something."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+
+CONFIG_FILE, INDEX_ENDING, ADAPTER_FILE = "config.json", ".safetensors.index.json", "adapter_config.json"
+# Files of weights in pickles, by their endings, and what torch's distributed checkpoints begin with.
+PICKLED_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".distcp")
+DISTRIBUTED_FILE = ".metadata"
+HOW_TO_CONVERT = (
+    "Only safetensors are loaded, since pickles can run code. Convert a checkpoint of the original VoxLM with "
+    "voxlm-convert-legacy; load any other one where you trust it, and write it anew with `save_pretrained`"
+)
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+# Tensors of tokens of the LLM.
+TOKEN_TABLES = ("projector.token_ids", "reader.spelling")
+# Numbers that a config may ask for beyond those that its checkpoint holds, as new LoRA or a new head does, however small the
+# checkpoint is. Chosen by hand: half a gigabyte.
+MOST_NEW_NUMBERS = 2**27
+
+
+def check_folder(folder: Path, config_needed: bool = True):
+    """
+    Check a local folder before anything of it is loaded.
+
+    Args:
+        config_needed (`bool`): false where the caller has a config.
+
+    Raises:
+        ValueError: naming what is missing, weights that are pickles, and files outside the folder.
+    """
+    if (folder / ADAPTER_FILE).is_file():
+        raise ValueError(
+            f"{folder} holds a peft adapter ({ADAPTER_FILE}): load the model that it was trained on, then "
+            f"`PeftModel.from_pretrained(model, folder)`"
+        )
+    if config_needed:
+        read_object(folder / CONFIG_FILE)
+    files = [path for path in folder.iterdir() if not path.is_dir()]
+    weights = [path for path in files if path.suffix == ".safetensors"]
+    for path in files:
+        if path.name.endswith(INDEX_ENDING):
+            weights += shards_of(path)
+    if not weights or (folder / DISTRIBUTED_FILE).exists():
+        pickled = sorted(path.name for path in files if path.suffix in PICKLED_WEIGHTS or path.name == DISTRIBUTED_FILE)
+        found = f"its weights are pickles: {', '.join(pickled[:3])}" if pickled else "no model.safetensors and no index"
+        raise ValueError(f"{folder} has no weights that can be loaded ({found}). {HOW_TO_CONVERT}")
+    for path in weights:
+        check_inside(path, folder)
+
+
+def read_object(path: Path) -> dict:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: for a file that is missing or holds anything else.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path.parent} has no {path.name}, so it is not a checkpoint")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON (truncated?): {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, but holds a {type(content).__name__}")
+    return content
+
+
+def shards_of(index: Path) -> list[Path]:
+    """The files that an index of weights names, in the index's folder.
+
+    Raises:
+        ValueError: for a malformed index, and for files that are missing or no safetensors.
+    """
+    content = read_object(index)
+    weight_map = content.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{index} must map names of weights to files in its `weight_map`")
+    if not isinstance(content.get("metadata"), dict):
+        raise ValueError(f"{index} has no `metadata`, which the library needs")
+    shards = []
+    for name in sorted(set(weight_map.values())):
+        path = index.parent / name
+        if path.suffix != ".safetensors":
+            raise ValueError(f"{index} names {name!r}. {HOW_TO_CONVERT}")
+        check_inside(path, index.parent)
+        if not path.is_file():
+            raise ValueError(f"{index.parent} lacks {name}, which {index.name} names; copy or download it again")
+        shards.append(path)
+    return shards
+
+
+def check_inside(path: Path, folder: Path):
+    """Raise a `ValueError` for a file that is, or is a link to one, outside its checkpoint's folder."""
+    homes = [folder.resolve()]
+    # In the Hub's cache the files of a snapshot are links to its blobs.
+    homes += [parent.parent / "blobs" for parent in folder.resolve().parents if parent.name == "snapshots"]
+    target = path.resolve()
+    if not any(target.is_relative_to(home) for home in homes):
+        raise ValueError(f"{path} is {target}, outside the checkpoint's folder; weights are loaded from inside it only")
+
+
+def tensors_of(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors of a safetensors file, read when they are used.
+
+    Raises:
+        ValueError: naming a file that is truncated or of another kind.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                yield name, file.get_tensor(name)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or no safetensors file; copy or download it again ({error})") from error
+
+
+def check_tensors(model, tensors: dict[str, tuple[str, torch.Tensor]], quantized: bool, any_size: bool = False):
+    """
+    Check the weights of a checkpoint against the model that they are for, which may still be on the meta device.
+
+    Args:
+        tensors: by name, the file (or what else to call their source) and the tensor.
+        quantized (`bool`): whether the checkpoint stores weights as integers with a scale.
+        any_size (`bool`): whether the caller ignores sizes that do not match.
+
+    Raises:
+        ValueError: naming a tensor of another shape or type than the model's, one that is not finite, a matrix of zeros,
+            and tokens that the LLM does not have.
+    """
+    own = {name.replace(".base_layer.", "."): tensor for name, tensor in model.state_dict().items()}
+    names = {name.replace(".base_layer.", ".") for name in tensors}
+    for name, (source, tensor) in tensors.items():
+        wanted = own.get(name.replace(".base_layer.", "."))
+        stored_in_8_bits = quantized and tensor.dtype in INTEGERS and f"{name}_scale" in tensors
+        if wanted is not None and not stored_in_8_bits:
+            kinds = FLOATS if wanted.is_floating_point() else INTEGERS
+            if tensor.dtype not in kinds and not (quantized and wanted.dtype == tensor.dtype):
+                raise ValueError(f"{source}: {name} is {tensor.dtype}, where the model has {wanted.dtype}")
+        if wanted is not None and not any_size and tensor.shape != wanted.shape and not _is_packed(tensor, quantized):
+            raise ValueError(
+                f"{source}: {name} has the shape {tuple(tensor.shape)}, the config asks for {tuple(wanted.shape)}; use the "
+                "config.json and the weights of one and the same checkpoint"
+            )
+        check_values(source, name, tensor, model.config.text_config.vocab_size)
+    there = sum(tensor.numel() for _, tensor in tensors.values())
+    tied = {name.replace(".base_layer.", ".") for name in model.all_tied_weights_keys}
+    missing = {name: tensor.numel() for name, tensor in own.items() if name not in names and name not in tied}
+    if sum(missing.values()) > there + MOST_NEW_NUMBERS:
+        largest = max(missing, key=missing.get)
+        raise ValueError(
+            f"The config asks for {sum(missing.values()):,} numbers that the checkpoint, with {there:,}, does not hold: "
+            f"most of them in {largest}, of shape {tuple(own[largest].shape)}"
+        )
+
+
+def _is_packed(tensor: torch.Tensor, quantized: bool) -> bool:
+    """Whether a tensor of a quantized checkpoint may hold several numbers in one."""
+    return quantized and tensor.dtype in INTEGERS
+
+
+def check_values(source, name: str, tensor: torch.Tensor, vocab_size: int):
+    """
+    Raises:
+        ValueError: for values that no weight can have. A sum finds them first, which costs less than a test of each value.
+    """
+    if tensor.dtype in FLOATS:
+        total = tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+        # The sum of finite values may overflow.
+        if not total.isfinite() and not tensor.isfinite().all():
+            raise ValueError(
+                f"{source}: {name} has values that are not finite; training must have failed, or the file is broken"
+            )
+        # New LoRA and a new reader are zero; so are biases, and a zero is nothing unusual among few numbers.
+        zero_is_fine = ".lora_" in name or name == "reader.end" or tensor.dim() < 2
+        if not zero_is_fine and tensor.numel() and total == 0 and not tensor.any():
+            raise ValueError(f"{source}: {name} is all zeros, so the file is broken or was never written")
+    elif tensor.dtype in INTEGERS and name in TOKEN_TABLES and tensor.numel():
+        least, most = (int(edge) for edge in tensor.aminmax())
+        if least < 0 or most >= vocab_size:
+            raise ValueError(f"{source}: {name} names tokens {least} to {most}, the LLM has {vocab_size}")
+    elif tensor.dtype == torch.int8 and tensor.numel() and not tensor.flatten()[:4096].any() and not tensor.any():
+        raise ValueError(f"{source}: {name} is all zeros, so the file is broken or was never written")
