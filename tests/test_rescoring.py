@@ -319,7 +319,7 @@ def test_a_list_that_does_not_fit_the_frames_is_in_doubt(tokens, frames, empty):
 
 
 @pytest.mark.parametrize(
-    "tokens, frames, empty", [(8, 8, -9.0), (1, 2, -9.0), (1, 1, -3.0), (0, 0, -0.1), (0, None, -1)]
+    "tokens, frames, empty", [(8, 8, -9.0), (1, 2, -9.0), (1, 1, -3.0), (0, 0, -0.1), (1, None, -9.0)]
 )
 def test_a_list_that_fits_the_frames_is_not(tokens, frames, empty):
     assert not doubted(tokens, frames, empty)
