@@ -18,6 +18,7 @@ from scipy.optimize import minimize
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from voxlm_hf import VoxLMForSpeechSeq2Seq
+from voxlm_hf.app.files import write_atomically
 from voxlm_hf.transcription_voxlm import probability_logit
 
 from .data import read_rows
@@ -190,7 +191,7 @@ def main():
     calibration = fit_calibration(scores, right)
     config = json.loads((arguments.model / "config.json").read_text())
     config["confidence_calibration"] = calibration
-    (arguments.model / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_atomically(arguments.model / "config.json", f"{json.dumps(config, indent=2)}\n".encode())
     print(f"{len(scores)} words, {right.mean():.3f} right; saved {calibration}")
 
 

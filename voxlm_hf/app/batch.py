@@ -316,8 +316,7 @@ def run(
     Transcribe all recordings of `sources` that `output` has no result for yet.
 
     Every `files_per_shard` recordings are one shard, written by one call of one worker and named after its recordings: an
-    interrupted shard is transcribed again as a whole, a finished one never. A shard that is damaged is put aside (".damaged")
-    and made again.
+    interrupted shard is transcribed again as a whole, a finished one never; a damaged one is put aside and made again.
 
     Args:
         load: makes the model, on the worker.
@@ -336,9 +335,7 @@ def run(
         "wall" seconds.
 
     Raises:
-        ImportError: without Ray.
-        ValueError: see `find_items`.
-        RuntimeError: when the workers cannot work.
+        ImportError: without Ray. ValueError: see `find_items`. RuntimeError: when the workers cannot work.
     """
     try:
         import ray
