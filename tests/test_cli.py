@@ -39,8 +39,8 @@ def recording(tmp_path):
 def test_one_file_goes_to_stdout(folder, recording, capsys):
     assert main(["transcribe", str(recording), "--model", folder, "--format", "json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert set(result) == {"source", "text", "words", "duration", "truncated", "word_scores", "segments"}
-    assert result["source"] == str(recording)
+    assert set(result) == {"source", "text", "words", "duration", "truncated", "word_scores", "segments", "error"}
+    assert result["source"] == str(recording) and result["error"] is None
     assert result["duration"] == 0.8
 
 
@@ -277,7 +277,7 @@ def test_a_damaged_model_is_named(folder, tmp_path, capsys):
     os.truncate(weights, weights.stat().st_size - 100)
     assert main(["transcribe", "a.wav", "--model", str(tmp_path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"{weights} is damaged" in line
+    assert f"{weights} is truncated" in line
 
 
 def test_a_damaged_recording_is_one_line(folder, tmp_path, capsys):

@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from .. import VoxLMConfig, VoxLMForSpeechSeq2Seq, VoxLMProcessor
 from ..audio_voxlm import file_duration_s
@@ -239,25 +238,12 @@ def load_model(source: str, dtype: str, device: str | None) -> VoxLMForSpeechSeq
     try:
         model = VoxLMForSpeechSeq2Seq.from_pretrained(source, dtype=weights)
         model.processor = VoxLMProcessor.from_pretrained(source)
-    except SafetensorError as error:
-        raise ValueError(f"{damaged_weights(source)} is damaged ({error}); fetch or export it again") from None
     except (json.JSONDecodeError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(f"{source} has a file that is damaged ({type(error).__name__}: {error})") from error
     model.to(device)
     if dtype == "int8":
         return model.quantize_dynamic()
     return model.pack_weights() if can_be_packed(model) else model
-
-
-def damaged_weights(source: str) -> str:
-    """The file of a model that is no complete safetensors file or, where that is not known, the model."""
-    for path in sorted(Path(source).glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except SafetensorError:
-            return str(path)
-    return source
 
 
 def transcribe_files(model, arguments) -> int:

@@ -12,7 +12,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from ..generation_voxlm import join_recordings
+from ..generation_voxlm import error_line
 
 
 class Interrupted(KeyboardInterrupt):
@@ -82,7 +82,7 @@ class _OneLine(logging.Handler):
 
     def emit(self, record: logging.LogRecord):
         # The command line names the files that fail, `transcribe` only their numbers.
-        if record.funcName != join_recordings.__name__:
+        if record.funcName != error_line.__name__:
             say(" ".join(record.getMessage().split()))
 
 

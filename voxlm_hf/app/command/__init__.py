@@ -1,8 +1,10 @@
-"""The `voxlm` command. Its libraries take seconds to load, in which an interrupt must not end in a traceback either."""
+"""
+The `voxlm` command, installed as `voxlm_command`: a package of its own, since importing `voxlm_hf` takes seconds, in which an
+interrupt must not end in a traceback either.
+"""
 
 import os
 import signal
-import sys
 
 
 def _leave(number, frame):
@@ -14,11 +16,7 @@ def main() -> int:
     """Run the command line of this process; returns its exit code, see `voxlm_hf.app.cli.main`."""
     signal.signal(signal.SIGINT, _leave)
     signal.signal(signal.SIGTERM, _leave)
-    from voxlm_hf.app import cli
+    from voxlm_hf.app import cli  # here, so that an interrupt meanwhile is one line
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     return cli.main()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

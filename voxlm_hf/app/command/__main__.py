@@ -1,0 +1,8 @@
+"""`python -m voxlm_command` is the command `voxlm`."""
+
+import sys
+
+from . import main
+
+
+sys.exit(main())
