@@ -495,8 +495,11 @@ class SpeechDataset(torch.utils.data.Dataset):
         A row; in the place of one whose audio turns out to be unreadable, with a line that names it, the next one.
 
         Raises:
+            IndexError: behind the last row.
             ValueError: when no row can be read.
         """
+        if index >= len(self.rows):
+            raise IndexError(f"Row {index} of {len(self.rows)}")
         for number in (*range(index, len(self.rows)), *range(index)):
             try:
                 return self._item(number)
