@@ -394,7 +394,8 @@ def unusable_audio(row: dict) -> str | None:
         return f"a duration of {duration!r}"
     file = audio
     if isinstance(audio, dict):
-        file = audio.get("path") if audio.get("bytes") is None else audio["bytes"]
+        decoded = any(audio.get(name) is not None for name in ("array", "raw"))
+        file = None if decoded else audio.get("path") if audio.get("bytes") is None else audio["bytes"]
     if isinstance(file, bytes):
         file = io.BytesIO(file)
     if isinstance(file, str) and not os.path.isfile(file):
