@@ -110,12 +110,12 @@ def test_without_a_whole_checkpoint_a_stage_begins_again(bases, whole, tmp_path,
     (folder / "trained.safetensors").write_bytes(b"cut off")
     for checkpoint in folder.glob("checkpoint-*"):
         damage(checkpoint / "model.safetensors", "half")
-    (folder / "checkpoint-6-of-mine").mkdir()
+    (folder / "copy-of-checkpoint-6").mkdir()
     found, expected = train(bases, folder, "transcription"), load_file(whole["transcription"] / "trained.safetensors")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     shown = capsys.readouterr().out
     assert "trained.safetensors is damaged, the stage runs again" in shown and "from the beginning" in shown
-    assert (folder / "checkpoint-6-of-mine").is_dir()
+    assert (folder / "copy-of-checkpoint-6").is_dir()
 
 
 def test_random_states_of_another_number_of_processes_do_not_count_as_missing(whole, tmp_path):

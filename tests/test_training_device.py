@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import soundfile
 import yaml
+from torch.utils import backend_registration
 
 from tests import HANGS_AFTER_S, tiny
 from voxlm_training.train import run
@@ -85,6 +86,10 @@ def losses(output: Path) -> dict[str, list[float]]:
     return {stage: [entry[key] for entry in log for key in names if key in entry] for stage, log in logs.items()}
 
 
+@pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="a torch without Python devices",
+)
 def test_all_stages_run_on_another_device_as_on_the_cpu(recipe):
     """With a cache of encoder states, and with the encoder running in each step."""
     folder, contents = recipe

@@ -394,7 +394,8 @@ def unusable_audio(row: dict) -> str | None:
         return f"a duration of {duration!r}"
     file = audio
     if isinstance(audio, dict):
-        file = audio.get("path") if audio.get("bytes") is None else audio["bytes"]
+        decoded = any(audio.get(name) is not None for name in ("array", "raw"))
+        file = None if decoded else audio.get("path") if audio.get("bytes") is None else audio["bytes"]
     if isinstance(file, bytes):
         file = io.BytesIO(file)
     if isinstance(file, str) and not os.path.isfile(file):
@@ -495,8 +496,11 @@ class SpeechDataset(torch.utils.data.Dataset):
         A row; in the place of one whose audio turns out to be unreadable, with a line that names it, the next one.
 
         Raises:
+            IndexError: behind the last row.
             ValueError: when no row can be read.
         """
+        if index >= len(self.rows):
+            raise IndexError(f"Row {index} of {len(self.rows)}")
         for number in (*range(index, len(self.rows)), *range(index)):
             try:
                 return self._item(number)

@@ -571,12 +571,14 @@ def main():
     except (ValueError, OSError) as error:
         sys.exit(refusal(error))
     try:
-        print("the trained model:", run(recipe))
+        final = run(recipe)
     except RecipeError as error:
         sys.exit(refusal(error))
     except KeyboardInterrupt:
         print("voxlm-train: interrupted; run it again to resume", file=sys.stderr)
         sys.exit(130)
+    if PartialState().is_main_process:
+        print("the trained model:", final)
 
 
 def refusal(error: Exception) -> int:
