@@ -302,12 +302,15 @@ def test_audio_that_is_not_in_the_new_part_of_the_prompt_is_refused(case, other)
         model.generate(**continued, past_key_values=first.past_key_values, max_new_tokens=1)
 
 
-def test_a_cache_of_other_prompts_is_refused():
+def test_a_cache_of_other_prompts_and_a_mask_without_it_are_refused():
     model = tiny.model(llm="qwen3", projector_readout="token_mixture", frame_gate_threshold=0.3)
     inputs = model.processor.apply_transcription_request([tiny.noise(0.6, 1), tiny.noise(1.2, 2)])
     cache = model(**inputs, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="made for 2 prompts, but there are 3"):
         model(input_ids=torch.ones(3, 1, dtype=torch.long), past_key_values=cache)
+    with pytest.raises(ValueError, match="mask has 1 columns, but there are .* in the cache and 1 new"):
+        new = torch.ones(2, 1, dtype=torch.long)
+        model(input_ids=new, attention_mask=new, past_key_values=cache)
 
 
 def test_audio_goes_into_prompt_embeddings_as_into_ids(case):

@@ -529,14 +529,6 @@ class VoxLMConfig(PreTrainedConfig):
         """As in the library, but the sub-configs do not name the folder that they were loaded from."""
         output = super().to_dict()
         for name in self.sub_configs_defaults:
-            if isinstance(output.get(name), dict) and "_name_or_path" in output[name]:
-                output[name]["_name_or_path"] = ""
-        return output
-
-    def to_diff_dict(self) -> dict:
-        """As in the library; what is saved has no empty names."""
-        output = super().to_diff_dict()
-        for name in self.sub_configs_defaults:
             if isinstance(output.get(name), dict):
                 output[name].pop("_name_or_path", None)
         return output

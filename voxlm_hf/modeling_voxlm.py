@@ -393,7 +393,12 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, VoxLMGenerationMixin, VoxLMInf
         self.projector.token_ids = torch.tensor(token_ids, device=self.projector.linear_in.weight.device)
 
     def encode_audio(
-        self, input_features=None, input_features_mask=None, input_values=None, input_values_mask=None, **kwargs
+        self,
+        input_features=None,
+        input_features_mask=None,
+        input_values=None,
+        input_values_mask=None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> VoxLMAudioOutput:
         r"""
         Run the encoder, and nothing else.
@@ -468,7 +473,12 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, VoxLMGenerationMixin, VoxLMInf
 
     @can_return_tuple
     def get_audio_features(
-        self, input_features=None, input_features_mask=None, input_values=None, input_values_mask=None, **kwargs
+        self,
+        input_features=None,
+        input_features_mask=None,
+        input_values=None,
+        input_values_mask=None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> VoxLMAudioOutput:
         """Run the encoder and the projector; arguments and errors as in `encode_audio`."""
         encoded = self.encode_audio(input_features, input_features_mask, input_values, input_values_mask, **kwargs)

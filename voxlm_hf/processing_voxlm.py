@@ -246,8 +246,9 @@ class VoxLMProcessor(ProcessorMixin):
         try:
             with saved_with_code(type(self), "AutoProcessor"):
                 return super().save_pretrained(save_directory, *args, **kwargs)
-        finally:  # the library leaves in the processor what it writes to the file
-            vars(self).pop("auto_map", None)
+        finally:  # the library leaves in the processor and its parts what it writes to the file
+            for part in (self, self.feature_extractor):
+                vars(part).pop("auto_map", None)
 
     @property
     def sampling_rate(self) -> int:
