@@ -319,7 +319,7 @@ def test_a_list_that_does_not_fit_the_frames_is_in_doubt(tokens, frames, empty):
 
 
 @pytest.mark.parametrize(
-    "tokens, frames, empty", [(8, 8, -9.0), (1, 2, -9.0), (1, 1, -3.0), (0, 0, -0.1), (0, None, -1)]
+    "tokens, frames, empty", [(8, 8, -9.0), (1, 2, -9.0), (1, 1, -3.0), (0, 0, -0.1), (1, None, -9.0)]
 )
 def test_a_list_that_fits_the_frames_is_not(tokens, frames, empty):
     assert not doubted(tokens, frames, empty)
@@ -343,8 +343,8 @@ def test_what_is_in_doubt_is_decoded_again_with_a_second_of_silence_behind(monke
     assert segments[order[1]] == expected[order[1]]
 
 
-def test_audio_that_fills_the_window_is_decoded_once(monkeypatch):
+def test_only_short_audio_is_decoded_again(monkeypatch):
     model = tiny.with_reader()
     monkeypatch.setattr(rescoring_voxlm, "in_doubt", lambda *_: True)
-    (segment,) = model.transcribe(tiny.noise(model.config.audio_window_s - 0.5, 3)).segments
-    assert segment["fallback"] is None
+    results = model.transcribe([tiny.noise(seconds, 3) for seconds in (9.9, 10.1)])
+    assert [result.segments[0]["fallback"] for result in results] == ["window", None]

@@ -29,6 +29,8 @@ logger = logging.get_logger(__name__)
 BATCHES_AHEAD = 4
 # Seconds of audio in one pass on a CPU, padding included: there, more only takes more memory. Chosen by hand.
 CPU_BATCH_S = 60.0
+# Audio of unknown length gets a progress bar after this many seconds of work. Chosen by hand.
+BAR_AFTER_S = 5.0
 # The shortest segment that a caller may ask for.
 SHORTEST_CHUNK_S = 1.0
 # The encoder's inputs, and the targets of training batches that `Seq2SeqTrainer` hands to `generate` with the rest.
@@ -452,7 +454,11 @@ def transcribe_tasks(
     shown = seconds is None or seconds > 2 * options.longest_s
     limit_s = CPU_BATCH_S if model.device.type == "cpu" else math.inf
     with logging.tqdm(
-        total=seconds and round(seconds), unit=" s of audio", desc="Transcribing", disable=not shown
+        total=seconds and round(seconds),
+        unit=" s of audio",
+        desc="Transcribing",
+        disable=not shown,
+        delay=BAR_AFTER_S if seconds is None else 0,
     ) as bar:
         for group in task_groups(tasks, options.batch_size, at_once):
             open_tasks = sorted((task for task in group if task.audio is not None), key=task_seconds)

@@ -41,8 +41,9 @@ SPELT_OUT = re.compile(r"\W*\w(-\w)+\W*")
 # words, or says them twice. Its list shows it: the empty text, elsewhere less likely than e^-7, is likelier than this (a
 # log-probability), or the tokens of the first text are outside these shares of the visible frames (too few of at least three, so that
 # single words do not count). A second of silence behind the audio mends it as well as 2, 4 or 30 s do. All chosen on 150
-# sentences of ARCTIC, AN4 and Common Voice, none of them for measuring.
-DOUBTFUL_EMPTY, DOUBTFUL_TOKENS_PER_FRAME, DOUBT_FROM_FRAMES, SILENCE_S = -6.0, (0.75, 2.0), 3, 1.0
+# sentences of ARCTIC, AN4 and Common Voice of less than 5 s, none of them for measuring; twice that is short enough.
+DOUBTFUL_EMPTY, DOUBTFUL_TOKENS_PER_FRAME, DOUBT_FROM_FRAMES = -6.0, (0.75, 2.0), 3
+SILENCE_S, SHORT_S = 1.0, 10.0
 # Where the frames' own tokens are likelier than blanks by more than this, in nats, something was said, even when no hypothesis
 # matches them. 100 generated clips of music, noise and clicks reach 4 at most, 240 clips of cut speech 17 at least.
 SURE_OF_SPEECH = 10.0
@@ -198,8 +199,8 @@ def propose(
     model, processor: VoxLMProcessor, budgets: list[int], batch: EncodedBatch, in_window: bool
 ) -> list[list[Hypothesis]]:
     """
-    The reader's hypotheses for each segment of a batch. A list that is in doubt is replaced by the list for the same segment
-    with a second of silence behind it.
+    The reader's hypotheses for each segment of a batch. For a short segment, a list that is in doubt is replaced by the list
+    for the same segment with a second of silence behind it.
 
     Args:
         model, processor, budgets, batch, in_window: see `rescore`.
@@ -212,7 +213,8 @@ def propose(
     if in_window:
         return decode(encode_with_silence(model, processor, batch.segments, None), budgets, padded=True)
     hypotheses = decode(batch.audio, budgets)
-    visible, longest_s = batch.visible_frames or [None] * len(budgets), processor.audio_window_s - SILENCE_S
+    visible = batch.visible_frames or [None] * len(budgets)
+    longest_s = min(SHORT_S, processor.audio_window_s - SILENCE_S)
     doubtful = [
         row
         for row, (segment, texts, frames) in enumerate(zip(batch.segments, hypotheses, visible))
