@@ -120,7 +120,7 @@ def test_a_truncated_shard_is_named(cut, tmp_path):
     [
         {"projector_hidden_size": 2**20},
         {"alignment_hidden_size": 2**20},
-        {"alignment_num_blocks": 1000},
+        {"alignment_num_blocks": 300},
         {"lora_config": {"r": 2**20}},
         {"projector_kind": "convnext", "projector_num_blocks": 10**9},
     ],

@@ -25,6 +25,13 @@ def test_round_trip(tmp_path):
     assert loaded.lora_config["r"] == 4 and loaded.lora_config["lora_alpha"] == 32
 
 
+def test_a_config_saved_alone_has_its_code(tmp_path):
+    for config in (tiny.config(), VoxLMConfig()):
+        config.save_pretrained(tmp_path)
+        module = AutoConfig.from_pretrained(tmp_path).auto_map["AutoConfig"].split(".")[0]
+        assert (tmp_path / f"{module}.py").is_file()
+
+
 def test_defaults_are_whisper_and_qwen2():
     config = VoxLMConfig()
     assert (config.audio_config.model_type, config.text_config.model_type) == ("whisper", "qwen2")
@@ -148,16 +155,14 @@ def test_a_file_that_is_no_config_says_so(content, tmp_path):
         VoxLMForSpeechSeq2Seq.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("found, works", [("5.22.2", False), ("4.57.1", False), ("5.23.0", True), ("5.23.0rc1", True)])
-def test_a_transformers_that_is_too_old_is_one_line(found, works, tmp_path):
+@pytest.mark.parametrize("found", ["5.22.2", "4.57.1"])
+def test_a_transformers_that_is_too_old_is_one_line(found):
     """In a process of its own, where the first file of a checkpoint's code is imported."""
     code = f"import transformers; transformers.__version__ = {found!r}; import configuration_voxlm"
     folder = Path(configuration_voxlm.__file__).parent
     run = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
-    assert (run.returncode == 0) == works
-    if not works:
-        wanted = f"ImportError: VoxLM needs transformers from 5.23 and before 5.25; this is {found}."
-        assert run.stderr.splitlines()[-1].startswith(wanted)
+    wanted = f"ImportError: VoxLM needs transformers from 5.23 and before 5.25; this is {found}."
+    assert run.returncode != 0 and run.stderr.splitlines()[-1].startswith(wanted)
 
 
 def test_the_range_of_transformers_is_stated_once():

@@ -277,7 +277,9 @@ def test_the_processor_comes_from_where_the_weights_came_from(monkeypatch, tmp_p
     model = VoxLMForSpeechSeq2Seq.from_pretrained(tmp_path, revision="v1", force_download=True, **options)
     asked = []
     monkeypatch.setattr(
-        loading_voxlm.VoxLMProcessor, "from_pretrained", lambda source, **kwargs: asked.append((source, kwargs))
+        loading_voxlm.VoxLMProcessor,
+        "from_pretrained",
+        lambda source, **kwargs: asked.append((source, kwargs)) or types.SimpleNamespace(),
     )
     model.get_processor()
     assert asked == [(str(tmp_path), {**options, "revision": "v1", "trust_remote_code": False})]

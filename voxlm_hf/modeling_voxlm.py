@@ -345,8 +345,7 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, VoxLMGenerationMixin, VoxLMInf
         self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
         self.alignment = make_alignment_head(config)
         self.processor = None
-        # Where on the Hub `from_pretrained` found the model; the processor is there too.
-        self.hub_options = {}
+        self.hub_options = {}  # where on the Hub `from_pretrained` found the model; the processor is there too
         self.for_inference_only = False
         # The class name does not tell the library that labels are those of a causal LM.
         self.loss_type = "ForCausalLM"

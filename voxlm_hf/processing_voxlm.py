@@ -1,8 +1,6 @@
 """VoxLMProcessor: audio and prompts to model inputs, token ids to text and words."""
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -12,6 +10,7 @@ from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 
 from .audio_voxlm import is_batch, read_audio, to_waveform
 from .collator_voxlm import check_rows, word_time_targets
+from .configuration_voxlm import saved_with_code
 from .words_voxlm import Word, decode_tokens, encode_words, split_words
 
 
@@ -136,19 +135,6 @@ def check_text(text, name: str):
         raise ValueError(
             f"{name} holds a lone surrogate ({half!r} at position {error.start}), which is half a character; read it as UTF-8"
         ) from error
-
-
-@contextmanager
-def saved_with_code(cls: type, auto_class: str) -> Iterator[None]:
-    """
-    Let the library save a class's code as it does for remote code. Only meanwhile: the library also takes a class that is
-    registered for an auto class for one whose folder is trusted.
-    """
-    before, cls._auto_class = cls._auto_class, auto_class
-    try:
-        yield
-    finally:
-        cls._auto_class = before
 
 
 class VoxLMProcessorKwargs(ProcessingKwargs, total=False):
