@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 
 from tests import tiny
 from voxlm_hf import VoxLMForSpeechSeq2Seq
-from voxlm_hf.modeling_voxlm import encoder_output_lengths
+from voxlm_hf.encoders_voxlm import encoder_output_lengths
 
 
 PAIRS = [(encoder, "qwen2") for encoder in tiny.ENCODERS] + [("whisper", llm) for llm in tiny.LLMS if llm != "qwen2"]
