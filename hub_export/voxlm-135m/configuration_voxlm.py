@@ -2,7 +2,8 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 from packaging import version
@@ -234,6 +235,19 @@ def _effective_lora(settings: dict) -> dict:
                 f"({', '.join(LORA_FIELDS)}), so that base weights stay as they are and LoRA can be merged into them"
             )
     return {**DEFAULT_LORA, **settings}
+
+
+@contextmanager
+def saved_with_code(cls: type, auto_class: str) -> Iterator[None]:
+    """
+    Let the library save a class's code as it does for remote code. Only meanwhile: the library also takes a class that is
+    registered for an auto class for one whose folder is trusted.
+    """
+    before, cls._auto_class = cls._auto_class, auto_class
+    try:
+        yield
+    finally:
+        cls._auto_class = before
 
 
 def errors_in_one_line(cls: type) -> type:
@@ -525,17 +539,14 @@ class VoxLMConfig(PreTrainedConfig):
             _require(not missing, f"`base_models[{part!r}]` lacks {missing}")
             _require_fields(f"base_models[{part!r}]", reference, REFERENCE_FIELDS)
 
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """[`PreTrainedConfig.save_pretrained`]; the config's code travels along."""
+        with saved_with_code(type(self), "AutoConfig"):
+            super().save_pretrained(save_directory, *args, **kwargs)
+
     def to_dict(self) -> dict:
         """As in the library, but the sub-configs do not name the folder that they were loaded from."""
         output = super().to_dict()
-        for name in self.sub_configs_defaults:
-            if isinstance(output.get(name), dict) and "_name_or_path" in output[name]:
-                output[name]["_name_or_path"] = ""
-        return output
-
-    def to_diff_dict(self) -> dict:
-        """As in the library; what is saved has no empty names."""
-        output = super().to_diff_dict()
         for name in self.sub_configs_defaults:
             if isinstance(output.get(name), dict):
                 output[name].pop("_name_or_path", None)

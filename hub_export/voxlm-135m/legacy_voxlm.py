@@ -5,6 +5,7 @@ import math
 import numpy as np
 import torch
 from torch import nn
+from transformers import initialization as init
 
 from .configuration_voxlm import VoxLMConfig
 from .timing_voxlm import AlignmentScores
@@ -35,6 +36,11 @@ class VoxLMConvProjector(nn.Module):
         self.conv = nn.Conv1d(text_size, text_size, self.stride, self.stride) if self.stride > 1 else None
         self.start = nn.Parameter(EDGE_STD * torch.randn(text_size))
         self.end = nn.Parameter(EDGE_STD * torch.randn(text_size))
+
+    def init_own_tensors(self):
+        """Initialise what is in no layer."""
+        for vector in (self.start, self.end):
+            init.normal_(vector, std=EDGE_STD)
 
     def output_lengths(self, frames: torch.Tensor) -> torch.Tensor:
         """Number of embeddings for a number of encoder frames."""

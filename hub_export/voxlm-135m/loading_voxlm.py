@@ -18,8 +18,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_peft_available, logging
 
 from .checkpoint_voxlm import HOW_TO_CONVERT, check_folder, check_inside, check_tensors, tensors_of
-from .configuration_voxlm import DEFAULT_LORA, DEFAULT_READER, TESTED_TRANSFORMERS, preset_bases
-from .processing_voxlm import VoxLMProcessor, context_length, saved_with_code
+from .configuration_voxlm import DEFAULT_LORA, DEFAULT_READER, TESTED_TRANSFORMERS, preset_bases, saved_with_code
+from .processing_voxlm import VoxLMProcessor, context_length
 from .reader_voxlm import READER_MODELS, VoxLMReader, decoder_prompt, token_table
 
 

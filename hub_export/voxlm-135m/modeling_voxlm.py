@@ -7,18 +7,16 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, is_torchdynamo_compiling
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_voxlm import VoxLMConfig
 from .cpu_voxlm import VoxLMInferenceMixin
+from .encoders_voxlm import WINDOWED_ENCODERS, encoder_output_lengths, run_encoder
 from .generation_voxlm import VoxLMGenerationMixin
-from .legacy_voxlm import EDGE_STD, VoxLMConvProjector, VoxLMCrossAttentionHead
+from .legacy_voxlm import VoxLMConvProjector, VoxLMCrossAttentionHead
 from .loading_voxlm import VoxLMLoadingMixin
 from .outputs_voxlm import VoxLMAudioOutput, VoxLMCausalLMOutputWithPast
 from .placeholders_voxlm import append_answers, cache_of, check_placeholders, gated_mask, marks_tokens, real_frames
@@ -26,67 +24,9 @@ from .reader_voxlm import VoxLMReader
 from .timing_voxlm import AlignmentScores, alignment_loss
 
 
-# Encoders with Whisper's layout (two convolutions, learned positions, layers), whose own forward insists on a full window.
-WINDOWED_ENCODERS = ("whisper", "qwen2_audio_encoder")
 # Projected frames that are scored against the whole vocabulary at once: a row of scores is as long as the vocabulary, so
 # 64 rows of 50,000 take 13 MB.
 FRAMES_AT_ONCE = 64
-
-
-def encoder_output_lengths(encoder: nn.Module, lengths: torch.Tensor) -> torch.Tensor:
-    """
-    Number of encoder frames for `lengths` input features (or samples), by the encoder's own length function.
-
-    Raises:
-        ValueError: for an encoder that has none.
-    """
-    for name in ("_get_feat_extract_output_lengths", "_get_subsampling_output_length"):
-        if hasattr(encoder, name):
-            output = getattr(encoder, name)(lengths)
-            return (output[-1] if isinstance(output, tuple) else output).long().clamp(min=0)
-    raise ValueError(
-        f"{type(encoder).__name__} has no length function (_get_feat_extract_output_lengths or "
-        "_get_subsampling_output_length), so its number of frames cannot be derived; choose another audio encoder"
-    )
-
-
-@merge_with_config_defaults
-@capture_outputs
-def windowed_forward(encoder, input_features, attention_mask, **kwargs) -> BaseModelOutput:
-    """
-    Drive an encoder of Whisper's layout on audio of any length up to its window, without padding it to the window.
-
-    Args:
-        encoder (`PreTrainedModel`): stands for `self`, so that the library captures its hidden states and attentions.
-        input_features (`torch.Tensor` of shape `(batch, mels, time)`)
-        attention_mask (`torch.LongTensor` of shape `(batch, time)`)
-
-    Returns:
-        [`BaseModelOutput`] with `(batch, frames, audio_size)`; values beyond the mask are undefined.
-
-    Raises:
-        ValueError: for audio longer than the encoder's learned positions.
-    """
-    hidden_states = nn.functional.gelu(encoder.conv1(input_features))
-    # In a batch, the frame after the last real one must be the zero that the convolution pads a single clip with.
-    hidden_states = hidden_states * attention_mask.unsqueeze(1).to(hidden_states.dtype)
-    hidden_states = nn.functional.gelu(encoder.conv2(hidden_states)).transpose(1, 2)
-    num_frames, positions = hidden_states.shape[1], encoder.embed_positions.weight
-    if num_frames > len(positions):
-        raise ValueError(
-            f"The audio gives {num_frames} encoder frames, but the encoder has {len(positions)} positions; cut the audio, "
-            "or use `model.transcribe`, which splits it at pauses"
-        )
-    hidden_states = hidden_states + positions[:num_frames]
-    hidden_states = nn.functional.dropout(hidden_states, p=encoder.dropout, training=encoder.training)
-    attention_mask = create_bidirectional_mask(
-        config=encoder.config, inputs_embeds=hidden_states, attention_mask=attention_mask[:, ::2][:, :num_frames]
-    )
-    for layer in encoder.layers:
-        hidden_states = layer(hidden_states, attention_mask, **kwargs)
-    if hasattr(encoder, "avg_pooler"):
-        hidden_states = encoder.avg_pooler(hidden_states.transpose(1, 2)).transpose(1, 2)
-    return BaseModelOutput(last_hidden_state=encoder.layer_norm(hidden_states))
 
 
 class VoxLMConvNeXtBlock(nn.Module):
@@ -127,6 +67,13 @@ class VoxLMProjector(nn.Module):
         # The tokens that frames are scored against; the first ones until training chooses.
         vocab_size = config.projector_vocab_size
         self.register_buffer("token_ids", None if vocab_size is None else torch.arange(vocab_size))
+
+    def init_own_tensors(self):
+        """Initialise what is in no layer."""
+        if self.log_scale is not None:
+            init.zeros_(self.log_scale)
+        if self.token_ids is not None:
+            init.copy_(self.token_ids, torch.arange(len(self.token_ids)))
 
     def output_lengths(self, frames: torch.Tensor) -> torch.Tensor:
         """Number of projected frames for a number of encoder frames."""
@@ -295,17 +242,8 @@ class VoxLMPreTrainedModel(VoxLMLoadingMixin, PreTrainedModel):
     def _init_weights(self, module):
         """Initialise what is in no layer of the library's: a checkpoint may lack it, and then it was never made."""
         super()._init_weights(module)
-        if isinstance(module, VoxLMProjector):
-            if module.log_scale is not None:
-                init.zeros_(module.log_scale)
-            if module.token_ids is not None:
-                init.copy_(module.token_ids, torch.arange(len(module.token_ids)))
-        elif isinstance(module, VoxLMConvProjector):
-            for vector in (module.start, module.end):
-                init.normal_(vector, std=EDGE_STD)
-        elif isinstance(module, VoxLMReader):
-            for tensor in (module.end, module.spelling, module.spelling_offsets):
-                init.zeros_(tensor)
+        if isinstance(module, (VoxLMProjector, VoxLMConvProjector, VoxLMReader)):
+            module.init_own_tensors()
 
 
 class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, VoxLMGenerationMixin, VoxLMInferenceMixin):
@@ -345,8 +283,7 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, VoxLMGenerationMixin, VoxLMInf
         self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
         self.alignment = make_alignment_head(config)
         self.processor = None
-        # Where on the Hub `from_pretrained` found the model; the processor is there too.
-        self.hub_options = {}
+        self.hub_options = {}  # where on the Hub `from_pretrained` found the model; the processor is there too
         self.for_inference_only = False
         # The class name does not tell the library that labels are those of a causal LM.
         self.loss_type = "ForCausalLM"
@@ -393,7 +330,12 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, VoxLMGenerationMixin, VoxLMInf
         self.projector.token_ids = torch.tensor(token_ids, device=self.projector.linear_in.weight.device)
 
     def encode_audio(
-        self, input_features=None, input_features_mask=None, input_values=None, input_values_mask=None, **kwargs
+        self,
+        input_features=None,
+        input_features_mask=None,
+        input_values=None,
+        input_values_mask=None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> VoxLMAudioOutput:
         r"""
         Run the encoder, and nothing else.
@@ -423,7 +365,7 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, VoxLMGenerationMixin, VoxLMInf
         parameter = next(self.encoder.parameters())
         inputs, mask = inputs.to(parameter.device, parameter.dtype), mask.to(parameter.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_audio_encoder):
-            encoded = self._run_encoder(inputs, mask, **kwargs)
+            encoded = run_encoder(self.encoder, inputs, mask, **kwargs)
         lengths = encoder_output_lengths(self.encoder, mask.sum(-1))
         frames = encoded.last_hidden_state
         if not is_torchdynamo_compiling():  # a compiled graph can neither raise nor cut by what is in a tensor
@@ -438,18 +380,6 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, VoxLMGenerationMixin, VoxLMInf
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
         )
-
-    def _run_encoder(self, inputs, mask, **kwargs) -> BaseModelOutput:
-        """Encoder states `(batch, frames, audio_size)` for padded inputs; padding leaves real frames unchanged."""
-        if self.config.audio_config.model_type in WINDOWED_ENCODERS:
-            return windowed_forward(self.encoder, inputs, attention_mask=mask, **kwargs)
-        if getattr(self.config.audio_config, "feat_extract_norm", None) == "group":
-            # GroupNorm's statistics over time would include the padding, so each clip is encoded at its own length.
-            rows = [
-                self.encoder(row[None, : int(length)]).last_hidden_state[0] for row, length in zip(inputs, mask.sum(-1))
-            ]
-            return BaseModelOutput(last_hidden_state=nn.utils.rnn.pad_sequence(rows, batch_first=True))
-        return self.encoder(inputs, attention_mask=mask, **kwargs)
 
     def project(self, frames, frame_mask=None) -> VoxLMAudioOutput:
         """
@@ -468,7 +398,12 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, VoxLMGenerationMixin, VoxLMInf
 
     @can_return_tuple
     def get_audio_features(
-        self, input_features=None, input_features_mask=None, input_values=None, input_values_mask=None, **kwargs
+        self,
+        input_features=None,
+        input_features_mask=None,
+        input_values=None,
+        input_values_mask=None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> VoxLMAudioOutput:
         """Run the encoder and the projector; arguments and errors as in `encode_audio`."""
         encoded = self.encode_audio(input_features, input_features_mask, input_values, input_values_mask, **kwargs)

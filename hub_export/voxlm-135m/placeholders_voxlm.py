@@ -131,6 +131,9 @@ def gated_mask(attention_mask, cache, shown: torch.Tensor | None, batch: int, le
 
     Returns:
         the mask, and the hidden positions `(batch, past + length)` to remember in the cache, `None` without `shown`.
+
+    Raises:
+        ValueError: for a mask that leaves out what is in the cache.
     """
     hidden = hidden_in_cache(cache, batch)
     if hidden is None and shown is None:
@@ -140,6 +143,11 @@ def gated_mask(attention_mask, cache, shown: torch.Tensor | None, batch: int, le
         device = (hidden if shown is None else shown).device
         attention_mask = full_mask(attention_mask, batch, past + length, device)
         if hidden is not None:
+            if attention_mask.shape[1] < hidden.shape[1] + length:
+                raise ValueError(
+                    f"The attention mask has {attention_mask.shape[1]} columns, but there are {hidden.shape[1]} positions in the "
+                    f"cache and {length} new ones; it has to cover both"
+                )
             attention_mask[:, : hidden.shape[1]] *= (~hidden).to(attention_mask)
         if shown is not None:
             attention_mask[:, -length:] *= shown.to(attention_mask)

@@ -1,8 +1,6 @@
 """VoxLMProcessor: audio and prompts to model inputs, token ids to text and words."""
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -12,6 +10,7 @@ from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 
 from .audio_voxlm import is_batch, read_audio, to_waveform
 from .collator_voxlm import check_rows, word_time_targets
+from .configuration_voxlm import saved_with_code
 from .words_voxlm import Word, decode_tokens, encode_words, split_words
 
 
@@ -138,19 +137,6 @@ def check_text(text, name: str):
         ) from error
 
 
-@contextmanager
-def saved_with_code(cls: type, auto_class: str) -> Iterator[None]:
-    """
-    Let the library save a class's code as it does for remote code. Only meanwhile: the library also takes a class that is
-    registered for an auto class for one whose folder is trusted.
-    """
-    before, cls._auto_class = cls._auto_class, auto_class
-    try:
-        yield
-    finally:
-        cls._auto_class = before
-
-
 class VoxLMProcessorKwargs(ProcessingKwargs, total=False):
     """Defaults for the feature extractor and the tokenizer, unless the caller or the saved tokenizer overrides them."""
 
@@ -246,8 +232,9 @@ class VoxLMProcessor(ProcessorMixin):
         try:
             with saved_with_code(type(self), "AutoProcessor"):
                 return super().save_pretrained(save_directory, *args, **kwargs)
-        finally:  # the library leaves in the processor what it writes to the file
-            vars(self).pop("auto_map", None)
+        finally:  # the library leaves in the processor and its parts what it writes to the file
+            for part in (self, self.feature_extractor):
+                vars(part).pop("auto_map", None)
 
     @property
     def sampling_rate(self) -> int:

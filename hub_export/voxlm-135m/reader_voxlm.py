@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from transformers import initialization as init
 
 
 # Audio models whose decoder can be driven step by step as below.
@@ -97,6 +98,11 @@ class VoxLMReader(nn.Module):
         # The LLM's tokens for the decoder's token i are spelling[offsets[i] : offsets[i + 1]].
         self.register_buffer("spelling", torch.zeros(settings["spelling_size"], dtype=torch.int32))
         self.register_buffer("spelling_offsets", torch.zeros(audio_config.vocab_size + 1, dtype=torch.int32))
+
+    def init_own_tensors(self):
+        """Initialise what is in no layer."""
+        for tensor in (self.end, self.spelling, self.spelling_offsets):
+            init.zeros_(tensor)
 
     def to_llm_tokens(self, ids: list[int]) -> list[list[int]]:
         """The LLM's tokens for each of the decoder's tokens `ids`."""
