@@ -283,6 +283,15 @@ def test_the_callers_token_budget_is_found(options, budget):
     assert token_budget(options) == budget
 
 
+def test_a_generation_config_is_as_good_as_its_options():
+    model, clip = tiny.model(llm="qwen3"), tiny.noise(1.0)
+    for options in ({"do_sample": True, "temperature": 3.0}, {"num_beams": 2}, {"max_new_tokens": 3}):
+        torch.manual_seed(0)
+        expected = model.transcribe(clip, **options)
+        torch.manual_seed(0)
+        assert model.transcribe(clip, generation_config=GenerationConfig(**options)) == expected
+
+
 # Other searches and known texts
 
 

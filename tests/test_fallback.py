@@ -55,6 +55,12 @@ def test_ordinary_speech_passes(text, facts):
         ("five " * 15, {"out_of_tokens": True}, ["token_budget", "loop"]),
         ("Stirred " * 7, {"visible_frames": 2, "num_tokens": 14, "active_s": 1.0}, ["loop"]),
         ("9 9 9 9", {"visible_frames": 1, "num_tokens": 7, "active_s": 0.4}, ["loop"]),
+        (
+            "Stirred. Stirred, stirred. STIRRED! Stirred?",
+            {"visible_frames": 2, "num_tokens": 14, "active_s": 1.0},
+            ["loop"],
+        ),
+        ("谢谢" * 16, {"visible_frames": 4, "num_tokens": 32, "active_s": 1.0}, ["loop"]),
         ("in the house " * 4, {"visible_frames": 4, "num_tokens": 12, "active_s": 1.0}, ["loop"]),
         ("and so " * 10, {"visible_frames": 14, "num_tokens": 20, "active_s": 10.0}, ["loop"]),
         ("let it be", {"visible_frames": 3, "active_s": 15.0}, ["no_speech"]),

@@ -348,3 +348,10 @@ def test_only_short_audio_is_decoded_again(monkeypatch):
     monkeypatch.setattr(rescoring_voxlm, "in_doubt", lambda *_: True)
     results = model.transcribe([tiny.noise(seconds, 3) for seconds in (9.9, 10.1)])
     assert [result.segments[0]["fallback"] for result in results] == ["window", None]
+
+
+def test_with_a_callers_budget_nothing_is_decoded_twice(monkeypatch):
+    model = tiny.with_reader()
+    monkeypatch.setattr(rescoring_voxlm, "in_doubt", lambda *_: True)
+    (segment,) = model.transcribe(tiny.noise(1.0, 3), max_new_tokens=4).segments
+    assert segment["fallback"] is None

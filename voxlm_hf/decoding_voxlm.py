@@ -57,7 +57,6 @@ NOT_SEARCH = {
     "temperature",
     "top_k",
     "top_p",
-    "transformers_version",
     "typical_p",
     "use_cache",
 }
@@ -169,7 +168,8 @@ def check_prompt_length(config, attention_mask, input_ids=None, new_tokens: int 
     Args:
         config ([`VoxLMConfig`])
         attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*): what it hides takes no room.
-        input_ids (`torch.Tensor` of shape `(batch, length)`, *optional*): for prompts without a mask.
+        input_ids (`torch.Tensor` of shape `(batch, length)` or, as embeddings, `(batch, length, text_size)`, *optional*): for
+            prompts without a mask.
         new_tokens (`int`): how many tokens have to fit behind the prompt.
     """
     if marks_tokens(attention_mask):
@@ -257,7 +257,7 @@ def search_options(generation_config, options: dict) -> dict:
         generation_config ([`GenerationConfig`]): of the model.
         options (`dict`): arguments of `generate`.
     """
-    saved, given = _set_fields(generation_config), _given_options(options)
+    saved, given = _set_fields(generation_config), given_options(options)
     defaults = {"synced_gpus": False, **GenerationConfig._get_default_generation_params()}
 
     def changes(name: str, value) -> bool:
@@ -279,7 +279,7 @@ def token_budget(options: dict) -> int | None:
         ValueError: for a budget that is no whole number or below 1, for `max_length`, which counts the prompt, and for several
             texts of one segment.
     """
-    given = _given_options(options)
+    given = given_options(options)
     if "max_length" in given:
         raise ValueError(
             f"`max_length={given['max_length']!r}` counts prompt and audio too, whose lengths `transcribe` decides; pass "
@@ -294,7 +294,7 @@ def token_budget(options: dict) -> int | None:
     return budget
 
 
-def _given_options(options: dict) -> dict:
+def given_options(options: dict) -> dict:
     """Options that are not `None`, those of a `generation_config` among them."""
     given = {name: value for name, value in options.items() if value is not None}
     config = given.pop("generation_config", None)
@@ -304,7 +304,11 @@ def _given_options(options: dict) -> dict:
 def _set_fields(generation_config) -> dict:
     """What is set in a [`GenerationConfig`]."""
     fields = generation_config.to_diff_dict()
-    return {name: value for name, value in fields.items() if not name.startswith("_") and value is not None}
+    return {
+        name: value
+        for name, value in fields.items()
+        if value is not None and name != "transformers_version" and not name.startswith("_")
+    }
 
 
 def stop_tokens(eos_token_id: int | list[int] | None) -> set[int]:

@@ -12,7 +12,7 @@ import torch
 from transformers.generation import GenerationMixin
 from transformers.utils import logging
 
-from .audio_voxlm import file_duration_s, is_batch, stream_audio
+from .audio_voxlm import check_rate, file_duration_s, is_batch, stream_audio
 from .decoding_voxlm import MIN_TOKENS, check_prompt_length, pack_left, padded_batches, token_budget
 from .fallback_voxlm import transcribe_batch
 from .forced_alignment_voxlm import align_segments, align_text, known_text
@@ -52,8 +52,8 @@ class TranscriptionOptions:
         generate_kwargs (`dict`): for `generate`.
 
     Raises:
-        ValueError: for a batch size or a number of beams that is no integer of at least 1, a rate that is no number above 0, or
-            an unknown detector.
+        ValueError: for a batch size or a number of beams that is no integer of at least 1, a sampling rate outside of
+            `audio_voxlm.RATES`, or an unknown detector.
     """
 
     sampling_rate: int | None = None
@@ -66,7 +66,8 @@ class TranscriptionOptions:
     def __post_init__(self):
         check_number("batch_size", self.batch_size, 1, whole=True)
         check_number("num_beams", self.generate_kwargs.get("num_beams"), 1, whole=True)
-        check_number("sampling_rate", self.sampling_rate, 1)
+        if self.sampling_rate is not None:
+            check_rate(self.sampling_rate)
         if not isinstance(self.vad, str) or self.vad not in DETECTORS:
             raise ValueError(f"`vad` must be one of {', '.join(map(repr, DETECTORS))}, got {self.vad!r}")
 
@@ -124,7 +125,8 @@ class VoxLMGenerationMixin(GenerationMixin):
             inputs, kwargs["attention_mask"] = self._trained_prompts(audio)
             only_new = True
         hidden = self._place_audio(inputs, audio, kwargs)
-        check_prompt_length(self.config, kwargs.get("attention_mask"), inputs)
+        whole = inputs if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        check_prompt_length(self.config, kwargs.get("attention_mask"), whole)
         output = super().generate(inputs, *args, **kwargs)
         if hidden is not None:
             # Whoever continues from the cache has a mask of the tokens, which does not say what the gate hides.
@@ -147,10 +149,10 @@ class VoxLMGenerationMixin(GenerationMixin):
 
     def _without_answers(self, input_ids, attention_mask, labels):
         """Prompts and their mask, padded on the left, of training batches: what has a label is left out."""
-        kept = labels == -100
-        if attention_mask is not None:
-            kept &= attention_mask.bool()
-        columns = {"input_ids": (input_ids, self.config.pad_token_id or 0), "attention_mask": (kept.long(), 0)}
+        pad_token_id = self.config.pad_token_id or 0
+        real = input_ids != pad_token_id if attention_mask is None else attention_mask.bool()
+        kept = (labels == -100) & real
+        columns = {"input_ids": (input_ids, pad_token_id), "attention_mask": (kept.long(), 0)}
         packed = pack_left(kept, columns)
         return packed["input_ids"], packed["attention_mask"]
 

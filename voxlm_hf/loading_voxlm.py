@@ -17,7 +17,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_peft_available, logging
 
-from .checkpoint_voxlm import HOW_TO_CONVERT, check_folder, check_inside, check_tensors, tensors_of
+from .checkpoint_voxlm import HOW_TO_CONVERT, check_folder, check_inside, check_values, check_weights, tensors_of
 from .configuration_voxlm import DEFAULT_LORA, DEFAULT_READER, TESTED_TRANSFORMERS, preset_bases, saved_with_code
 from .processing_voxlm import VoxLMProcessor, context_length
 from .reader_voxlm import READER_MODELS, VoxLMReader, decoder_prompt, token_table
@@ -88,7 +88,10 @@ class VoxLMLoadingMixin:
         if source is not None and getattr(known, "base_models", None):
             shared_options = {name: kwargs[name] for name in SHARED_OPTIONS if name in kwargs}
             delta_folder = base_folder(source, kwargs.get("revision"), **shared_options) / kwargs.pop("subfolder", "")
-            kwargs["state_dict"] = with_bases(read_tensors(delta_folder), known, **shared_options)
+            delta = read_tensors(delta_folder)
+            for name, tensor in delta.items():
+                check_values(delta_folder, name, tensor, known.text_config.vocab_size)
+            kwargs["state_dict"] = with_bases(delta, known, **shared_options)
             config, source = known, None
         try:
             model, info = super().from_pretrained(
@@ -114,17 +117,14 @@ class VoxLMLoadingMixin:
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
         """The library's step between making the model on the meta device and filling it, with a check of what fills it."""
-        tensors = {name: ("The state dict", tensor) for name, tensor in (state_dict or {}).items()}
-        source = load_config.pretrained_model_name_or_path
-        for path in map(Path, checkpoint_files or []):
+        source, files = load_config.pretrained_model_name_or_path, list(map(Path, checkpoint_files or []))
+        for path in files:
             if path.suffix != ".safetensors":
                 raise ValueError(f"{source} names the weights {path.name!r}. {HOW_TO_CONVERT}")
             if Path(source).is_dir():
                 check_inside(path, Path(source))
-            tensors |= {name: (path, tensor) for name, tensor in tensors_of(path)}
         if state_dict is None:
-            any_size = load_config.ignore_mismatched_sizes
-            check_tensors(model, tensors, load_config.hf_quantizer is not None, any_size)
+            check_weights(model, files, load_config.hf_quantizer is not None, load_config.ignore_mismatched_sizes)
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 
     @classmethod
