@@ -292,6 +292,17 @@ def test_a_generation_config_is_as_good_as_its_options():
         assert model.transcribe(clip, generation_config=GenerationConfig(**options)) == expected
 
 
+@pytest.mark.parametrize("fields", [{}, MIXTURE], ids=["plain", "gated"])
+def test_no_budget_goes_beyond_the_context(fields):
+    """The tiny model ends no text by itself; without a bound, this would go on for days."""
+    model = tiny.model(llm="qwen3", **fields)
+    batch, prompt = request(model)
+    context = model.config.text_config.max_position_embeddings
+    room = [context - length for length in prompt["attention_mask"].sum(1).tolist()]
+    assert token_budgets(batch, 10**30, context) == room
+    assert token_budgets(batch, 5, context) == [5] * 3
+
+
 # Other searches and known texts
 
 

@@ -41,6 +41,7 @@ def expected(pipe):
 
 KINDS = {
     "array": lambda path: AUDIO,
+    "list of numbers": lambda path: AUDIO.tolist(),
     "path": str,
     "bytes": lambda path: path.read_bytes(),
     "open file": lambda path: open(path, "rb"),

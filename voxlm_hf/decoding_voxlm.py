@@ -60,6 +60,8 @@ NOT_SEARCH = {
     "typical_p",
     "use_cache",
 }
+# Inputs of `generate` that `transcribe` makes itself.
+OWN_INPUTS = {"inputs", "input_ids", "inputs_embeds", "attention_mask", "labels", "past_key_values", "audio_embeds"}
 # Options that change a greedy text where they are not what the model's own generation config says.
 GIVEN_TOKENS = {"eos_token_id", "suppress_tokens"}
 
@@ -239,13 +241,24 @@ def padded_batches(items: Iterable, length_of: Callable, limit: float, size: flo
         yield batch
 
 
-def token_budgets(batch: EncodedBatch, max_new_tokens: int | None) -> list[int]:
-    """Most tokens that the text of each segment may have: `max_new_tokens`, else a generous bound from the audio."""
+def token_budgets(batch: EncodedBatch, max_new_tokens: int | None, context: int | None = None) -> list[int]:
+    """
+    Most tokens that the text of each segment may have: `max_new_tokens`, else a generous bound from the audio, but never more
+    than fit behind the prompt into the LLM's context.
+    """
     if max_new_tokens is not None:
-        return [max_new_tokens] * len(batch.segments)
-    if batch.visible_frames is not None:
-        return [int(TOKENS_PER_VISIBLE_FRAME * count) + MIN_TOKENS for count in batch.visible_frames]
-    return [int(TOKENS_PER_SECOND * segment.duration_s) + MIN_TOKENS for segment in batch.segments]
+        budgets = [max_new_tokens] * len(batch.segments)
+    elif batch.visible_frames is not None:
+        budgets = [int(TOKENS_PER_VISIBLE_FRAME * count) + MIN_TOKENS for count in batch.visible_frames]
+    else:
+        budgets = [int(TOKENS_PER_SECOND * segment.duration_s) + MIN_TOKENS for segment in batch.segments]
+    if context is None:
+        return budgets
+    hidden = (
+        0 if batch.visible_frames is None else batch.audio.audio_embeds_mask.sum(-1) - batch.audio.visible_mask.sum(-1)
+    )
+    room = context - (batch.attention_mask.sum(-1) - hidden)
+    return [min(budget, most) for budget, most in zip(budgets, room.tolist())]
 
 
 def search_options(generation_config, options: dict) -> dict:
@@ -277,9 +290,14 @@ def token_budget(options: dict) -> int | None:
 
     Raises:
         ValueError: for a budget that is no whole number or below 1, for `max_length`, which counts the prompt, and for several
-            texts of one segment.
+            texts of one segment; also for what `transcribe` gives to `generate` itself.
     """
     given = given_options(options)
+    own = sorted(OWN_INPUTS & given.keys())
+    if own:
+        raise ValueError(
+            f"`transcribe` makes {', '.join(own)} from the audio and the prompt; use `generate` to pass them"
+        )
     if "max_length" in given:
         raise ValueError(
             f"`max_length={given['max_length']!r}` counts prompt and audio too, whose lengths `transcribe` decides; pass "
@@ -295,9 +313,16 @@ def token_budget(options: dict) -> int | None:
 
 
 def given_options(options: dict) -> dict:
-    """Options that are not `None`, those of a `generation_config` among them."""
+    """
+    Options that are not `None`, those of a `generation_config` among them.
+
+    Raises:
+        ValueError: for one of another type.
+    """
     given = {name: value for name, value in options.items() if value is not None}
     config = given.pop("generation_config", None)
+    if config is not None and not isinstance(config, GenerationConfig):
+        raise ValueError(f"`generation_config` must be a GenerationConfig, got {type(config).__name__}")
     return given if config is None else {**_set_fields(config), **given}
 
 

@@ -22,7 +22,7 @@ from .decoding_voxlm import (
     token_budget,
     token_budgets,
 )
-from .processing_voxlm import VoxLMProcessor
+from .processing_voxlm import VoxLMProcessor, context_length
 from .rescoring_voxlm import SILENCE_S, rescore
 from .segmentation_voxlm import AudioSegment
 from .transcription_voxlm import Segment, merge_segments, timed_words
@@ -161,13 +161,14 @@ def transcribe_batch(
     budget, batch = token_budget(generate_kwargs), encode(model, processor, segments, prompts)
     searching = search_options(model.generation_config, generate_kwargs)
     if searching:
-        if model.reader is not None:
-            logger.warning_once(f"The reader cannot search with {', '.join(sorted(searching))}: the LLM decodes alone")
 
         def search(prompt, budgets, batch):
             return generate_text(model, prompt, budgets, generate_kwargs)
 
-        return decode_segments(model, processor, batch, search, budget, with_words)
+        results = decode_segments(model, processor, batch, search, budget, with_words)
+        if model.reader is not None:  # only now, when `generate` has taken the options
+            logger.warning_once(f"The reader cannot search with {', '.join(sorted(searching))}: the LLM decodes alone")
+        return results
 
     def default(prompt, budgets, batch):
         if model.reader is None:
@@ -197,7 +198,7 @@ def decode_segments(
         with_words (`bool`): whether to compute words with times and confidences.
     """
     prompt = pack_prompt(model, batch)
-    texts = decode(prompt, token_budgets(batch, budget), batch)
+    texts = decode(prompt, token_budgets(batch, budget, context_length(model.config)), batch)
     has_text = any(text.ids for text in texts)
     unknown = any(text.ids and text.states is None for text in texts)
     if with_words and has_text and (unknown or model.alignment.states_at_tokens):
