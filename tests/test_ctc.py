@@ -6,7 +6,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from huggingface_hub.errors import StrictDataclassClassValidationError
 
 from tests import tiny
 from voxlm_hf.ctc_voxlm import ANYTHING, CTCFrames, CTCPrefix, choose, ctc_frames, text_logprobs
@@ -152,5 +151,5 @@ def test_tokens_and_blank_share_each_frames_probability():
 
 @pytest.mark.parametrize("fields", [{"ctc_weight": -1.0}, {"ctc_weight": 0.3}])
 def test_a_weight_that_means_nothing_is_refused(fields):
-    with pytest.raises(StrictDataclassClassValidationError, match="ctc_weight"):
+    with pytest.raises(ValueError, match="ctc_weight"):
         tiny.config(**fields)

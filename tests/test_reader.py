@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-from huggingface_hub.errors import StrictDataclassClassValidationError
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -221,5 +220,5 @@ def test_an_audio_model_without_a_decoder_is_refused(tmp_path):
     [{"beams": 3}, {"prompt_ids": []}, {"prompt_ids": [1], "num_beams": 0}, {"prompt_ids": [1], "ctc_weight": 0.1}],
 )
 def test_settings_that_mean_nothing_are_refused(reader):
-    with pytest.raises(StrictDataclassClassValidationError, match="reader_config"):
+    with pytest.raises(ValueError, match="reader_config"):
         tiny.config(reader_config=reader)
