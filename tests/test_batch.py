@@ -163,6 +163,17 @@ def row(name: str, error: str | None = None) -> dict:
     }
 
 
+@pytest.mark.parametrize("folder", ["out[1]", "out*", "out?", "[ab]{c}"])
+def test_a_restart_finds_its_shards_in_a_folder_of_any_name(tmp_path, folder):
+    batch.write_shard(f"{tmp_path}/part-1.jsonl", [row("elsewhere")])
+    output = str(tmp_path / folder)
+    assert batch.finished(output) == {}
+    for name in ("part-1.jsonl", "part-2.parquet", "part-2.parquet.damaged", ".part-3.jsonl.7.unfinished", "a.jsonl"):
+        batch.write_shard(f"{output}/{name}", [row(name)])
+    assert set(batch.finished(output)) == {"part-1.jsonl", "part-2.parquet"}
+    assert set(batch.finished(f"file://{output}")) == {"part-1.jsonl", "part-2.parquet"}
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 @pytest.mark.parametrize("size", [0, 1, 100, -1, -5])
 def test_a_damaged_shard_is_put_aside_and_made_again(tmp_path, suffix, size, caplog):

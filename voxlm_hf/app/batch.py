@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import posixpath
+import re
 import signal
 import sys
 import threading
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 AUDIO_SUFFIXES = {".aif", ".aiff", ".au", ".caf", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".w64", ".wav"}
 # The columns of a result; words and segments are JSON in Parquet, so that every shard has the same schema.
 TEXT_COLUMNS = ("id", "text", "words", "segments", "error")
+# How the files are called that `shard_name` names.
+SHARD_NAME = re.compile(r"part-.*\.(jsonl|parquet)")
 # Rows of a Parquet file that are in memory at once.
 ROWS_AT_ONCE = 4
 
@@ -197,7 +200,8 @@ def shards(output: str) -> list[str]:
     files, path = fsspec.core.url_to_fs(output)
     if not files.isdir(path):
         return []
-    names = [name for kind in ("jsonl", "parquet") for name in files.glob(f"{path}/part-*.{kind}")]
+    # Not by a glob: the folder's own name may hold the characters of one.
+    names = [name for name in files.ls(path, detail=False) if SHARD_NAME.fullmatch(posixpath.basename(name))]
     return sorted(name if "://" not in output else files.unstrip_protocol(name) for name in names)
 
 
