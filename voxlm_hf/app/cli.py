@@ -118,8 +118,8 @@ def main(argv: list[str] | None = None) -> int:
         argv (`list[str]`, *optional*): by default those of the process, whose standard streams and signals are then set up.
 
     Returns:
-        exit code 0 when every file was transcribed or aligned, 1 when some could not be, 2 when nothing could start (bad
-        arguments, no model), 130 or 143 after Ctrl-C or SIGTERM, 141 when nobody reads the output any more.
+        exit code 0 when every file was transcribed or aligned, 1 when some could not be or the command had to stop, 2 when
+        nothing could start (bad arguments, no model), 130 or 143 after Ctrl-C or SIGTERM, 141 when nobody reads the output any more.
     """
     with own_process() if argv is None else contextlib.nullcontext(), messages_in_lines():
         try:
