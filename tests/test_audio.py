@@ -188,6 +188,26 @@ def test_what_follows_damage_is_used_too_and_at_its_time(kind, where, damaged, w
     assert kind == "MP3" or np.allclose(level, expected, rtol=0.01)
 
 
+REPLACEMENTS = {
+    "removed": None,
+    "text": b"this is no audio at all",
+    "stereo": encoded("WAV", "PCM_16", np.stack([SOUND, SOUND], axis=1)),
+}
+
+
+@pytest.mark.parametrize("replacement", REPLACEMENTS)
+def test_a_damaged_file_that_changes_while_it_is_read_is_an_error_of_its_own(tmp_path, replacement):
+    path, content = tmp_path / "cut.flac", encoded("FLAC", "PCM_16")
+    path.write_bytes(content[: int(0.9 * len(content))])  # opened again at 10.8 s, in the second block
+    blocks = stream_audio(path, 16000)
+    assert len(next(blocks)) == 16000 * BLOCK_S
+    path.unlink()
+    if REPLACEMENTS[replacement] is not None:
+        path.write_bytes(REPLACEMENTS[replacement])
+    with pytest.raises(OSError, match="cut.flac was (removed or )?replaced while it was read"):
+        list(blocks)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -3e38, 50.0])
 def test_samples_of_a_file_that_no_recording_has_are_silence(value, warned):
     samples = SOUND.copy()

@@ -1,6 +1,7 @@
 """`voxlm batch`: sources, shards, and runs that are interrupted."""
 
 import functools
+import io
 import json
 import os
 import signal
@@ -9,16 +10,19 @@ import sys
 import time
 from pathlib import Path
 
+import fsspec
 import pyarrow
 import pyarrow.parquet
 import pytest
 import ray
 import ray.data
 import soundfile
+import torch
 
 from tests import HANGS_AFTER_S, tiny
 from voxlm_hf.app import batch
 from voxlm_hf.app.cli import main
+from voxlm_hf.audio_voxlm import is_batch
 from voxlm_hf.transcription_voxlm import VoxLMTranscription
 
 
@@ -137,7 +141,73 @@ def test_a_table_is_read_once_and_a_few_rows_at_a_time(tmp_path, monkeypatch):
 def test_a_table_that_is_gone_fails_for_its_rows_alone(tmp_path):
     missing = batch.ItemReader()({"id": "a", "table": str(tmp_path / "gone.parquet"), "row": 0})
     with pytest.raises(OSError, match="gone.parquet"):
-        missing.get_all_samples()
+        missing.get("bytes")
+
+
+def test_recordings_are_fetched_one_at_a_time(tmp_path, monkeypatch):
+    """By the model as it needs them, and no table stays open after the next one is."""
+    for table in "ab":
+        clips = [{"bytes": wav(0.3), "path": None} for _ in range(2)]
+        pyarrow.parquet.write_table(pyarrow.table({"audio": clips}), tmp_path / f"{table}.parquet")
+    (tmp_path / "c.wav").write_bytes(wav(0.3))
+    sources = [f"{tmp_path}/a.parquet", f"{tmp_path}/b.parquet", f"file://{tmp_path}/c.wav", f"file://{tmp_path}/d.wav"]
+    items, log = batch.find_items(sources[:3]), []
+    items.append({"id": "d", "audio": sources[3]})
+    real_open, real_row = fsspec.open, batch.ItemReader._row
+    files = []
+
+    def note_open(source, *arguments):
+        log.append(f"fetch {source[-9:]}")
+        return real_open(source, *arguments)
+
+    def note_row(reader, source, number):
+        log.append(f"fetch {source[-9:]} {number}")
+        value = real_row(reader, source, number)
+        files.append(reader.file)
+        return value
+
+    monkeypatch.setattr(batch.ItemReader, "_row", note_row)
+    monkeypatch.setattr(batch.fsspec, "open", note_open)
+    read = batch.ItemReader()
+    recordings = [read(item) for item in items]
+    assert not log and is_batch(recordings)
+    model = tiny.model()
+    results = model.transcribe(recordings)
+    assert [result.error is None for result in results] == [True] * 5 + [False] and "d.wav" in results[5].error
+    assert [line for line in log if line[-1] in "01"] == [
+        f"fetch {name}.parquet {row}" for name in "ab" for row in "01"
+    ]
+    assert len(log) == 4 + 2 + 2 and files[0].closed
+
+
+class Failing:
+    """Stands for a model that fails at all recordings that come with one whose name begins with "bad"."""
+
+    def __init__(self, error: Exception):
+        self.error = error
+
+    def transcribe(self, audio, **options):
+        if any(Path(item).name.startswith("bad") for item in audio):
+            raise self.error
+        return Counting("", 0).transcribe(audio)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a\nb"), torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_a_recording_at_which_the_model_fails_is_a_row_with_an_error(tmp_path, error):
+    worker = batch.Worker(functools.partial(Failing, error), 1, str(tmp_path), {})
+    for shard, audio in (("part-1.jsonl", ["x", "bad", "y"]), ("part-2.jsonl", ["z"])):
+        work = {"shard": shard, "items": [{"id": name, "audio": name} for name in audio], "retry": False}
+        assert worker({"work": [json.dumps(work)]})["stopped"] == [""]
+    reason = " ".join(str(error).split()) or "MemoryError"
+    found = [(item["id"], item["text"], item["error"]) for item in results(tmp_path)]
+    assert found == [("x", "x", None), ("bad", "", reason), ("y", "y", None), ("z", "z", None)]
+
+
+def test_options_that_no_recording_can_be_transcribed_with_stop_the_run(tmp_path):
+    worker = batch.Worker(functools.partial(Failing, ValueError("bad prompt")), 1, str(tmp_path), {})
+    work = {"shard": "part-1.jsonl", "items": [{"id": "bad", "audio": "bad"}], "retry": False}
+    assert worker({"work": [json.dumps(work)]})["stopped"] == ["ValueError: bad prompt"]
+    assert not results(tmp_path)
 
 
 def test_names_and_lines_that_are_no_text(tmp_path):
@@ -148,6 +218,13 @@ def test_names_and_lines_that_are_no_text(tmp_path):
     for suffix in ("jsonl", "parquet"):
         batch.write_shard(f"{tmp_path}/part-{suffix}.{suffix}", [row(items[0]["id"])])
         assert batch.read_shard(f"{tmp_path}/part-{suffix}.{suffix}")[0]["id"] == items[0]["id"]
+
+
+def wav(seconds: float) -> bytes:
+    """The bytes of a recording."""
+    buffer = io.BytesIO()
+    soundfile.write(buffer, tiny.noise(seconds), tiny.RATE, format="WAV")
+    return buffer.getvalue()
 
 
 def row(name: str, error: str | None = None) -> dict:
@@ -161,6 +238,17 @@ def row(name: str, error: str | None = None) -> dict:
         "truncated": False,
         "error": error,
     }
+
+
+@pytest.mark.parametrize("folder", ["out[1]", "out*", "out?", "[ab]{c}"])
+def test_a_restart_finds_its_shards_in_a_folder_of_any_name(tmp_path, folder):
+    batch.write_shard(f"{tmp_path}/part-1.jsonl", [row("elsewhere")])
+    output = str(tmp_path / folder)
+    assert batch.finished(output) == {}
+    for name in ("part-1.jsonl", "part-2.parquet", "part-2.parquet.damaged", ".part-3.jsonl.7.unfinished", "a.jsonl"):
+        batch.write_shard(f"{output}/{name}", [row(name)])
+    assert set(batch.finished(output)) == {"part-1.jsonl", "part-2.parquet"}
+    assert set(batch.finished(f"file://{output}")) == {"part-1.jsonl", "part-2.parquet"}
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
@@ -203,8 +291,33 @@ def test_a_worker_that_cannot_load_says_why_in_one_line(tmp_path):
     work = {"shard": "part-1.jsonl", "items": [{"id": "a", "audio": "a"}], "retry": False}
     counts = batch.Worker(load, 1, str(tmp_path), {})({"work": [json.dumps(work)]})
     totals = {"skipped": 0, "files": 0, "failed": 0, "seconds": 0.0}
-    with pytest.raises(RuntimeError, match="a worker cannot work: OSError: no such model"):
-        batch.add_counts(totals, [{key: value[0] for key, value in counts.items()}], 1)
+    rows = [{key: value[0] for key, value in counts.items()}]
+    with pytest.raises(RuntimeError, match="a worker cannot work: OSError: no such model") as raised:
+        batch.add_counts(totals, [dict(row) for row in rows], 1)
+    assert not isinstance(raised.value, batch.Stopped)
+    done = {"files": 1, "failed": 0, "seconds": 1.0, "stopped": ""}
+    with pytest.raises(batch.Stopped, match="no such model"):
+        batch.add_counts(totals, [done, *rows], 2)
+
+
+@pytest.mark.parametrize(
+    "error, code, begin",
+    [
+        (batch.Stopped("a worker\ndied"), 1, "stopped: a worker died; run "),
+        (RuntimeError("no Ray"), 2, "cannot start: no"),
+    ],
+)
+def test_a_run_that_stops_is_not_one_that_cannot_start(tmp_path, monkeypatch, capsys, error, code, begin):
+    def run(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(batch, "run", run)
+    tiny.model().save_pretrained(tmp_path)
+    capsys.readouterr()
+    assert main(["batch", "a.wav", "--output", "out", "--model", str(tmp_path)]) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"voxlm: {begin}")
+    assert code == 2 or line.endswith("run the same command again to resume; finished files in out are skipped")
 
 
 def test_files_are_transcribed_once(tmp_path, capsys):

@@ -290,6 +290,20 @@ def test_a_damaged_recording_is_one_line(folder, tmp_path, capsys):
     assert line.startswith(f"voxlm: {path}: only ") and "of the 4.00 s" in line and said.out
 
 
+def test_the_command_names_files_and_the_library_numbers(folder, capsys, caplog):
+    model = tiny.model()
+    capsys.readouterr()
+    for _ in range(2):  # the second time, the command must have left the logging as it was
+        caplog.clear()
+        assert model.transcribe(["gone.wav"])[0].error and model.align(["gone.wav"], ["a"])[0].error
+        assert [record.getMessage() for record in caplog.records] == [
+            "Recording 0 could not be transcribed: No such audio file: gone.wav",
+            "Recording 0 could not be aligned: No such audio file: gone.wav",
+        ]
+        assert main(["transcribe", "gone.wav", "--model", folder]) == 1
+        assert capsys.readouterr().err.splitlines() == ["voxlm: gone.wav: No such audio file: gone.wav"]
+
+
 # What needs a process of its own
 
 

@@ -21,6 +21,7 @@ from datasets import Audio, load_dataset
 from datasets.distributed import split_dataset_by_node
 
 from voxlm_hf.decoding_voxlm import padded_batches
+from voxlm_hf.transcription_voxlm import error_line
 
 from .augment import Augmentation, misheard, non_speech
 from .text import NORMALISERS
@@ -84,11 +85,6 @@ class Report:
         for reason, count in self.left_out.most_common():
             lines.append(f"  {count} x {reason}: {'; '.join(self.examples[reason])}")
         return "\n".join(lines)
-
-
-def error_line(error: Exception) -> str:
-    """An error in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def manifest_rows(path: Path, report: Report) -> Iterator[dict]:

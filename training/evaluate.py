@@ -26,11 +26,12 @@ from transformers import pipeline
 
 from voxlm_hf import VoxLMForSpeechSeq2Seq
 from voxlm_hf.audio_voxlm import read_audio, to_waveform
+from voxlm_hf.transcription_voxlm import error_line
 
 from . import hard_cases, timing
 from .aligners import original_words, sphinx_words
 from .confidence import all_right_words, plot_reliability, raw_confidences, score_confidences
-from .data import Row, error_line, read_rows
+from .data import Row, read_rows
 from .text import normalise, whisper_normaliser
 
 

@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from voxlm_hf.audio_voxlm import read_audio
+from voxlm_hf.transcription_voxlm import error_line
 
 from .augment import Augmentation
-from .data import READ_ERRORS, Report, Row, error_line, length_batches, load_augmented
+from .data import READ_ERRORS, Report, Row, length_batches, load_augmented
 
 
 # What an interrupted run loses at most; more recordings a shard make fewer files. Chosen by hand, not tuned.

@@ -30,11 +30,12 @@ from transformers import TrainingArguments, set_seed
 from yaml import YAMLError
 
 from voxlm_hf import VoxLMConfig, VoxLMForSpeechSeq2Seq
+from voxlm_hf.transcription_voxlm import error_line
 
 from . import reader, warm_start
 from .augment import Augmentation
 from .checkpoints import written_whole
-from .data import Limits, SpeechDataset, error_line, kind_of, read_rows
+from .data import Limits, SpeechDataset, kind_of, read_rows
 from .features import FeatureCache, encode_missing
 from .streaming import BUFFER, SpeechStream
 from .trainer import StageTrainer, VoxLMTrainer, trained_share

@@ -21,10 +21,11 @@ from .pipeline_voxlm import VoxLMASRPipeline, check_timestamps
 from .placeholders_voxlm import audio_by_prompt, cache_of, gated_mask, hidden_in_cache, past_length
 from .processing_voxlm import VoxLMProcessor, one_for_each
 from .segmentation_voxlm import DETECTORS, AudioSegment, segment_audio
-from .transcription_voxlm import Segment, VoxLMTranscription, join_segments, trim_overlap
+from .transcription_voxlm import Segment, VoxLMTranscription, error_line, join_segments, trim_overlap
 
 
-logger = logging.get_logger(__name__)
+# Of recordings that fail alone; a caller who reports them anyway can disable it.
+recording_logger = logging.get_logger(f"{__name__}.recordings")
 
 # Segments are sorted by length within this many batches, so that little is padding and little is in memory. Chosen by hand.
 BATCHES_AHEAD = 4
@@ -347,7 +348,7 @@ class VoxLMGenerationMixin(GenerationMixin):
             except (OSError, ValueError) as error:
                 if not many:
                     raise
-                results.append(join_segments([], 0.0, error_line(number, error, "aligned")))
+                results.append(join_segments([], 0.0, log_failure(number, error, "aligned")))
         return results if many else results[0]
 
     def _align_one(self, processor, item, text, prompt, options) -> VoxLMTranscription:
@@ -546,15 +547,15 @@ def join_recordings(tasks: Iterable[SegmentTask]) -> Iterator[VoxLMTranscription
             continue
         error = None
         if task.error is not None:
-            error, segments = error_line(task.recording, task.error, "transcribed"), []
+            error, segments = log_failure(task.recording, task.error, "transcribed"), []
         yield join_segments(segments, task.duration_s, error)
         segments = []
 
 
-def error_line(recording: int, error: Exception, done: str) -> str:
-    """The message of what went wrong with a recording, on one line; also logged."""
-    line = " ".join(str(error).split())
-    logger.warning(f"Recording {recording} could not be {done}: {line}")
+def log_failure(recording: int, error: Exception, done: str) -> str:
+    """Log that a recording could not be `done` ("transcribed", ...); returns the error in one line."""
+    line = error_line(error)
+    recording_logger.warning(f"Recording {recording} could not be {done}: {line}")
     return line
 
 

@@ -93,6 +93,11 @@ class VoxLMTranscription(ModelOutput):
         self["error"] = self.error  # the library leaves out what is `None`
 
 
+def error_line(error: BaseException) -> str:
+    """An error in one line, as results and messages have it."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def join_segments(segments: list[Segment], duration_s: float, error: str | None = None) -> VoxLMTranscription:
     """The transcription that consists of consecutive segments."""
     return VoxLMTranscription(

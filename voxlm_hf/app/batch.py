@@ -7,11 +7,12 @@ import json
 import logging
 import os
 import posixpath
+import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 from tqdm import tqdm
 
+from ..transcription_voxlm import error_line
 from .files import write_atomically
 from .formats import encode
 
@@ -30,6 +32,8 @@ logger = logging.getLogger(__name__)
 AUDIO_SUFFIXES = {".aif", ".aiff", ".au", ".caf", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".w64", ".wav"}
 # The columns of a result; words and segments are JSON in Parquet, so that every shard has the same schema.
 TEXT_COLUMNS = ("id", "text", "words", "segments", "error")
+# How the files are called that `shard_name` names.
+SHARD_NAME = re.compile(r"part-.*\.(jsonl|parquet)")
 # Rows of a Parquet file that are in memory at once.
 ROWS_AT_ONCE = 4
 
@@ -197,7 +201,8 @@ def shards(output: str) -> list[str]:
     files, path = fsspec.core.url_to_fs(output)
     if not files.isdir(path):
         return []
-    names = [name for kind in ("jsonl", "parquet") for name in files.glob(f"{path}/part-*.{kind}")]
+    # Not by a glob: the folder's own name may hold the characters of one.
+    names = [name for name in files.ls(path, detail=False) if SHARD_NAME.fullmatch(posixpath.basename(name))]
     return sorted(name if "://" not in output else files.unstrip_protocol(name) for name in names)
 
 
@@ -228,8 +233,7 @@ class Worker:
         rows = {row["id"]: row for row in read_shard(path)} if files.exists(target) else {}
         todo = [item for item in items if item["id"] not in rows or retry and rows[item["id"]]["error"] is not None]
         if todo:
-            results = self.model.transcribe([self.read(item) for item in todo], **self.options)
-            for item, result in zip(todo, results):
+            for item, result in zip(todo, self._results(todo)):
                 rows[item["id"]] = {
                     "id": item["id"],
                     "text": result["text"],
@@ -244,37 +248,70 @@ class Worker:
         failed = sum(row["error"] is not None for row in done)
         return {"files": len(done), "failed": failed, "seconds": float(sum(row["duration"] for row in done))}
 
+    def _results(self, items: list[dict]) -> list[dict]:
+        """
+        The results of recordings in the same order. Where the model fails at all of them, each is tried by itself; the error of
+        one at which it fails is its result.
+
+        Raises:
+            ValueError, ImportError: when the model cannot be used with these options.
+        """
+        try:
+            return self.model.transcribe([self.read(item) for item in items], **self.options)
+        except (RuntimeError, MemoryError) as error:
+            reason = error_line(error)
+        # Only here, where the error no longer keeps the memory that ran out.
+        if len(items) > 1:
+            return [result for item in items for result in self._results([item])]
+        logger.warning(f"{items[0]['id']} could not be transcribed: {reason}")
+        return [{"text": "", "words": [], "segments": [], "duration": 0.0, "truncated": False, "error": reason}]
+
 
 class ItemReader:
     """
-    Recordings as `transcribe` accepts them: a local path as it is, anything else as its bytes.
+    Recordings as `transcribe` accepts them: a local path as it is, anything else fetched when it is needed.
 
     Asked for in order, the rows of a Parquet file are read once and a few at a time.
     """
 
     def __init__(self):
-        self.source, self.starts, self.group, self.position = None, [], None, 0
+        self.source, self.file, self.starts, self.group, self.position = None, None, [], None, 0
+        self.fetched, self.content = None, {}
 
-    def __call__(self, item: dict):
-        """The recording of an item of `find_items`, or an [`Unreadable`]."""
-        try:
-            if "table" in item:
-                return self._row(item["table"], item["row"])
-            if "://" not in item["audio"]:
-                return item["audio"]
-            with fsspec.open(item["audio"], "rb") as file:
-                return file.read()
-        except (OSError, ValueError, StopIteration) as error:
-            self.source = None
-            return Unreadable(f"{item.get('audio') or item['id']}: {error}")
+    def __call__(self, item: dict) -> "str | FetchedAudio":
+        """The recording of an item of `find_items`."""
+        return item["audio"] if "table" not in item and "://" not in item["audio"] else FetchedAudio(self, item)
+
+    def fetch(self, item: dict) -> Mapping:
+        """
+        An item's audio dict, as long as no other item is fetched.
+
+        Raises:
+            OSError: when it cannot be fetched.
+        """
+        if item != self.fetched:
+            self.fetched, self.content = None, {}
+            try:
+                if "table" in item:
+                    content = self._row(item["table"], item["row"])
+                else:
+                    with fsspec.open(item["audio"], "rb") as file:
+                        content = file.read()
+            except (OSError, ValueError, StopIteration) as error:
+                self.source = None
+                raise OSError(f"{item.get('audio') or item['id']}: {error}") from None
+            self.fetched, self.content = item, content if isinstance(content, Mapping) else {"bytes": content}
+        return self.content
 
     def _row(self, source: str, row: int):
         import pyarrow.parquet
 
         if source != self.source:
-            file = fsspec.open(source, "rb").open()
+            if self.file is not None:
+                self.file.close()
+            self.file = fsspec.open(source, "rb").open()
             # Pages are decoded as they are needed.
-            self.table = pyarrow.parquet.ParquetFile(file, buffer_size=2**20, pre_buffer=False)
+            self.table = pyarrow.parquet.ParquetFile(self.file, buffer_size=2**20, pre_buffer=False)
             sizes = [self.table.metadata.row_group(group).num_rows for group in range(self.table.num_row_groups)]
             self.source, self.starts, self.group = source, list(accumulate(sizes, initial=0)), None
         group = bisect.bisect_right(self.starts, row) - 1
@@ -290,14 +327,24 @@ class ItemReader:
             yield from batch.column("audio")
 
 
-class Unreadable:
-    """Stands for a recording that could not be fetched; reading it raises the reason."""
+class FetchedAudio(Mapping):
+    """The audio dict of an item that an [`ItemReader`] fetches when it is read, so that few are in memory at once."""
 
-    def __init__(self, reason: str):
-        self.reason = reason
+    def __init__(self, reader: ItemReader, item: dict):
+        self.reader, self.item = reader, item
 
-    def get_all_samples(self):
-        raise OSError(self.reason)
+    def __getitem__(self, key: str):
+        return self.reader.fetch(self.item)[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.reader.fetch(self.item))
+
+    def __len__(self) -> int:
+        return len(self.reader.fetch(self.item))
+
+
+class Stopped(RuntimeError):
+    """What ends a run that has begun; what is finished by then is written."""
 
 
 def run(
@@ -335,7 +382,9 @@ def run(
         "wall" seconds.
 
     Raises:
-        ImportError: without Ray. ValueError: see `find_items`. RuntimeError: when the workers cannot work.
+        ImportError: without Ray.
+        ValueError: see `find_items`.
+        RuntimeError: when the workers cannot work; [`Stopped`] when one dies, or after recordings have been transcribed.
     """
     try:
         import ray
@@ -357,7 +406,7 @@ def run(
         try:
             add_counts(totals, dataset.iter_rows(), len(items))
         except ray.exceptions.RayError as error:
-            raise RuntimeError(f"a worker died: {str(error).strip().splitlines()[-1]}") from error
+            raise Stopped(f"a worker died: {str(error).strip().splitlines()[-1]}") from error
     totals["wall"] = time.perf_counter() - started
     return totals
 
@@ -367,13 +416,13 @@ def add_counts(totals: dict, rows: Iterable[dict], num_items: int):
     Add what [`Worker`]s return to the counts of `run`, under a progress bar of so many items.
 
     Raises:
-        RuntimeError: when a worker cannot work.
+        RuntimeError: when a worker cannot work; [`Stopped`] after recordings have been transcribed.
     """
     started, hidden = time.perf_counter(), not sys.stderr.isatty()
     with tqdm(total=num_items, initial=totals["skipped"], unit="file", desc="Transcribing", disable=hidden) as bar:
         for counts in rows:
             if stopped := counts.pop("stopped"):
-                raise RuntimeError(f"a worker cannot work: {stopped}")
+                raise (Stopped if totals["files"] else RuntimeError)(f"a worker cannot work: {stopped}")
             for key, value in counts.items():
                 totals[key] += value
             bar.update(counts["files"])

@@ -16,12 +16,13 @@ from .. import VoxLMConfig, VoxLMForSpeechSeq2Seq, VoxLMProcessor
 from ..audio_voxlm import file_duration_s
 from ..cpu_voxlm import can_be_packed
 from ..generation_voxlm import BATCHES_AHEAD, SHORTEST_CHUNK_S
+from ..transcription_voxlm import error_line
 from . import batch
 from .files import output_paths
 from .formats import WRITERS
 from .output import FolderOutput, StandardOutput, print_text
 from .plot import check_picture, plot_words, read_words
-from .process import messages_in_lines, one_line, own_process, say
+from .process import messages_in_lines, own_process, say
 
 
 # The checkpoint that ships with the source, beside the package in a checkout.
@@ -117,8 +118,8 @@ def main(argv: list[str] | None = None) -> int:
         argv (`list[str]`, *optional*): by default those of the process, whose standard streams and signals are then set up.
 
     Returns:
-        exit code 0 when every file was transcribed or aligned, 1 when some could not be, 2 when nothing could start (bad
-        arguments, no model), 130 or 143 after Ctrl-C or SIGTERM, 141 when nobody reads the output any more.
+        exit code 0 when every file was transcribed or aligned, 1 when some could not be or the command had to stop, 2 when
+        nothing could start (bad arguments, no model), 130 or 143 after Ctrl-C or SIGTERM, 141 when nobody reads the output any more.
     """
     with own_process() if argv is None else contextlib.nullcontext(), messages_in_lines():
         try:
@@ -146,13 +147,13 @@ def run(arguments: argparse.Namespace) -> int:
     except BrokenPipeError:
         raise
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        say(f"cannot start: {one_line(error)}")
+        say(f"cannot start: {error_line(error)}")
         return 2
     command = {"transcribe": transcribe_files, "align": align_file, "plot": plot_file}[arguments.command]
     try:
         return command(model, arguments)
     except (MemoryError, torch.OutOfMemoryError) as error:
-        say(f"stopped: out of memory, try a smaller --batch-size or --chunk-length ({one_line(error)})")
+        say(f"stopped: out of memory, try a smaller --batch-size or --chunk-length ({error_line(error)})")
         return 1
 
 
@@ -213,7 +214,7 @@ def pick_device(name: str | None, dtype: str) -> torch.device:
     try:
         made = torch.empty(1, device=device)
     except (RuntimeError, AssertionError, AttributeError, ImportError) as error:
-        reason = one_line(error).partition(". ")[0]
+        reason = error_line(error).partition(". ")[0]
         raise ValueError(f"--device {name} cannot be used ({reason}); there is {', '.join(there)}") from None
     if made.is_meta:
         raise ValueError(f"--device {name} computes nothing; there is {', '.join(there)}")
@@ -254,15 +255,15 @@ def transcribe_files(model, arguments) -> int:
     try:
         results = model.transcribe([audio_of(files[number]) for number in order], stream=True, **options)
     except (OSError, ValueError, ImportError) as error:
-        say(f"cannot start: {one_line(error)}")
+        say(f"cannot start: {error_line(error)}")
         return 2
     if arguments.output_dir:
-        output = FolderOutput(files, arguments.format, arguments.output_dir)
+        opened = contextlib.nullcontext(FolderOutput(files, arguments.format, arguments.output_dir))
     else:
-        output = StandardOutput(files, arguments.format)
+        opened = StandardOutput(files, arguments.format)
     done, failed, seconds = 0, 0, 0.0
     try:
-        with output:
+        with opened as output:
             for number, result in zip(order, results):
                 error = output.add(number, dict(result))
                 if error:
@@ -274,7 +275,7 @@ def transcribe_files(model, arguments) -> int:
     except BrokenPipeError:
         raise
     except (OSError, ValueError) as error:
-        say(f"stopped: {one_line(error)}")
+        say(f"stopped: {error_line(error)}")
         return 1
     if seconds > 60 or len(files) > 1:
         wall = time.perf_counter() - started
@@ -309,6 +310,7 @@ def transcribe_sources(source: str, arguments) -> int:
     if arguments.address is None:  # else the model is on the cluster's nodes
         VoxLMConfig.from_pretrained(source)
         pick_device(arguments.device, arguments.dtype)
+    resume = f"run the same command again to resume; finished files in {arguments.output} are skipped"
     try:
         totals = batch.run(
             functools.partial(load_model, source, arguments.dtype, arguments.device),
@@ -323,8 +325,11 @@ def transcribe_sources(source: str, arguments) -> int:
             **transcribe_options(arguments),
         )
     except KeyboardInterrupt as interrupt:
-        interrupt.args = (f"the same command goes on with what is finished in {arguments.output}",)
+        interrupt.args = (resume,)
         raise
+    except batch.Stopped as error:
+        say(f"stopped: {error_line(error)}; {resume}")
+        return 1
     speed = totals["seconds"] / max(totals["wall"], 1e-9)
     say(
         f"{totals['files']} files ({totals['failed']} failed, {totals['skipped']} finished before), "
@@ -343,7 +348,7 @@ def align_file(model, arguments) -> int:
     except BrokenPipeError:
         raise
     except (OSError, ValueError) as error:
-        say(f"{arguments.file}: {one_line(error)}")
+        say(f"{arguments.file}: {error_line(error)}")
         return 1
     unsaid = [f"{word['word']!r} at {word['start']:.2f} s" for word in result.words if not word["spoken"]]
     if unsaid:
@@ -377,7 +382,7 @@ def plot_file(model, arguments) -> int:
             result = model.align(waveform, text_of(arguments.text), prompt=arguments.prompt)
         plot_words(waveform, model.processor.sampling_rate, result.words, arguments.picture, reference)
     except (OSError, ValueError) as error:
-        say(f"{arguments.file}: {one_line(error)}")
+        say(f"{arguments.file}: {error_line(error)}")
         return 1
     return 0
 

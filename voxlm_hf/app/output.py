@@ -37,12 +37,6 @@ class FolderOutput:
     def __init__(self, files: list[str], suffix: str, folder: Path):
         self.files, self.write, self.paths = files, WRITERS[suffix], output_paths(files, folder, suffix)
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
-
     def add(self, number: int, result: dict) -> str | None:
         """Write the result of a recording; returns why there is none. An older output is then as it was."""
         path = self.paths[number]

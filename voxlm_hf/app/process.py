@@ -12,18 +12,13 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from ..generation_voxlm import error_line
+from ..generation_voxlm import recording_logger
 
 
 class Interrupted(KeyboardInterrupt):
     """SIGTERM, to be treated like Ctrl-C."""
 
     signal = signal.SIGTERM
-
-
-def one_line(error: BaseException) -> str:
-    """An error's message without line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def say(message: str):
@@ -81,9 +76,7 @@ class _OneLine(logging.Handler):
     """Warnings of the package, one line each."""
 
     def emit(self, record: logging.LogRecord):
-        # The command line names the files that fail, `transcribe` only their numbers.
-        if record.funcName != error_line.__name__:
-            say(" ".join(record.getMessage().split()))
+        say(" ".join(record.getMessage().split()))
 
 
 @contextlib.contextmanager
@@ -93,6 +86,8 @@ def messages_in_lines() -> Iterator[None]:
     bars, propagate = transformers_logging.is_progress_bar_enabled(), logger.propagate
     logger.addHandler(handler)
     logger.propagate = False
+    # The command line names the files that fail, `transcribe` only their numbers.
+    recording_logger.disabled = True
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
         disable_progress_bars()
@@ -101,6 +96,7 @@ def messages_in_lines() -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.propagate = propagate
+        recording_logger.disabled = False
         if bars:
             transformers_logging.enable_progress_bar()
         if hub_bars:
