@@ -91,7 +91,8 @@ def torch_saved() -> bytes:
 
 @pytest.mark.parametrize("name", ["README.md", "vocab.json", "deep/other.dat"])
 @pytest.mark.parametrize(
-    "content", [pickle.dumps([1]), torch_saved(), zipped("a.txt"), zipped("a.pkl"), gzip.compress(b"x", mtime=0), tarred()]
+    "content",
+    [pickle.dumps([1]), torch_saved(), zipped("a.txt"), zipped("a.pkl"), gzip.compress(b"x", mtime=0), tarred()],
 )
 def test_pickles_and_archives_stay_at_home_under_any_name(folder, name, content):
     (folder / name).parent.mkdir(exist_ok=True)

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from tests import tiny
 from voxlm_hf import VoxLMForSpeechSeq2Seq
+from voxlm_hf.app.files import written_whole
 from voxlm_training.checkpoints import last_whole_checkpoint
 from voxlm_training.data import Row, SpeechDataset
 from voxlm_training.features import TensorStore
@@ -144,6 +145,15 @@ def test_the_trained_model_is_never_half_a_model(tmp_path, monkeypatch):
     monkeypatch.undo()
     save_model(toy, tmp_path / "final")
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_result_that_is_not_finished_leaves_nothing(tmp_path, error):
+    (tmp_path / "result").write_text("before")
+    with pytest.raises(error), written_whole(tmp_path / "result") as unfinished:
+        unfinished.write_text("half")
+        raise error
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("result", "before")]
 
 
 def test_shards_are_never_overwritten_and_damaged_ones_are_made_again(tmp_path, capsys):

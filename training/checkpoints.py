@@ -5,7 +5,6 @@ import os
 import shutil
 import zipfile
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -24,17 +23,6 @@ def checkpoints_of(folder: Path) -> list[Path]:
     steps = {path: path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-") for path in folder.glob("*") if path.is_dir()}
     found = [path for path, step in steps.items() if step.isdecimal()]
     return sorted(found, key=lambda path: int(steps[path]))
-
-
-@contextmanager
-def written_whole(path: Path):
-    """
-    A path beside `path` to write to, moved to its place at the end of the block: `path` holds all of it or what was
-    there before.
-    """
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    yield unfinished
-    os.replace(unfinished, path)
 
 
 def last_whole_checkpoint(folder: Path, arguments: TrainingArguments) -> tuple[Path | None, list[str]]:

@@ -10,7 +10,6 @@ import argparse
 import difflib
 import inspect
 import json
-import shutil
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING as NO_DEFAULT
@@ -30,10 +29,10 @@ from transformers import TrainingArguments, set_seed
 from yaml import YAMLError
 
 from voxlm_hf import VoxLMConfig, VoxLMForSpeechSeq2Seq
+from voxlm_hf.app.files import move_into_place, tidy, unfinished_folder, write_atomically, written_whole
 
 from . import reader, warm_start
 from .augment import Augmentation
-from .checkpoints import written_whole
 from .data import Limits, SpeechDataset, error_line, kind_of, read_rows
 from .features import FeatureCache, encode_missing
 from .streaming import BUFFER, SpeechStream
@@ -361,15 +360,13 @@ def run(recipe: dict) -> Path:
 
 def save_model(model, folder: Path):
     """Save a model and its processor in a folder that is never half a model: the one before stays until it is whole."""
-    unfinished, before = (folder.with_name(f"{folder.name}.{state}") for state in ("unfinished", "before"))
-    for leftover in (unfinished, before):
-        shutil.rmtree(leftover, ignore_errors=True)
-    model.save_pretrained(unfinished)
-    model.processor.save_pretrained(unfinished)
-    if folder.exists():
-        folder.rename(before)
-    unfinished.rename(folder)
-    shutil.rmtree(before, ignore_errors=True)
+    folder = folder.resolve()  # what a link stands for is replaced, not the link
+    tidy(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with unfinished_folder(folder) as unfinished:
+        model.save_pretrained(unfinished)
+        model.processor.save_pretrained(unfinished)
+        move_into_place(unfinished, folder)
 
 
 def make_datasets(model, data: dict, seed: int) -> tuple[SpeechDataset | SpeechStream, SpeechDataset | None]:
@@ -437,7 +434,7 @@ def run_stage(model, train, dev, folder: Path, seed: int, kind: str, **options):
         print(trained_share(trainer.model), f"{state.num_processes} process(es), {state.distributed_type}", sep="\n")
     trainer.resume()
     if processes.is_main_process:
-        (folder / "log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
+        write_atomically(folder / "log.json", json.dumps(trainer.state.log_history, indent=1).encode())
         with written_whole(result) as unfinished:
             save_file(trained_state(model), unfinished)
     model.eval()
