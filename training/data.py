@@ -9,6 +9,7 @@ import json
 import math
 import os
 import sys
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -559,6 +560,8 @@ class LengthBatchSampler(torch.utils.data.Sampler):
     def __init__(self, lengths: list[int], limit: float, seed: int = 0, pool: int = 512, multiple: int = 1):
         self.lengths, self.limit, self.seed, self.pool = lengths, limit, seed, pool
         self.count = -(-len(self.one_pass(0)) // multiple) * multiple
+        # How many batches come before each pass, as far as it is known.
+        self.starts = [0]
         self.set_epoch(0)
 
     def one_pass(self, number: int) -> list[list[int]]:
@@ -574,11 +577,14 @@ class LengthBatchSampler(torch.utils.data.Sampler):
 
     def set_epoch(self, epoch: int):
         """Choose the batches of an epoch; the Trainer calls it."""
-        skipped, number, self.batches = epoch * self.count, 0, []
+        first, self.batches = epoch * self.count, []
+        number = bisect_right(self.starts, first) - 1
         while len(self.batches) < self.count:
             batches = self.one_pass(number)
-            self.batches += batches[skipped:]
-            skipped, number = max(0, skipped - len(batches)), number + 1
+            self.batches += batches[max(0, first - self.starts[number]) :]
+            number += 1
+            if number == len(self.starts):
+                self.starts.append(self.starts[-1] + len(batches))
         self.batches = self.batches[: self.count]
 
     def __iter__(self):
