@@ -16,7 +16,7 @@ from voxlm_hf.app.files import written_whole
 from voxlm_training.checkpoints import last_whole_checkpoint
 from voxlm_training.data import Row, SpeechDataset
 from voxlm_training.features import TensorStore
-from voxlm_training.train import run_stage, save_model
+from voxlm_training.train import RecipeError, run_stage, save_model
 
 
 FIELDS = {"projector_readout": "token_mixture", "frame_gate_threshold": 0.3, "lora_config": {"r": 2}}
@@ -36,10 +36,10 @@ def bases(tmp_path_factory):
     return folder
 
 
-def train(bases, folder, kind):
+def train(bases, folder, kind, **fields):
     """What a stage has trained, always from the same start."""
     torch.manual_seed(0)
-    model = VoxLMForSpeechSeq2Seq.from_base_models(str(bases / "audio"), str(bases / "text"), **FIELDS)
+    model = VoxLMForSpeechSeq2Seq.from_base_models(str(bases / "audio"), str(bases / "text"), **{**FIELDS, **fields})
     rows = [Row(str(n), tiny.noise(0.5 + n / 10, n), text, 0.5 + n / 10) for n, text in enumerate(("fox", "dog", "he"))]
     options = {**COMMON, **KINDS[kind]}
     if kind == "reader":
@@ -117,6 +117,25 @@ def test_without_a_whole_checkpoint_a_stage_begins_again(bases, whole, tmp_path,
     shown = capsys.readouterr().out
     assert "trained.safetensors is damaged, the stage runs again" in shown and "from the beginning" in shown
     assert (folder / "copy-of-checkpoint-6").is_dir()
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(
+    "fields, named",
+    [
+        ({"lora_config": {"r": 3}}, "the model of"),
+        ({"lora_config": {"r": 2, "target_modules": ["q_proj"]}}, "what the model does not train, such as .*lora_A"),
+        ({"projector_kind": "convnext"}, "lacks what the model trains, such as projector"),
+        ({"lora_config": None}, "what the model does not train, such as .*lora_A"),
+    ],
+)
+def test_what_another_recipe_has_trained_is_refused_in_a_sentence(bases, whole, tmp_path, fields, named, finished):
+    folder = tmp_path / "1-transcription"
+    shutil.copytree(whole["transcription"], folder)
+    if not finished:
+        (folder / "trained.safetensors").unlink()
+    with pytest.raises(RecipeError, match=f"^stage 1, transcription: {folder}/.*{named}.* was the recipe changed"):
+        train(bases, folder, "transcription", **fields)
 
 
 def test_random_states_of_another_number_of_processes_do_not_count_as_missing(whole, tmp_path):

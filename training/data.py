@@ -20,6 +20,7 @@ import soundfile
 import torch
 from datasets import Audio, load_dataset
 from datasets.distributed import split_dataset_by_node
+from torch.utils.data import get_worker_info
 
 from voxlm_hf.decoding_voxlm import padded_batches
 
@@ -89,7 +90,10 @@ class Report:
 
 def error_line(error: Exception) -> str:
     """An error in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+    message = str(error)
+    if "\nOriginal Traceback" in message:  # of a worker of a `DataLoader`
+        message = message.rstrip().splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
+    return " ".join(message.split()) or type(error).__name__
 
 
 def manifest_rows(path: Path, report: Report) -> Iterator[dict]:
@@ -461,7 +465,7 @@ class SpeechDataset(torch.utils.data.Dataset):
     def __init__(self, rows: list[Row], processor, augmentations=None, cache=None, keys=None, misheard: float = 0.0):
         self.rows, self.processor, self.cache, self.keys = rows, processor, cache, keys
         self.augmentations = augmentations or [Augmentation()] * len(rows)
-        self.misheard = misheard
+        self.misheard, self.skipped = misheard, SkippedRows()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -506,7 +510,7 @@ class SpeechDataset(torch.utils.data.Dataset):
             try:
                 return self._item(number)
             except READ_ERRORS as error:
-                print_skipped(self.rows[number], error)
+                self.skipped.add(self.rows[number], error)
         raise ValueError(f"None of the {len(self.rows)} recordings can be read")
 
     def _item(self, index: int) -> dict:
@@ -530,6 +534,25 @@ def described(row: Row, augmentation: Augmentation, vocabulary: list[str], share
 def print_skipped(row: Row, error: Exception):
     """Say in one line that a row is skipped and why."""
     print(f"skipped {row.where or row.id}: {error_line(error)}", file=sys.stderr)
+
+
+class SkippedRows:
+    """Names the rows that are skipped and counts them, also in the workers of a `DataLoader`."""
+
+    def __init__(self):
+        # A place for each worker (by its number, shared by a few where there are more), so that none waits for others.
+        self.counts = torch.zeros(64, dtype=torch.long, device="cpu").share_memory_()
+
+    def add(self, row: Row, error: Exception):
+        worker = get_worker_info()
+        self.counts[0 if worker is None else worker.id % len(self.counts)] += 1
+        print_skipped(row, error)
+
+    def take(self) -> int:
+        """How many there were since the last time."""
+        count = int(self.counts.sum())
+        self.counts.zero_()
+        return count
 
 
 def length_batches(lengths: dict[int, int], limit: float) -> list[list[int]]:

@@ -6,14 +6,16 @@ import jiwer
 import numpy as np
 import torch
 from accelerate.utils import DistributedType
+from safetensors import safe_open
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalPrediction
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from voxlm_hf.decoding_voxlm import pack_inputs
 from voxlm_hf.timing_voxlm import word_times
 
-from .checkpoints import last_whole_checkpoint, remove_checkpoints_after
+from .checkpoints import check_shapes, last_whole_checkpoint, remove_checkpoints_after, shapes_of
 from .data import LengthBatchSampler
 from .streaming import SpeechStream
 
@@ -139,6 +141,18 @@ class StageTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self.model._keys_to_ignore_on_save = None
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """As in [`Trainer`], but says what differs from what this stage trains; does not look at sharded weights."""
+        path = Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME
+        if path.is_file():
+            shapes = {
+                name: tuple(tensor.shape) for name, tensor in self.model.named_parameters() if tensor.requires_grad
+            }
+            buffers = [name for name, _ in self.model.named_buffers(remove_duplicate=False)]
+            with safe_open(path, "pt") as weights:
+                check_shapes(path.parent, shapes_of(weights), shapes, buffers)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _issue_warnings_after_load(self, load_result):
         """In place of the library's warning: frozen weights are missing on purpose, trained ones must not be."""
