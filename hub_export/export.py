@@ -12,14 +12,9 @@ only updates the code files in FOLDER.
 
 import argparse
 import copy
-import ctypes
 import json
-import os
 import shutil
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -32,13 +27,8 @@ from safetensors.torch import load_file, save_file
 
 import voxlm_hf
 from voxlm_hf import VoxLMForSpeechSeq2Seq
+from voxlm_hf.app.files import move_into_place, tidy, unfinished_folder
 from voxlm_hf.loading_voxlm import AUTO_MAP, CUSTOM_PIPELINES, base_reference, base_state
-
-
-try:
-    import fcntl
-except ImportError:  # on Windows
-    fcntl = None
 
 
 PACKAGE = Path(voxlm_hf.__file__).parent
@@ -50,8 +40,6 @@ SHARD_BYTES = 90_000_000
 # Chosen by hand, not tuned.
 FROZEN_TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}
 TRAINED_FILE = "trained.safetensors"
-# Endings of folders beside the one that is written: the new content, and the old one where it has to be moved away first.
-UNFINISHED, MOVED_AWAY = ".unfinished", ".old"
 INT8_WEIGHTS = {
     "quant_method": "compressed-tensors",
     "format": "naive-quantized",
@@ -340,72 +328,6 @@ def loading_dtype(state: dict[str, torch.Tensor], storage: str) -> str:
         return storage
     dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
     return str(dtypes.pop()).removeprefix("torch.") if storage == "as is" and len(dtypes) == 1 else "float32"
-
-
-@contextmanager
-def unfinished_folder(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder`, deleted afterwards, which is locked as long as this process lives."""
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", suffix=UNFINISHED, dir=folder.parent))
-    handle = None if fcntl is None else os.open(unfinished, os.O_RDONLY)
-    try:
-        if handle is not None:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield unfinished
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        if handle is not None:
-            os.close(handle)
-
-
-def tidy(folder: Path):
-    """Bring back what a killed export had moved away from `folder`, and delete what it left beside it."""
-    if not folder.parent.is_dir():
-        return
-    beside = [path for path in folder.parent.iterdir() if path.name.startswith(f".{folder.name}-") and path.is_dir()]
-    for path in (path for path in beside if path.name.endswith(MOVED_AWAY)):
-        if not folder.exists() and (path / "folder").is_dir():
-            os.rename(path / "folder", folder)
-        shutil.rmtree(path, ignore_errors=True)
-    for path in (path for path in beside if path.name.endswith(UNFINISHED) and fcntl is not None):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(path, ignore_errors=True)
-        except BlockingIOError:
-            continue  # of an export that is under way
-        finally:
-            os.close(handle)
-
-
-def move_into_place(new: Path, folder: Path):
-    """
-    Move the finished folder `new` to `folder`. The old content is then where `new` was, or deleted.
-
-    At every moment a whole checkpoint is at `folder`. Only where the system cannot exchange two folders, there is none between
-    two renames; `tidy` brings the old one back after a kill just then.
-    """
-    new.chmod(0o755)  # mkdtemp made it private
-    if not folder.exists():
-        os.rename(new, folder)
-        return
-    if exchange(new, folder):
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", suffix=MOVED_AWAY, dir=folder.parent))
-    os.rename(folder, old / "folder")
-    try:
-        os.rename(new, folder)
-    except OSError:
-        os.rename(old / "folder", folder)
-        raise
-    finally:
-        shutil.rmtree(old)
-
-
-def exchange(one: Path, other: Path) -> bool:
-    """Let two folders change places in one step, by Linux' renameat2; whether that was possible here."""
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
-    here, exchange_flag = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of <fcntl.h>
-    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange_flag) == 0
 
 
 def main(argv: list[str] | None = None) -> int:

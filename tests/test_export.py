@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from tests import HANGS_AFTER_S, tiny
 from voxlm_hf import VoxLMForSpeechSeq2Seq
-from voxlm_hub_export.export import CODE_FILES, PACKAGE, export, main, merged_state, unfinished_folder
+from voxlm_hf.app.files import unfinished_folder
+from voxlm_hub_export.export import CODE_FILES, PACKAGE, export, main, merged_state
 
 
 DRAFTING = {"projector_readout": "token_mixture", "frame_gate_threshold": 0.5, "projector_vocab_size": 40}
@@ -221,8 +222,11 @@ def test_a_killed_export_leaves_the_old_one_whole(tmp_path):
 
 KILLED_AT_CALL = """
 import os, signal, sys
-import voxlm_hub_export.export as e
+from pathlib import Path
+import voxlm_hf.app.files as e
 from tests import tiny
+from voxlm_hub_export.export import export
+from voxlm_training.train import save_model
 folder, where, count, can_exchange = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 if not can_exchange:
     e.exchange = lambda new, folder: False
@@ -240,19 +244,24 @@ setattr(owner, name, killing)
 if where == "exchange":
     swap = e.exchange
     e.exchange = lambda *paths: (swap(*paths), os.kill(os.getpid(), signal.SIGKILL))
-e.export(model, folder, force=True)
+export(model, folder, force=True) if sys.argv[5] == "export" else save_model(model, Path(folder))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot exchange folders")
 @pytest.mark.parametrize(
-    "where, count, can_exchange",
-    [("exchange", 99, 1), ("os.rename", 2, 0), ("shutil.rmtree", 1, 0)],
+    "by, where, count, can_exchange",
+    [
+        ("export", "exchange", 99, 1),
+        ("export", "os.rename", 2, 0),
+        ("export", "shutil.rmtree", 1, 0),
+        ("training", "os.rename", 2, 0),
+    ],
 )
-def test_after_a_kill_at_any_step_of_moving_the_next_export_is_whole_and_alone(tmp_path, where, count, can_exchange):
+def test_after_a_kill_at_any_step_of_moving_the_next_is_whole_and_alone(tmp_path, by, where, count, can_exchange):
     folder = tmp_path / "model"
     export(tiny.model(), folder)
-    command = [sys.executable, "-c", KILLED_AT_CALL, str(folder), where, str(count), str(can_exchange)]
+    command = [sys.executable, "-c", KILLED_AT_CALL, str(folder), where, str(count), str(can_exchange), by]
     assert subprocess.run(command, timeout=HANGS_AFTER_S).returncode == -signal.SIGKILL
     if can_exchange:
         VoxLMForSpeechSeq2Seq.from_pretrained(folder)  # at every moment a whole checkpoint is there

@@ -9,7 +9,7 @@ import torch
 from tests import tiny
 from voxlm_training.augment import Augmentation
 from voxlm_training.data import read_rows
-from voxlm_training.features import FeatureCache, encode_missing
+from voxlm_training.features import FeatureCache, audio_key, encode_missing
 from voxlm_training.train import make_dataset
 
 
@@ -82,3 +82,11 @@ def test_cached_and_fresh_features_give_the_same_loss(model, manifest, tmp_path)
     fresh = make_dataset(model, sources, normaliser="lower")
     losses = [float(model(**model.processor.collate(list(data))).loss.detach()) for data in (cached, fresh)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+
+
+def test_a_path_in_a_dict_is_named_without_decoding(tmp_path):
+    """As `datasets` gives it with `Audio(decode=False)`."""
+    (tmp_path / "a.wav").write_text("never decoded")
+    path = str(tmp_path / "a.wav")
+    assert audio_key({"bytes": None, "path": path}) == audio_key({"path": path}) == audio_key(path)
+    assert audio_key({"bytes": b"content", "path": path}) != audio_key(path)

@@ -12,6 +12,7 @@ from tests import tiny
 from voxlm_hf import VoxLMForSpeechSeq2Seq
 from voxlm_hub_export.export import export
 from voxlm_training.data import Row, SpeechDataset
+from voxlm_training.reader import make_examples
 from voxlm_training.train import reader_trainer, run
 
 
@@ -40,6 +41,28 @@ def test_training_teaches_the_end_and_nothing_else(model, tmp_path):
     assert len(losses) == 30 and np.mean(losses[-5:]) < np.mean(losses[:5])
     after = model.state_dict()
     assert [name for name in before if not torch.equal(before[name], after[name])] == ["reader.end"]
+
+
+def test_examples_are_those_of_the_recordings_whatever_their_order(model, bases, tmp_path):
+    """The folder of an earlier run holds for the same recordings, the same audio model and as many end frames alone."""
+    rows = [Row(str(n), tiny.noise(seconds, n), "") for n, seconds in enumerate((0.5, 0.8, 1.0, 1.3))]
+    lengths = make_examples(model, rows[:3], tmp_path).lengths
+    assert len(set(lengths)) == 3
+    shards = set(tmp_path.iterdir())
+    assert make_examples(model, rows[2::-1], tmp_path).lengths == lengths[::-1]
+    assert set(tmp_path.iterdir()) == shards, "nothing is decoded again"
+    again = make_examples(model, rows[1:], tmp_path)
+    assert again.lengths[:2] == lengths[1:] and len(again) == 3
+    other = VoxLMForSpeechSeq2Seq.from_base_models(*bases).add_reader(bases[0], end_frames=6)
+    assert make_examples(other, rows[:3], tmp_path).mean_silence(6).shape[0] == 6
+
+
+def test_an_end_that_has_learned_goes_on_from_there(model, tmp_path):
+    data = SpeechDataset([Row("0", tiny.noise(0.5, 0), "")], model.processor)
+    with torch.no_grad():
+        model.reader.end.fill_(0.25)
+    made = reader_trainer(model, data, None, tmp_path, 0, max_steps=1, **QUIET)
+    assert torch.all(made.model.reader.end == 0.25)
 
 
 def test_a_recipe_adds_and_trains_a_reader_and_resumes_after_it(tmp_path, bases):

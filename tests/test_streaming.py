@@ -1,6 +1,7 @@
 """Rows that are read as training needs them."""
 
 import json
+import re
 from itertools import islice
 
 import numpy as np
@@ -12,7 +13,7 @@ from transformers import TrainingArguments
 from tests import tiny
 from voxlm_training import data
 from voxlm_training.streaming import SpeechStream
-from voxlm_training.train import run
+from voxlm_training.train import RecipeError, run
 from voxlm_training.trainer import VoxLMTrainer
 
 
@@ -99,6 +100,62 @@ def test_what_cannot_be_decoded_is_skipped_with_a_line(model, folder, tmp_path, 
     none = SpeechStream([{"manifest": str(tmp_path / "manifest.jsonl"), "count": 0}], model.processor)
     with pytest.raises(ValueError, match="no recording to use"):
         next(iter(none.batches(1, 0, (0, 1))))
+
+
+@pytest.fixture
+def damaged(folder, tmp_path):
+    """A manifest of the twelve recordings, in which those of some numbers cannot be decoded."""
+
+    def make(numbers):
+        (tmp_path / "broken.wav").write_text("no audio")
+        files = ["broken.wav" if n in numbers else str(folder / f"{n}.wav") for n in range(12)]
+        lines = [json.dumps({"audio": file, "text": word, "duration": 0.5}) for file, word in zip(files, WORDS)]
+        (tmp_path / "damaged.jsonl").write_text("\n".join(lines))
+        return [{"manifest": str(tmp_path / "damaged.jsonl"), "streaming": True}]
+
+    return make
+
+
+@pytest.mark.parametrize("numbers", [range(3, 5), range(2, 9), range(10), range(11, 12), range(8, 12), range(0, 12, 2)])
+@pytest.mark.parametrize("limit", [1, 100, 1000])
+@pytest.mark.parametrize("buffer", [512, 11])
+def test_rows_that_lie_together_and_cannot_be_read_are_left_out(model, damaged, numbers, limit, buffer):
+    stream = SpeechStream(damaged(numbers), model.processor, buffer=buffer)
+    readable, seen, skipped = {word for n, word in enumerate(WORDS) if n not in numbers}, set(), 0
+    for batch in stream.batches(limit, 0, (0, 1)):
+        found = [item["text"] for item in stream.__getitems__(batch)]
+        expected = [one.row.text for one in batch if one.row.text in readable]
+        assert found == expected if expected else len(found) == 1 and found[0] in readable
+        seen.update(one.row.text for one in batch)
+        skipped += len(batch) - len(expected)
+        if len(seen) == 12:
+            break
+    assert stream.skipped.take() >= skipped == len(numbers)
+
+
+def test_the_report_is_of_one_pass_and_of_one_share(model, folder, capsys):
+    stream = SpeechStream(sources(folder, "manifest"), model.processor)
+    assert len(stream.draw(100, 0, 30.0)) == 12
+    list(islice(stream.batches(1, 0, (0, 1)), 30))
+    assert capsys.readouterr().out == "12 recordings kept, 0 left out\n"
+    list(islice(stream.batches(1, 0, (1, 3)), 10))
+    assert capsys.readouterr().out == "share 2 of 3 of the data: 4 recordings kept, 0 left out\n"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stage_says_how_many_rows_it_left_out_or_that_none_is_left(model, damaged, tmp_path, capfd, workers):
+    data = {"train": damaged(range(2, 9)), "buffer": 64}
+    model.save_pretrained(tmp_path / "base")
+    model.processor.save_pretrained(tmp_path / "base")
+    stage = {"kind": "transcription", "parts": ["lora"], "seconds_per_batch": 0.5, "max_steps": 12, "report_to": []}
+    stage.update(save_strategy="no", dataloader_num_workers=workers)
+    recipe = {"model": str(tmp_path / "base"), "output": str(tmp_path / "out"), "data": data, "stages": [stage]}
+    run(recipe)
+    (count,) = re.findall(r"stage 1, transcription: left out (\d+) times a recording", capfd.readouterr().out)
+    assert int(count) >= 7
+    damaged(range(12))
+    with pytest.raises(RecipeError, match="^stage 1, transcription: None of 12 recordings can be read, such as /"):
+        run({**recipe, "output": str(tmp_path / "none")})
 
 
 def test_training_resumes_exactly_in_the_middle_of_a_pass(folder, tmp_path):

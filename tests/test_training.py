@@ -23,7 +23,7 @@ from voxlm_training.data import LengthBatchSampler, SpeechDataset, read_rows
 from voxlm_training.label_words import make_source, read_ctm, read_textgrid, teacher_words
 from voxlm_training.subwords import encode_subwords, subword_tokenizer, subword_vocabulary
 from voxlm_training.train import make_dataset, read_recipe, run, transcription_trainer, warm_start_trainer
-from voxlm_training.trainer import VoxLMTrainer, leave_out_hidden_frames, prompts_alone, word_time_errors
+from voxlm_training.trainer import VoxLMTrainer, leave_out_hidden_frames, word_time_errors
 from voxlm_training.warm_start import ctc_losses
 
 
@@ -219,6 +219,24 @@ def test_batches_are_capped_cover_everything_and_differ_by_epoch():
     assert len(LengthBatchSampler(lengths, 1000, multiple=7)) % 7 == 0
 
 
+def test_a_late_epoch_costs_no_more_than_the_first(monkeypatch):
+    lengths = np.random.default_rng(0).integers(10, 300, size=100).tolist()
+    sampler, passes = LengthBatchSampler(lengths, 1000), []
+    one_pass = sampler.one_pass
+    monkeypatch.setattr(sampler, "one_pass", lambda number: passes.append(number) or one_pass(number))
+    found = []
+    for epoch in range(20):
+        passes.clear()
+        sampler.set_epoch(epoch)
+        assert len(passes) <= 2
+        found.append(list(sampler))
+    fresh = LengthBatchSampler(lengths, 1000)
+    fresh.set_epoch(19)  # as a resumed run does
+    assert list(fresh) == found[19]
+    whole = [batch for number in range(25) for batch in one_pass(number)]
+    assert [batch for epoch in found for batch in epoch] == whole[: 20 * len(sampler)]
+
+
 def test_ctm(tmp_path):
     (tmp_path / "a.ctm").write_text(";; comment\nrec1 1 0.50 0.25 hello 0.99\nrec1 1 0.80 0.20 world\n")
     assert read_ctm(tmp_path / "a.ctm") == {
@@ -357,14 +375,15 @@ def test_leaving_out_hidden_frames_changes_no_loss(tmp_path, manifest):
     assert float(whole.alignment_loss) == pytest.approx(float(packed.alignment_loss), abs=1e-5)
 
 
-def test_prompts_alone_are_those_of_inference(manifest):
+def test_evaluation_generates_from_the_prompts_of_inference(tmp_path, manifest):
     toy = model()
     rows, _ = read_rows([{"manifest": manifest}], "lower")
     dataset = SpeechDataset(rows, toy.processor)
-    prompt = prompts_alone(toy.processor.collate([dataset[0], dataset[5]]), toy.config.pad_token_id)
+    made = trainer(toy, dataset, tmp_path)
+    _, (ids, _), _ = made.prediction_step(toy, toy.processor.collate([dataset[0], dataset[5]]), False)
     inputs = toy.processor.apply_transcription_request([rows[0].audio, rows[5].audio])
-    assert torch.equal(prompt["input_ids"], inputs["input_ids"])
-    assert torch.equal(prompt["attention_mask"], inputs["attention_mask"])
+    alone = toy.generate(**inputs, max_new_tokens=5, do_sample=False)
+    assert torch.equal(ids, alone[:, inputs["input_ids"].shape[1] :])
 
 
 def test_word_time_errors_of_a_head_that_knows(tmp_path, manifest, monkeypatch):
@@ -530,10 +549,14 @@ def test_gradient_accumulation_gives_the_same_loss_and_step(tmp_path, manifest):
             gradient_accumulation_steps=steps,
             max_steps=1,
             state_noise=0,
+            eval_on_start=True,  # what it finds is no part of the training's log
+            eval_strategy="steps",
         )
         made.train()
-        found.append((losses_of(made)[0], toy.alignment.state_proj.weight.detach().clone()))
+        (share,) = [log["alignment_loss"] for log in made.state.log_history if "loss" in log]
+        found.append((losses_of(made)[0], toy.alignment.state_proj.weight.detach().clone(), share))
     assert found[0][0] == pytest.approx(found[1][0], abs=1e-4)
+    assert found[0][2] == pytest.approx(found[1][2], abs=1e-4)
     torch.testing.assert_close(found[0][1], found[1][1], atol=1e-6, rtol=0)
     assert not torch.allclose(found[0][1], state["alignment.state_proj.weight"], atol=1e-3), "no step was taken"
 

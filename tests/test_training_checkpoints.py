@@ -12,10 +12,11 @@ from transformers import TrainingArguments
 
 from tests import tiny
 from voxlm_hf import VoxLMForSpeechSeq2Seq
+from voxlm_hf.app.files import written_whole
 from voxlm_training.checkpoints import last_whole_checkpoint
 from voxlm_training.data import Row, SpeechDataset
 from voxlm_training.features import TensorStore
-from voxlm_training.train import run_stage, save_model
+from voxlm_training.train import RecipeError, run_stage, save_model
 
 
 FIELDS = {"projector_readout": "token_mixture", "frame_gate_threshold": 0.3, "lora_config": {"r": 2}}
@@ -35,10 +36,10 @@ def bases(tmp_path_factory):
     return folder
 
 
-def train(bases, folder, kind):
+def train(bases, folder, kind, **fields):
     """What a stage has trained, always from the same start."""
     torch.manual_seed(0)
-    model = VoxLMForSpeechSeq2Seq.from_base_models(str(bases / "audio"), str(bases / "text"), **FIELDS)
+    model = VoxLMForSpeechSeq2Seq.from_base_models(str(bases / "audio"), str(bases / "text"), **{**FIELDS, **fields})
     rows = [Row(str(n), tiny.noise(0.5 + n / 10, n), text, 0.5 + n / 10) for n, text in enumerate(("fox", "dog", "he"))]
     options = {**COMMON, **KINDS[kind]}
     if kind == "reader":
@@ -118,6 +119,25 @@ def test_without_a_whole_checkpoint_a_stage_begins_again(bases, whole, tmp_path,
     assert (folder / "copy-of-checkpoint-6").is_dir()
 
 
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(
+    "fields, named",
+    [
+        ({"lora_config": {"r": 3}}, "the model of"),
+        ({"lora_config": {"r": 2, "target_modules": ["q_proj"]}}, "what the model does not train, such as .*lora_A"),
+        ({"projector_kind": "convnext"}, "lacks what the model trains, such as projector"),
+        ({"lora_config": None}, "what the model does not train, such as .*lora_A"),
+    ],
+)
+def test_what_another_recipe_has_trained_is_refused_in_a_sentence(bases, whole, tmp_path, fields, named, finished):
+    folder = tmp_path / "1-transcription"
+    shutil.copytree(whole["transcription"], folder)
+    if not finished:
+        (folder / "trained.safetensors").unlink()
+    with pytest.raises(RecipeError, match=f"^stage 1, transcription: {folder}/.*{named}.* was the recipe changed"):
+        train(bases, folder, "transcription", **fields)
+
+
 def test_random_states_of_another_number_of_processes_do_not_count_as_missing(whole, tmp_path):
     folder = tmp_path / "stage"
     shutil.copytree(whole["transcription"], folder)
@@ -144,6 +164,15 @@ def test_the_trained_model_is_never_half_a_model(tmp_path, monkeypatch):
     monkeypatch.undo()
     save_model(toy, tmp_path / "final")
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_result_that_is_not_finished_leaves_nothing(tmp_path, error):
+    (tmp_path / "result").write_text("before")
+    with pytest.raises(error), written_whole(tmp_path / "result") as unfinished:
+        unfinished.write_text("half")
+        raise error
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("result", "before")]
 
 
 def test_shards_are_never_overwritten_and_damaged_ones_are_made_again(tmp_path, capsys):

@@ -29,14 +29,15 @@ def recipe(tmp_path_factory):
     lines = []
     for number in range(8):
         soundfile.write(folder / f"{number}.wav", tiny.noise(1.0, number), 16000)
-        lines.append(json.dumps({"audio": f"{number}.wav", "text": "the quick brown fox"}))
+        words = [{"word": "fox", "start": 0.5, "end": 0.8}]
+        lines.append(json.dumps({"audio": f"{number}.wav", "text": "the quick brown fox", "words": words}))
     (folder / "manifest.jsonl").write_text("\n".join(lines))
     toy = tiny.model(lora_config={"r": 2})
     toy.save_pretrained(folder / "base")
     toy.processor.save_pretrained(folder / "base")
     stage = {
         "kind": "transcription",
-        "parts": ["lora", "projector"],
+        "parts": ["lora", "projector", "alignment"],
         "max_steps": 4,
         "logging_steps": 1,
         "learning_rate": 1e-2,
@@ -61,9 +62,10 @@ def launched(folder: Path, launcher: list[str], *overrides: str) -> str:
 
 
 def losses(recipe: Path, name: str, launcher: list[str], kind: str, *overrides: str) -> list[float]:
+    """Of each step, and after them what the alignment head has of each."""
     assert kind in launched(recipe, launcher, f"output={recipe / name}", *overrides)
     log = json.loads((recipe / name / "1-transcription" / "log.json").read_text())
-    return [entry["loss"] for entry in log if "loss" in entry]
+    return [entry[key] for key in ("loss", "alignment_loss") for entry in log if "loss" in entry]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +77,7 @@ def alone(recipe):
 
 def test_two_processes_have_the_losses_of_one(recipe, alone):
     together = losses(recipe, "two", TWO_PROCESSES, "2 process(es), DistributedType.MULTI_CPU")
-    assert len(together) == 4 and together[-1] < together[0]
+    assert len(together) == 8 and together[3] < together[0]
     assert together == pytest.approx(alone, abs=1e-3)
     assert VoxLMForSpeechSeq2Seq.from_pretrained(recipe / "two" / "final").config.lora_config["r"] == 2
 

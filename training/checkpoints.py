@@ -5,7 +5,6 @@ import os
 import shutil
 import zipfile
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -26,15 +25,28 @@ def checkpoints_of(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(steps[path]))
 
 
-@contextmanager
-def written_whole(path: Path):
+def shapes_of(weights) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor of a safetensors file that is open."""
+    return {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}
+
+
+def check_shapes(path: Path, found: dict[str, tuple], needed: dict[str, tuple], others=()):
     """
-    A path beside `path` to write to, moved to its place at the end of the block: `path` holds all of it or what was
-    there before.
+    Raises:
+        ValueError: naming the first of the `needed` tensors that `found` in `path` lacks or has in another shape, or the
+            first that is neither needed nor one of the `others` that may be there.
     """
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    yield unfinished
-    os.replace(unfinished, path)
+    lacking, left_over = sorted(needed.keys() - found.keys()), sorted(found.keys() - needed.keys() - set(others))
+    other = [name for name in sorted(needed.keys() & found.keys()) if needed[name] != found[name]]
+    if lacking:
+        difference = f"lacks what the model trains, such as {lacking[0]}"
+    elif other:
+        difference = f"has {other[0]} of the shape {found[other[0]]}, the model of {needed[other[0]]}"
+    elif left_over:
+        difference = f"has what the model does not train, such as {left_over[0]}"
+    else:
+        return
+    raise ValueError(f"{path} {difference}; was the recipe changed? Remove it, or choose another `output`")
 
 
 def last_whole_checkpoint(folder: Path, arguments: TrainingArguments) -> tuple[Path | None, list[str]]:

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import sys
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -19,9 +20,10 @@ import soundfile
 import torch
 from datasets import Audio, load_dataset
 from datasets.distributed import split_dataset_by_node
+from torch.utils.data import get_worker_info
 
 from voxlm_hf.decoding_voxlm import padded_batches
-from voxlm_hf.transcription_voxlm import error_line
+from voxlm_hf.transcription_voxlm import error_line as line_of
 
 from .augment import Augmentation, misheard, non_speech
 from .text import NORMALISERS
@@ -85,6 +87,15 @@ class Report:
         for reason, count in self.left_out.most_common():
             lines.append(f"  {count} x {reason}: {'; '.join(self.examples[reason])}")
         return "\n".join(lines)
+
+
+def error_line(error: Exception) -> str:
+    """An error in one line; of one in a worker of a `DataLoader`, the line that ends its traceback."""
+    message = str(error)
+    if "\nOriginal Traceback" not in message:
+        return line_of(error)
+    last = message.rstrip().splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
+    return " ".join(last.split())
 
 
 def manifest_rows(path: Path, report: Report) -> Iterator[dict]:
@@ -456,7 +467,7 @@ class SpeechDataset(torch.utils.data.Dataset):
     def __init__(self, rows: list[Row], processor, augmentations=None, cache=None, keys=None, misheard: float = 0.0):
         self.rows, self.processor, self.cache, self.keys = rows, processor, cache, keys
         self.augmentations = augmentations or [Augmentation()] * len(rows)
-        self.misheard = misheard
+        self.misheard, self.skipped = misheard, SkippedRows()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -501,7 +512,7 @@ class SpeechDataset(torch.utils.data.Dataset):
             try:
                 return self._item(number)
             except READ_ERRORS as error:
-                print_skipped(self.rows[number], error)
+                self.skipped.add(self.rows[number], error)
         raise ValueError(f"None of the {len(self.rows)} recordings can be read")
 
     def _item(self, index: int) -> dict:
@@ -525,6 +536,25 @@ def described(row: Row, augmentation: Augmentation, vocabulary: list[str], share
 def print_skipped(row: Row, error: Exception):
     """Say in one line that a row is skipped and why."""
     print(f"skipped {row.where or row.id}: {error_line(error)}", file=sys.stderr)
+
+
+class SkippedRows:
+    """Names the rows that are skipped and counts them, also in the workers of a `DataLoader`."""
+
+    def __init__(self):
+        # A place for each worker (by its number, shared by a few where there are more), so that none waits for others.
+        self.counts = torch.zeros(64, dtype=torch.long, device="cpu").share_memory_()
+
+    def add(self, row: Row, error: Exception):
+        worker = get_worker_info()
+        self.counts[0 if worker is None else worker.id % len(self.counts)] += 1
+        print_skipped(row, error)
+
+    def take(self) -> int:
+        """How many there were since the last time."""
+        count = int(self.counts.sum())
+        self.counts.zero_()
+        return count
 
 
 def length_batches(lengths: dict[int, int], limit: float) -> list[list[int]]:
@@ -555,6 +585,8 @@ class LengthBatchSampler(torch.utils.data.Sampler):
     def __init__(self, lengths: list[int], limit: float, seed: int = 0, pool: int = 512, multiple: int = 1):
         self.lengths, self.limit, self.seed, self.pool = lengths, limit, seed, pool
         self.count = -(-len(self.one_pass(0)) // multiple) * multiple
+        # How many batches come before each pass, as far as it is known.
+        self.starts = [0]
         self.set_epoch(0)
 
     def one_pass(self, number: int) -> list[list[int]]:
@@ -570,11 +602,14 @@ class LengthBatchSampler(torch.utils.data.Sampler):
 
     def set_epoch(self, epoch: int):
         """Choose the batches of an epoch; the Trainer calls it."""
-        skipped, number, self.batches = epoch * self.count, 0, []
+        first, self.batches = epoch * self.count, []
+        number = bisect_right(self.starts, first) - 1
         while len(self.batches) < self.count:
             batches = self.one_pass(number)
-            self.batches += batches[skipped:]
-            skipped, number = max(0, skipped - len(batches)), number + 1
+            self.batches += batches[max(0, first - self.starts[number]) :]
+            number += 1
+            if number == len(self.starts):
+                self.starts.append(self.starts[-1] + len(batches))
         self.batches = self.batches[: self.count]
 
     def __iter__(self):

@@ -102,10 +102,10 @@ def remove_abandoned(folder: Path):
             continue  # another user's
 
 
-def encoder_key(encoder: torch.nn.Module) -> str:
-    """A name for an encoder made from its weights, so that encoders never share cached states."""
+def weights_key(module: torch.nn.Module) -> str:
+    """A name for a module made from its weights, so that encoders never share cached states."""
     digest = hashlib.sha1()
-    for name, tensor in sorted(encoder.state_dict().items()):
+    for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:12]
@@ -115,6 +115,9 @@ def audio_key(audio) -> str:
     """
     A name for a recording, made from a file's path, size and modification time, or from the content of anything else.
     """
+    if isinstance(audio, dict) and isinstance(audio.get("path"), (str, os.PathLike)):
+        if all(audio.get(name) is None for name in ("bytes", "array", "raw")):
+            audio = audio["path"]
     if isinstance(audio, (str, os.PathLike)):
         status = os.stat(audio)
         content = f"{os.path.realpath(audio)}|{status.st_size}|{status.st_mtime_ns}".encode()
@@ -126,7 +129,7 @@ def audio_key(audio) -> str:
 
 
 def feature_key(encoder: str, row: Row, augmentation: Augmentation) -> str:
-    """The cache's key of one recording under one augmentation and one encoder (its `encoder_key`)."""
+    """The cache's key of one recording under one augmentation and one encoder (its `weights_key`)."""
     change = hashlib.sha1(augmentation.key.encode()).hexdigest()[:12]
     return f"{encoder}-{audio_key(row.audio)}-{change}"
 
@@ -155,7 +158,7 @@ def encode_missing(
         the key of each row, `None` for those that were left out.
     """
     processes = PartialState()
-    keys, errors = _feature_keys(encoder_key(model.encoder), rows, augmentations)
+    keys, errors = _feature_keys(weights_key(model.encoder), rows, augmentations)
     # The same recording with the same augmentation may be there twice.
     missing = {key: number for number, key in enumerate(keys) if key is not None and key not in cache}
     # By the key and not by the place, since another run may be adding to the cache meanwhile.
@@ -173,7 +176,7 @@ def encode_missing(
                 waveforms[number] = load_augmented(processor, rows[number], augmentations[number])
             except READ_ERRORS as error:
                 errors[number] = error_line(error)
-        states = _encode(model, processor, waveforms, seconds_per_batch)
+        states = encode(model, processor, waveforms, seconds_per_batch)
         if states:
             cache.add({keys[number]: frames for number, frames in states.items()})
     if processes.num_processes > 1:
@@ -201,7 +204,7 @@ def _feature_keys(
     return keys, errors
 
 
-def _encode(model, processor, waveforms: dict[int, np.ndarray], seconds_per_batch: float) -> dict[int, torch.Tensor]:
+def encode(model, processor, waveforms: dict[int, np.ndarray], seconds_per_batch: float) -> dict[int, torch.Tensor]:
     """Encoder states `(frames, audio_size)` of waveforms, by the same numbers, in batches of similar length."""
     states = {}
     lengths = {number: len(waveform) for number, waveform in waveforms.items()}

@@ -10,7 +10,6 @@ import argparse
 import difflib
 import inspect
 import json
-import shutil
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING as NO_DEFAULT
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
@@ -30,12 +30,12 @@ from transformers import TrainingArguments, set_seed
 from yaml import YAMLError
 
 from voxlm_hf import VoxLMConfig, VoxLMForSpeechSeq2Seq
-from voxlm_hf.transcription_voxlm import error_line
+from voxlm_hf.app.files import UNFINISHED, move_into_place, tidy, unfinished_folder, write_atomically, written_whole
 
 from . import reader, warm_start
 from .augment import Augmentation
-from .checkpoints import written_whole
-from .data import Limits, SpeechDataset, kind_of, read_rows
+from .checkpoints import check_shapes
+from .data import Limits, SpeechDataset, error_line, kind_of, read_rows
 from .features import FeatureCache, encode_missing
 from .streaming import BUFFER, SpeechStream
 from .trainer import StageTrainer, VoxLMTrainer, trained_share
@@ -338,7 +338,8 @@ def run(recipe: dict) -> Path:
         the folder of the trained model, OUTPUT/final.
 
     Raises:
-        RecipeError: for a recipe with unknown keys, stages or paths, or without a usable recording.
+        RecipeError: for a recipe with unknown keys, stages or paths, without a usable recording, or changed since an
+            earlier run in the same folder; and for a stage that cannot go on.
     """
     output, seed = Path(recipe["output"]), recipe.get("seed", 0)
     try:
@@ -362,15 +363,13 @@ def run(recipe: dict) -> Path:
 
 def save_model(model, folder: Path):
     """Save a model and its processor in a folder that is never half a model: the one before stays until it is whole."""
-    unfinished, before = (folder.with_name(f"{folder.name}.{state}") for state in ("unfinished", "before"))
-    for leftover in (unfinished, before):
-        shutil.rmtree(leftover, ignore_errors=True)
-    model.save_pretrained(unfinished)
-    model.processor.save_pretrained(unfinished)
-    if folder.exists():
-        folder.rename(before)
-    unfinished.rename(folder)
-    shutil.rmtree(before, ignore_errors=True)
+    folder = folder.resolve()  # what a link stands for is replaced, not the link
+    tidy(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with unfinished_folder(folder) as unfinished:
+        model.save_pretrained(unfinished)
+        model.processor.save_pretrained(unfinished)
+        move_into_place(unfinished, folder)
 
 
 def make_datasets(model, data: dict, seed: int) -> tuple[SpeechDataset | SpeechStream, SpeechDataset | None]:
@@ -412,7 +411,7 @@ def run_stage(model, train, dev, folder: Path, seed: int, kind: str, **options):
             "settings".
 
     Raises:
-        RecipeError: when the stage cannot begin.
+        RecipeError: when the stage cannot begin or go on.
     """
     number, processes, result = folder.name.partition("-")[0], PartialState(), folder / "trained.safetensors"
     if "steps" in options:
@@ -429,6 +428,9 @@ def run_stage(model, train, dev, folder: Path, seed: int, kind: str, **options):
         if finished:
             return
         folder.mkdir(parents=True, exist_ok=True)
+        if processes.is_main_process:
+            for path in folder.glob(f".*{UNFINISHED}"):
+                path.unlink()  # of a run that was killed while it wrote
         set_seed(seed)
         trainer = STAGES[kind](model.eval(), train, dev, folder, seed, **options)
     except (ValueError, TypeError, OSError) as error:
@@ -436,9 +438,17 @@ def run_stage(model, train, dev, folder: Path, seed: int, kind: str, **options):
     if processes.is_main_process:
         state = trainer.accelerator.state
         print(trained_share(trainer.model), f"{state.num_processes} process(es), {state.distributed_type}", sep="\n")
-    trainer.resume()
+    try:
+        trainer.resume()
+    except (ValueError, RuntimeError, OSError) as error:  # RuntimeError: memory or a disk that is full
+        raise RecipeError(f"stage {number}, {kind}: {error_line(error)}") from error
+    skipped = sum(gather_object([train.skipped.take()]))
     if processes.is_main_process:
-        (folder / "log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
+        if skipped:
+            print(
+                f"stage {number}, {kind}: left out {skipped} times a recording that could not be read; see the lines above"
+            )
+        write_atomically(folder / "log.json", json.dumps(trainer.state.log_history, indent=1).encode())
         with written_whole(result) as unfinished:
             save_file(trained_state(model), unfinished)
     model.eval()
@@ -449,6 +459,9 @@ def load_trained(model, path: Path) -> bool:
     """
     Load what `trained_state` saved, with the projector's vocabulary of then. Whether it is there and whole; a line says
     when it is damaged.
+
+    Raises:
+        ValueError: where the model trains other weights, as after a change of the recipe.
     """
     if not path.exists():
         return False
@@ -457,8 +470,12 @@ def load_trained(model, path: Path) -> bool:
     except SafetensorError as error:
         print(f"{path} is damaged, the stage runs again: {error_line(error)}")
         return False
-    if "projector.token_ids" in state:
+    if "projector.token_ids" in state and model.config.projector_readout == "token_mixture":
         model.set_projector_vocabulary(state["projector.token_ids"].tolist())
+    shapes = (
+        {name: tuple(tensor.shape) for name, tensor in weights.items()} for weights in (state, trained_state(model))
+    )
+    check_shapes(path, *shapes)
     model.load_state_dict(state, strict=False)
     return True
 

@@ -6,14 +6,16 @@ import jiwer
 import numpy as np
 import torch
 from accelerate.utils import DistributedType
+from safetensors import safe_open
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalPrediction
+from transformers.utils import SAFE_WEIGHTS_NAME
 
-from voxlm_hf.decoding_voxlm import pack_inputs, pack_left
+from voxlm_hf.decoding_voxlm import pack_inputs
 from voxlm_hf.timing_voxlm import word_times
 
-from .checkpoints import last_whole_checkpoint, remove_checkpoints_after
+from .checkpoints import check_shapes, last_whole_checkpoint, remove_checkpoints_after, shapes_of
 from .data import LengthBatchSampler
 from .streaming import SpeechStream
 
@@ -41,13 +43,6 @@ def leave_out_hidden_frames(model, inputs: dict) -> dict:
     audio = model.project(inputs["audio_states"], inputs["audio_states_mask"])
     columns = {name: (inputs[name], -100) for name in ("labels", "token_words") if name in inputs}
     return {**inputs, **pack_inputs(model, audio, inputs["input_ids"], inputs["attention_mask"], **columns)}
-
-
-def prompts_alone(inputs: dict, pad_token_id: int) -> dict:
-    """`input_ids` and `attention_mask` of a training batch without the answers, padded on the left."""
-    is_prompt = inputs["attention_mask"].bool() & (inputs["labels"] == -100)
-    columns = {"input_ids": (inputs["input_ids"], pad_token_id), "attention_mask": (inputs["attention_mask"], 0)}
-    return pack_left(is_prompt, columns)
 
 
 def encoded_once(model, inputs: dict) -> dict:
@@ -147,6 +142,18 @@ class StageTrainer(Trainer):
         finally:
             self.model._keys_to_ignore_on_save = None
 
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """As in [`Trainer`], but says what differs from what this stage trains; does not look at sharded weights."""
+        path = Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME
+        if path.is_file():
+            shapes = {
+                name: tuple(tensor.shape) for name, tensor in self.model.named_parameters() if tensor.requires_grad
+            }
+            buffers = [name for name, _ in self.model.named_buffers(remove_duplicate=False)]
+            with safe_open(path, "pt") as weights:
+                check_shapes(path.parent, shapes_of(weights), shapes, buffers)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _issue_warnings_after_load(self, load_result):
         """In place of the library's warning: frozen weights are missing on purpose, trained ones must not be."""
         trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
@@ -203,7 +210,9 @@ class VoxLMTrainer(StageTrainer):
 
     def __init__(self, *args, processor, seconds_per_batch: float, state_noise=0.0, max_new_tokens=200, **kwargs):
         self.processor = processor
-        self.max_new_tokens, self.state_noise, self.logged = max_new_tokens, state_noise, {}
+        self.max_new_tokens, self.state_noise = max_new_tokens, state_noise
+        # Since the last line of the log: the first step, and the sum of its batches' and the following ones' losses.
+        self.first_step, self.alignment_loss = None, None
         kwargs.setdefault("compute_metrics", self.text_metrics)
         super().__init__(*args, frames_per_batch=seconds_per_batch / processor.frame_s, **kwargs)
 
@@ -227,13 +236,25 @@ class VoxLMTrainer(StageTrainer):
             inputs = {**inputs, "logits_to_keep": inputs["labels"].shape[1] - first + 1, "use_cache": False}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         loss = self.with_all_parameters(model, loss)
-        if outputs.alignment_loss is not None:
-            self.logged.setdefault("alignment_loss", []).append(float(outputs.alignment_loss.detach()))
+        if model.training and self.first_step is None:
+            self.first_step = self.state.global_step
+        if model.training and outputs.alignment_loss is not None:
+            # Each batch has a share of its step's loss: its tokens are counted over all batches and processes.
+            self.alignment_loss = outputs.alignment_loss.detach() + (
+                0 if self.alignment_loss is None else self.alignment_loss
+            )
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs, *args, **kwargs):
-        logs.update({name: round(sum(values) / len(values), 4) for name, values in self.logged.items()})
-        self.logged = {}
+        """As in [`Trainer`]; next to the loss of the steps since the last time, what the alignment head has of it."""
+        if "loss" in logs and self.first_step is not None:
+            known = self.alignment_loss is not None
+            found = torch.tensor([self.alignment_loss if known else 0.0, known], device=self.args.device)
+            how = "sum" if self.args.average_tokens_across_devices else "mean"
+            total, known = self.accelerator.reduce(found, how).tolist()
+            if known:
+                logs["alignment_loss"] = total / (self.state.global_step - self.first_step)
+            self.first_step, self.alignment_loss = None, None
         super().log(logs, *args, **kwargs)
 
     @torch.no_grad()
@@ -249,10 +270,8 @@ class VoxLMTrainer(StageTrainer):
         if prediction_loss_only:
             return loss, None, None
         errors = word_time_errors(unwrapped, inputs, self.processor.frame_s)
-        prompt = prompts_alone(inputs, unwrapped.config.pad_token_id)
-        audio = {name: value for name, value in inputs.items() if name.removesuffix("_mask") == "audio_states"}
-        ids = unwrapped.generate(**prompt, **audio, max_new_tokens=self.max_new_tokens, do_sample=False)
-        return loss, (ids[:, prompt["input_ids"].shape[1] :], errors), inputs["labels"]
+        ids = unwrapped.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
+        return loss, (ids, errors), inputs["labels"]
 
     def text_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """
