@@ -4,21 +4,26 @@ Upload a checkpoint folder to the Hub.
     voxlm-push FOLDER REPO_ID [--private] [--branch B] [--message M] [--tag T] [--include FILE] [--dry-run]
 
 Uploads the files that a checkpoint consists of. Any other file in the folder is named, and nothing is uploaded: move it
-away, or add it with --include. Refuses pickles, archives, links, files that hold a key or an access token, and files over
-the Hub's limits.
+away, or add it with --include. Refuses pickles, archives, links, files that hold a key or an access token, configs
+that name a path of this machine, and files over the Hub's limits.
 """
 
 import argparse
 import glob
 import json
+import os
+import pickletools
 import re
 import sys
+import zipfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
+
+from voxlm_hf.checkpoint_voxlm import INDEX_ENDING, shards_of
 
 from .export import CODE_FILES
 from .legacy import ORIGINAL_DECODING_FILE
@@ -49,20 +54,46 @@ PICKLES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy",
 PICKLE_STARTS = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
 # How zip (and torch.save), gzip, bzip2, xz, zstandard and 7z start; tar has its mark at byte 257.
 ARCHIVE_STARTS = (b"PK\x03\x04", b"PK\x05\x06", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf")
-# How keys and tokens begin, what they are, and how they go on: those of the Hub, AWS, GitHub, Google, OpenAI and others,
-# Slack; and private keys. Their lengths are at most what the issuers write, and such that no other word matches.
+# What else tar writes at its byte 257, found anywhere: an archive may have something before it.
+TAR_MARKS = (b"ustar\x0000", b"ustar  \x00")
+# What may be between a setting's name and its value, in JSON, YAML, Python, a shell or an ini file.
+IS = rb"""["'\s=:,]{1,8}"""
+# How keys and tokens begin, what they are, and how they go on: those of the Hub, AWS, GitHub, GitLab, npm, Google, OpenAI and
+# others, Stripe, Slack, W&B; settings, logins and addresses with a password; and private keys. Their lengths are at most what
+# the issuers write, and such that no other word matches.
 SECRETS = {
-    b"hf_": ("an access token", re.compile(rb"[A-Za-z0-9]{30}")),
-    **dict.fromkeys((b"AKIA", b"ASIA"), ("an AWS key", re.compile(rb"[A-Z0-9]{16}\b"))),
+    b"hf_": ("an access token", re.compile(rb"[A-Za-z0-9]{30}|(oauth|jwt)_[A-Za-z0-9_.-]{20}")),
+    b"api_org_": ("an access token", re.compile(rb"[A-Za-z0-9]{30}")),
+    b"eyJ": ("an access token", re.compile(rb"[A-Za-z0-9_-]{8,500}\.eyJ[A-Za-z0-9_-]{8}")),
+    **dict.fromkeys((b"AKIA", b"ASIA"), ("an AWS key", re.compile(rb"[A-Z0-9]{16}(?![A-Za-z0-9])"))),
+    **dict.fromkeys(
+        (b"aws_secret_access_key", b"AWS_SECRET_ACCESS_KEY", b"ecretAccessKey"),
+        ("an AWS key", re.compile(IS + rb"[A-Za-z0-9/+]{40}")),
+    ),
     **dict.fromkeys(
         (b"ghp_", b"gho_", b"ghu_", b"ghs_", b"ghr_", b"github_pat_"),
         ("a GitHub token", re.compile(rb"[A-Za-z0-9_]{36}")),
     ),
+    b"glpat-": ("a GitLab token", re.compile(rb"[A-Za-z0-9_-]{20}")),
+    b"npm_": ("an npm token", re.compile(rb"[A-Za-z0-9]{36}")),
     b"AIza": ("a Google key", re.compile(rb"[A-Za-z0-9_-]{35}")),
     b"sk-": ("an API key", re.compile(rb"(?<![A-Za-z0-9]sk-)[A-Za-z0-9_-]{32}")),  # not within "task-"
+    **dict.fromkeys(
+        (b"sk_live_", b"sk_test_", b"rk_live_", b"rk_test_"), ("an API key", re.compile(rb"[A-Za-z0-9]{16}"))
+    ),
+    b"_API_KEY": ("an API key", re.compile(IS + rb"(?=[A-Za-z_-]{0,40}[0-9])[A-Za-z0-9_-]{20}")),
+    b"wandb_v1_": ("an API key", re.compile(rb"[A-Za-z0-9_]{30}")),
     b"xox": ("a Slack token", re.compile(rb"[abeoprs]-[A-Za-z0-9-]{20}")),
-    b"-----BEGIN ": ("a private key", re.compile(rb"[A-Z ]{0,30}PRIVATE KEY")),
+    b"://": ("an address with a password", re.compile(rb"[\w.~%+-]{0,100}:[\w.~%!$&*+,;=?#-]{1,200}@[\w\[]")),
+    b"machine": (
+        "a login with a password",
+        re.compile(rb"\s+\S{1,200}\s+((login|user|account)\s+\S{1,200}\s+){0,2}password\s+\S"),
+    ),
+    **dict.fromkeys((b"-----BEGIN ", b"---- BEGIN "), ("a private key", re.compile(rb"[A-Z0-9 ]{0,30}PRIVATE KEY"))),
+    b"PuTTY-User-Key-File-": ("a private key", re.compile(rb"[0-9]")),
 }
+# A place on this machine, as the value of `_name_or_path` and its like; strings are a line each.
+LOCAL_PLACE = re.compile(rb"^(\w*name_or_path)\n((?:/|~|\\\\|file:|[A-Za-z]:[\\/])[^\n]*)", re.MULTILINE)
 # Files are searched in blocks that overlap by more than any of these is long, also at four bytes a character.
 BLOCK, OVERLAP = 1 << 24, 1 << 12
 
@@ -89,7 +120,11 @@ def files_to_push(folder: Path, include: Collection[str] = ()) -> list[Path]:
         raise ValueError(f"{folder} has no {missing[0]!r}, which --include names")
     if len(files) > MOST_FILES:
         raise ValueError(f"{folder} holds {len(files):,} files, the Hub takes {MOST_FILES:,}")
-    for path in files:
+    for path, name in zip(files, names, strict=True):
+        if secret := secret_in(os.fsencode(name)):
+            raise ValueError(
+                f"The name of a file in {path.parent} holds what looks like {secret}; rename it, and revoke it"
+            )
         check_kind(path)
     others = [n for n in names if n not in CHECKPOINT_FILES and not WEIGHTS.fullmatch(n) and n not in include]
     if others:
@@ -109,11 +144,11 @@ def check_kind(path: Path):
         raise ValueError(f"{path} is a link to {path.resolve()}; put the file itself there")
     if not path.is_file():
         raise ValueError(f"{path} is no plain file")
-    if path.suffix.lower() in PICKLES or starts_with(path, PICKLE_STARTS):
+    if path.suffix.lower() in PICKLES or starts_with(path, PICKLE_STARTS) or is_text_pickle(path):
         raise ValueError(
             f"{path} may hold a pickle, which runs code when it is loaded; a checkpoint is safetensors only"
         )
-    if starts_with(path, ARCHIVE_STARTS) or starts_with(path, (b"ustar",), at=257):
+    if starts_with(path, ARCHIVE_STARTS) or starts_with(path, (b"ustar",), at=257) or holds_archive(path):
         raise ValueError(f"{path} is an archive, which may hold a pickle or a secret; put its content there instead")
     if path.stat().st_size > LARGEST_FILE:
         raise ValueError(
@@ -128,17 +163,42 @@ def starts_with(path: Path, starts: tuple[bytes, ...], at: int = 0) -> bool:
         return file.read(max(map(len, starts))).startswith(starts)
 
 
+def is_text_pickle(path: Path) -> bool:
+    """Whether a file that is not safetensors is a pickle of protocol 0 or 1, which nothing marks: it can be read to its end."""
+    if path.suffix == ".safetensors":
+        return False
+    try:
+        with open(path, "rb") as file:
+            return sum(1 for _ in pickletools.genops(file)) > 2  # two letters may be a pickle by chance
+    except ValueError:
+        return False
+
+
+def holds_archive(path: Path) -> bool:
+    """Whether a file that is not safetensors is a zip or tar archive with something before it."""
+    if path.suffix == ".safetensors":
+        return False
+    return zipfile.is_zipfile(path) or any(mark in path.read_bytes() for mark in TAR_MARKS)
+
+
 def check_content(path: Path):
     """Raise a `ValueError` for a file that holds a secret, and for one that is not the safetensors or JSON it is called."""
     for text in texts_of(path):
-        for start, (kind, rest) in SECRETS.items():
-            place = text.find(start)  # much faster than a regular expression, in hundreds of megabytes of weights
-            while place >= 0:
-                if rest.match(text, place + len(start)):
-                    raise ValueError(
-                        f"{path} holds what looks like {kind} ({text[place : place + 6].decode()}...); remove and revoke it"
-                    )
-                place = text.find(start, place + 1)
+        if secret := secret_in(text):
+            raise ValueError(f"{path} holds what looks like {secret}; remove and revoke it")
+    if path.name.endswith(INDEX_ENDING):
+        shards_of(path)
+
+
+def secret_in(text: bytes) -> str | None:
+    """What the first secret in a text is, with its first letters; `None` if there is none."""
+    for start, (kind, rest) in SECRETS.items():
+        place = text.find(start)  # much faster than a regular expression, in hundreds of megabytes of weights
+        while place >= 0:
+            if rest.match(text, place + len(start)):
+                return f"{kind} ({text[place : place + 6].decode()}...)"
+            place = text.find(start, place + 1)
+    return None
 
 
 def texts_of(path: Path) -> Iterator[bytes]:
@@ -147,7 +207,7 @@ def texts_of(path: Path) -> Iterator[bytes]:
     JSON and of the header of safetensors, the strings without escapes.
 
     Raises:
-        ValueError: for safetensors and JSON that cannot be read.
+        ValueError: for safetensors and JSON that cannot be read, and for JSON that names a place on this machine.
     """
     with open(path, "rb") as file:
         before = b""
@@ -158,13 +218,48 @@ def texts_of(path: Path) -> Iterator[bytes]:
             before = block[-OVERLAP:]
     try:
         if path.suffix == ".safetensors":
-            with safe_open(path, framework="np") as tensors:
-                yield json.dumps([tensors.metadata(), list(tensors.keys())], ensure_ascii=False).encode()
-        elif path.suffix == ".json":
-            text = json.dumps(json.loads(path.read_bytes()), ensure_ascii=False)
-            yield re.sub(r"\\[bfnrt]", " ", text).encode(errors="replace")
+            with safe_open(path, framework="np"), open(path, "rb") as file:
+                yield strings_of(file.read(int.from_bytes(file.read(8), "little")))
+        elif path.suffix.lower() == ".json":
+            strings = strings_of(path.read_bytes())
+            yield strings
+            if place := LOCAL_PLACE.search(strings):
+                name, value = (part.decode() for part in place.groups())
+                raise LocalPlaceError(f"{path} has the {name} {value!r}, a path of this machine; remove it")
+    except LocalPlaceError:
+        raise
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply to be searched for secrets") from error
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is no {path.suffix.removeprefix('.')} file, or is truncated: {error}") from error
+
+
+class LocalPlaceError(ValueError):
+    """A config that names a place on this machine."""
+
+
+def strings_of(text: bytes) -> bytes:
+    """
+    All strings of a JSON text, a line each and in their order: names too, also those that an object has twice, and the strings
+    of JSON that is in a string.
+
+    Raises:
+        ValueError: for what is no JSON.
+        RecursionError: for JSON that is nested deeply.
+    """
+    strings, left = [], [json.loads(text, object_pairs_hook=list)]
+    while left:
+        value = left.pop()
+        if isinstance(value, (list, tuple)):
+            left.extend(reversed(value))
+        elif isinstance(value, str):
+            strings.append(value)
+            if value.lstrip()[:1] in ("{", "[", '"'):
+                try:
+                    left.append(json.loads(value, object_pairs_hook=list))
+                except ValueError:  # it only begins like JSON
+                    continue
+    return "\n".join(strings).encode(errors="replace")
 
 
 def push(

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import tiny
-from voxlm_hf import VoxLMForSpeechSeq2Seq
+from voxlm_hf import VoxLMForSpeechSeq2Seq, VoxLMProcessor
 from voxlm_hub_export.export import export
 
 
@@ -166,13 +167,66 @@ def test_weights_outside_the_folder_are_not_loaded(place, kind, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [{}, {"weight_map": 3}, {"weight_map": {"a": 3}, "metadata": {}}, {"weight_map": {}}]
+    "content",
+    [
+        {},
+        {"weight_map": 3},
+        {"weight_map": {"a": 3}, "metadata": {}},
+        {"weight_map": {}},
+        {"weight_map": {}, "metadata": {}},
+    ],
 )
 def test_a_malformed_index_is_named(content, tmp_path):
     export(tiny.model(), tmp_path / "model")
     (tmp_path / "model" / INDEX).write_text(json.dumps(content))
     with pytest.raises(ValueError, match=INDEX):
         VoxLMForSpeechSeq2Seq.from_pretrained(tmp_path / "model")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "model"
+    export(tiny.model(), folder)
+    return folder
+
+
+# How many bytes stay, or what a file holds instead.
+DAMAGE = [0, 1, 0.5, -3, b"null", b"[]", b"5", b"\xff\xfe", b"[" * 100_000]
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=range(len(DAMAGE)))
+@pytest.mark.parametrize(
+    "name", ["generation_config.json", "processor_config.json", "tokenizer_config.json", "tokenizer.json"]
+)
+def test_a_damaged_file_beside_the_weights_is_named_in_one_line(name, damage, whole, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "model")
+    content = (folder / name).read_bytes()
+    kept = int(len(content) * damage) if isinstance(damage, float) else damage
+    (folder / name).write_bytes(damage if isinstance(damage, bytes) else content[:kept])
+    for part in (VoxLMForSpeechSeq2Seq, VoxLMProcessor):
+        with pytest.raises(ValueError, match=re.escape(str(folder / name))) as error:
+            part.from_pretrained(folder)
+        assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_cut_at_the_end_of_an_object_is_named(whole, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "model")
+    file = folder / "tokenizer.json"
+    content = file.read_text()
+    file.write_text(content[: content.index("}") + 1])
+    with pytest.raises(ValueError, match="tokenizer.json is not JSON"):
+        VoxLMProcessor.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("value", [0, -1, "160", [160]], ids=str)
+@pytest.mark.parametrize("field", ["hop_length", "n_fft", "sampling_rate"])
+def test_an_analysis_of_audio_that_divides_by_nothing_is_named(field, value, whole, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "model")
+    content = json.loads((folder / "processor_config.json").read_text())
+    content["feature_extractor"][field] = value
+    (folder / "processor_config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"processor_config.json: {field} must be a number above 0, got"):
+        VoxLMProcessor.from_pretrained(folder)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 import voxlm_hf
 from tests import HANGS_AFTER_S, tiny
 from voxlm_hf import VoxLMForSpeechSeq2Seq, loading_voxlm
+from voxlm_hf.configuration_voxlm import WRONG_TRANSFORMERS
 from voxlm_hf.loading_voxlm import (
     AUTO_MAP,
     base_folder,
@@ -169,6 +170,13 @@ def test_what_peft_writes_of_a_lora_config_is_one():
         tiny.config(lora_config=IA3Config(target_modules=["q_proj"], feedforward_modules=[]).to_dict())
 
 
+@pytest.mark.parametrize("targets", [".*", ".*layers.*", "model", ["layers"], ["no_such_layer"], "x"], ids=str)
+def test_targets_that_peft_cannot_adapt_are_named_in_one_line(targets):
+    with pytest.raises(ValueError, match="LoRA cannot be where .* says") as error:
+        tiny.model(lora_config={"target_modules": targets})
+    assert repr(targets) in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
 @pytest.mark.parametrize("targets", ["embed_tokens", "lm_head", ".*(q_proj|lm_head)"])
 def test_lora_outside_the_linear_layers_of_the_llm_is_refused(targets):
     with pytest.raises(ValueError, match="LoRA can be in linear layers inside the LLM"):
@@ -305,9 +313,38 @@ def test_missing_weights_are_an_error(tmp_path):
 
 
 def test_five_missing_weights_are_named_and_lora_may_be_missing():
-    check_missing("here", ["a.lora_A.weight"])
+    lora, others = ["a.lora_A.weight"], [f"w{number}" for number in range(7)]
+    check_missing("here", lora + others, lora)
     with pytest.raises(ValueError, match="here lacks 7 weights of this model: w0, w1, w2, w3, w4 and 2 more"):
-        check_missing("here", [f"w{number}" for number in range(7)] + ["a.lora_A.weight"])
+        check_missing("here", lora + others, lora + others)
+
+
+LORA_A = "language_model.model.layers.1.self_attn.q_proj.lora_A.default.weight"
+# What is done to a checkpoint, and what must be named.
+PARTIAL_LORA = {
+    "one A": (lambda name: None if name == LORA_A else name, LORA_A),
+    "no B": (lambda name: None if ".lora_B." in name else name, "lora_B.default.weight"),
+    "only one A": (lambda name: None if ".lora_" in name and name != LORA_A else name, "lora_B.default.weight"),
+    "renamed": (lambda name: name.replace(".default.", ".other."), "down_proj.lora_A.other.weight"),
+    "one renamed": (lambda name: name.replace("1.self_attn.q_proj.lora_A", "1.x.lora_A"), "layers.1.x.lora_A"),
+    "dora": (lambda name: None if "magnitude" in name else name, "lora_magnitude_vector"),
+    "fresh": (lambda name: None if ".lora_" in name else name, None),
+}
+
+
+@pytest.mark.parametrize("kind", PARTIAL_LORA)
+def test_lora_that_is_there_in_part_is_refused_and_named(kind, tmp_path):
+    change, named = PARTIAL_LORA[kind]
+    tiny.model(lora_config={"r": 2, "use_dora": kind == "dora"}).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = {change(name): tensor for name, tensor in load_file(file).items() if change(name)}
+    save_file(tensors, file, metadata={"format": "pt"})
+    if named is None:
+        VoxLMForSpeechSeq2Seq.from_pretrained(tmp_path)
+        return
+    with pytest.raises(ValueError, match="lacks .* weights of this model: ") as error:
+        VoxLMForSpeechSeq2Seq.from_pretrained(tmp_path)
+    assert named in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("version, warned", [("5.23.0", False), ("5.24.1", False), ("5.25.0", True), ("6.1", True)])
@@ -316,13 +353,26 @@ def test_an_untested_transformers_is_named(monkeypatch, version, warned):
     monkeypatch.setattr(loading_voxlm, "transformers_version", version)
     monkeypatch.setattr(loading_voxlm.logger, "warning_once", said.append)
     warn_if_untested()
-    assert bool(said) == warned and all(version in message for message in said)
+    assert said == ([WRONG_TRANSFORMERS] if warned else [])
 
 
 @pytest.mark.parametrize("options", [{"dtype": "auto"}, {"torch_dtype": "auto"}, {"dtype": "float32"}], ids=str)
 def test_dtype_can_be_given_as_text_too(options, tmp_path):
     tiny.model().save_pretrained(tmp_path)
     assert VoxLMForSpeechSeq2Seq.from_pretrained(tmp_path, **options).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "torch.float16", torch.float64, "half", None], ids=str)
+def test_a_new_model_takes_floating_dtypes_by_name(dtype, plain_bases):
+    expected = {"bfloat16": torch.bfloat16, None: torch.float32, torch.float64: torch.float64}.get(dtype, torch.float16)
+    assert VoxLMForSpeechSeq2Seq.from_base_models(*plain_bases[0], dtype=dtype).dtype == expected
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", torch.int64, "auto", "nn", "", 32, ["float32"]], ids=str)
+def test_a_new_model_has_no_other_dtypes(dtype):
+    with pytest.raises(ValueError, match="`dtype` must be one of float64, float32, float16, bfloat16, got") as error:
+        VoxLMForSpeechSeq2Seq.from_base_models("a", "b", dtype=dtype)
+    assert repr(dtype) in str(error.value)
 
 
 def test_a_model_that_was_never_saved_says_where_its_processor_should_come_from():

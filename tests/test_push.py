@@ -92,7 +92,17 @@ def torch_saved() -> bytes:
 @pytest.mark.parametrize("name", ["README.md", "vocab.json", "deep/other.dat"])
 @pytest.mark.parametrize(
     "content",
-    [pickle.dumps([1]), torch_saved(), zipped("a.txt"), zipped("a.pkl"), gzip.compress(b"x", mtime=0), tarred()],
+    [
+        *(pickle.dumps([1], protocol) for protocol in range(6)),
+        b"text\n" + zipped("a.pkl"),
+        b"text\n" + tarred(),
+        torch_saved(),
+        zipped("a.txt"),
+        zipped("a.pkl"),
+        gzip.compress(b"x", mtime=0),
+        tarred(),
+    ],
+    ids=range(13),
 )
 def test_pickles_and_archives_stay_at_home_under_any_name(folder, name, content):
     (folder / name).parent.mkdir(exist_ok=True)
@@ -153,6 +163,12 @@ def test_a_folder_below_git_is_looked_through_and_git_in_the_folder_left_out(fol
 
 # Made up, and put together here so that no scanner takes this file for one that holds them.
 SECRETS = ["hf_" + "a" * 34, "AKIA" + "A1" * 8, "ghp_" + "b" * 36, "AIza" + "c" * 35, "sk-" + "d" * 48]
+SECRETS += ["hf_" + "oauth_" + "f" * 40, "hf_" + "jwt_" + "f" * 40, "api_" + "org_" + "g" * 34, "AKIA" + "A1" * 8 + "_"]
+SECRETS += ["aws_secret_" + "access_key = " + "h/" * 20, "glpat" + "-" + "i" * 20, "npm" + "_" + "j" * 36]
+SECRETS += ["sk_" + "live_" + "k" * 24, "rk_" + "test_" + "k" * 24, "https://me:" + "pass@example.org"]
+SECRETS += ["machine api.wandb.ai\n  login user\n  pass" + "word " + "1" * 40, "WANDB_" + "API_KEY=" + "0a" * 20]
+SECRETS += ["eyJ" + "hbGciOiJIUzI1NiJ9.eyJ" + "zdWIiOiIxMjMifQ.c2ln", "PuTTY-User-" + "Key-File-3: ssh-ed25519"]
+SECRETS += ["---- BEGIN " + "SSH2 ENCRYPTED PRIVATE KEY ----", "-----BEGIN " + "PGP PRIVATE KEY BLOCK-----"]
 SECRETS += ["xoxb-" + "1" * 24, "-----BEGIN " + "OPENSSH PRIVATE KEY-----", "github_pat_" + "e" * 60]
 
 
@@ -186,6 +202,67 @@ def test_secrets_in_json_and_safetensors_stay_at_home(folder):
     file.write_text("PASSWORD=1")
     with pytest.raises(ValueError, match=f"{file.name} is no safetensors file"):
         files_to_push(folder)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"a": "\\u0068f_%s", "a": 1}',  # the second one alone is seen by most readers
+        json.dumps({"a": json.dumps({"b": json.dumps(["hf_%s"])})}).replace("hf_", "\\u0068f_"),
+        '{"a": {"\\u0068f_%s": 1}}',
+        json.dumps({"aws_secret_access_key": "%s%s"}).replace("_secret", "\\u005fsecret"),
+    ],
+)
+def test_secrets_are_found_however_json_writes_them(folder, content):
+    (folder / "vocab.json").write_text(content.replace("%s", "ab" * 17))
+    with pytest.raises(ValueError, match="vocab.json holds what looks like an"):
+        files_to_push(folder)
+
+
+def test_secrets_in_names_stay_at_home(folder):
+    (folder / f"{SECRETS[0]}.safetensors").write_bytes((folder / "trained.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="The name of a file .* looks like an access token .hf_aaa...."):
+        files_to_push(folder)
+
+
+def test_json_nested_deeply_is_refused_in_one_line(folder):
+    (folder / "vocab.json").write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(ValueError, match="vocab.json is nested too deeply"):
+        files_to_push(folder)
+
+
+@pytest.mark.parametrize("place", ["/home/me/base", "~/base", "C:\\base", "file:///base"])
+@pytest.mark.parametrize("part", ["audio_config", None])
+def test_paths_of_this_machine_stay_at_home(folder, place, part):
+    config = json.loads((folder / "config.json").read_text())
+    (config[part] if part else config)["_name_or_path"] = place
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="config.json has the _name_or_path .*, a path of this machine"):
+        files_to_push(folder)
+    (config[part] if part else config)["_name_or_path"] = "openai/whisper-base"
+    (folder / "config.json").write_text(json.dumps(config))
+    files_to_push(folder)
+
+
+def test_an_index_of_weights_elsewhere_stays_at_home(folder):
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"]["x"] = "../x.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="outside the checkpoint's folder"):
+        files_to_push(folder)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "see https://huggingface.co:443/me@home and mailto:me@example.org, http://localhost:8000/x",
+        "machine learning with a login and password protected pages",
+        "WANDB_API_KEY=your-key-here and aws_secret_access_key in the environment; task-oriented-dialogue-with-speech-models",
+    ],
+)
+def test_texts_about_secrets_are_no_secrets(folder, text):
+    (folder / "README.md").write_text(text)
+    files_to_push(folder)
 
 
 def test_a_secret_across_two_blocks_is_found(folder, monkeypatch):

@@ -10,6 +10,12 @@ from safetensors import SafetensorError, safe_open
 
 
 CONFIG_FILE, INDEX_ENDING, ADAPTER_FILE = "config.json", ".safetensors.index.json", "adapter_config.json"
+# What the library reads beside config.json and tokenizer.json. It takes a broken generation config for none.
+SIDE_FILES = ("generation_config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+SIDE_FILES += ("special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILE = "tokenizer.json"
+# Fields of a feature extractor that divide, and those that count.
+POSITIVE_FIELDS = ("hop_length", "n_fft", "sampling_rate", "feature_size", "chunk_length", "num_mel_bins")
 # Files of weights in pickles, by their endings, and what torch's distributed checkpoints begin with.
 PICKLED_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".distcp")
 DISTRIBUTED_FILE = ".metadata"
@@ -34,7 +40,7 @@ def check_folder(folder: Path, config_needed: bool = True):
         config_needed (`bool`): false where the caller has a config.
 
     Raises:
-        ValueError: naming what is missing, weights that are pickles, and files outside the folder.
+        ValueError: naming what is missing, JSON that is damaged, weights that are pickles, and files outside the folder.
     """
     if (folder / ADAPTER_FILE).is_file():
         raise ValueError(
@@ -43,6 +49,7 @@ def check_folder(folder: Path, config_needed: bool = True):
         )
     if config_needed:
         read_object(folder / CONFIG_FILE)
+    check_side_files(folder)
     files = [path for path in folder.iterdir() if not path.is_dir()]
     weights = [path for path in files if path.suffix == ".safetensors"]
     for path in files:
@@ -54,6 +61,32 @@ def check_folder(folder: Path, config_needed: bool = True):
         raise ValueError(f"{folder} has no weights that can be loaded ({found}). {HOW_TO_CONVERT}")
     for path in weights:
         check_inside(path, folder)
+
+
+def check_side_files(folder: Path):
+    """
+    Check what a folder has beside its config and weights.
+
+    Raises:
+        ValueError: naming a file that is no JSON object, and a field of a feature extractor that must be above 0.
+    """
+    for name in SIDE_FILES:
+        if not (folder / name).is_file():
+            continue
+        content = read_object(folder / name)
+        extractor = content.get("feature_extractor", content)
+        for field in POSITIVE_FIELDS if isinstance(extractor, dict) and name.endswith("processor_config.json") else ():
+            value = extractor.get(field)
+            if value is not None and not (isinstance(value, (int, float)) and value > 0):
+                raise ValueError(f"{folder / name}: {field} must be a number above 0, got {value!r}")
+    if (folder / TOKENIZER_FILE).is_file():
+        # Megabytes, which the library parses in any case: here only its two ends, which tell whether it was cut.
+        with open(folder / TOKENIZER_FILE, "rb") as file:
+            first = file.read(64).lstrip()[:1]
+            file.seek(max(0, file.seek(0, 2) - 64))
+            last = file.read().rstrip()[-1:]
+        if (first, last) != (b"{", b"}"):
+            raise ValueError(f"{folder / TOKENIZER_FILE} is not a JSON object (truncated?); copy or download it again")
 
 
 def read_object(path: Path) -> dict:
@@ -68,6 +101,8 @@ def read_object(path: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON (truncated?): {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply to be read") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, but holds a {type(content).__name__}")
     return content
@@ -81,7 +116,11 @@ def shards_of(index: Path) -> list[Path]:
     """
     content = read_object(index)
     weight_map = content.get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(name, str) for name in weight_map.values())
+    ):
         raise ValueError(f"{index} must map names of weights to files in its `weight_map`")
     if not isinstance(content.get("metadata"), dict):
         raise ValueError(f"{index} has no `metadata`, which the library needs")
