@@ -91,6 +91,20 @@ def test_a_stage_resumes_to_the_very_same_weights(bases, whole, tmp_path, kind, 
     assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stage_whose_steps_are_done_takes_no_more(bases, whole, tmp_path, kind):
+    """Killed after the last checkpoint, before the result was whole."""
+    folder = tmp_path / f"1-{kind}"
+    shutil.copytree(whole[kind], folder)
+    damage(folder / "trained.safetensors", "missing" if kind == "reader" else "half")
+    found, expected = train(bases, folder, kind), load_file(whole[kind] / "trained.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert found.keys() == expected.keys()
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+    log = json.loads((folder / "log.json").read_text())
+    assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3, 4, 5, 6]
+
+
 @pytest.mark.parametrize("name, how", [(name, how) for name, hows in DAMAGES.items() for how in hows])
 def test_a_damaged_checkpoint_is_skipped_for_the_one_before_it(whole, tmp_path, name, how):
     folder = tmp_path / "stage"

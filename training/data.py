@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
-from datasets import Audio, load_dataset
+from datasets import Audio, load_dataset, load_dataset_builder
 from datasets.distributed import split_dataset_by_node
+from datasets.exceptions import DatasetGenerationError
 from torch.utils.data import get_worker_info
 
 from voxlm_hf.decoding_voxlm import padded_batches
@@ -27,6 +28,7 @@ from voxlm_hf.transcription_voxlm import error_line as line_of
 
 from .augment import Augmentation, misheard, non_speech
 from .text import NORMALISERS
+from .webdataset import is_webdataset, shard_rows, shards_of
 
 
 # What reading a recording may raise.
@@ -36,6 +38,8 @@ READ_ERRORS = (OSError, ValueError)
 EXAMPLES = 3
 # Seconds that a row without a known duration is taken to last when batches are made. Chosen by hand, not tuned.
 UNKNOWN_DURATION_S = 10.0
+# Options of `datasets.load_dataset` that say how to read a dataset and not which.
+READING_OPTIONS = {"keep_in_memory", "num_proc", "verification_mode", "save_infos"}
 
 
 @dataclass
@@ -187,10 +191,22 @@ def dataset_rows(
     Audio stays as bytes or path until it is needed, so `datasets` needs no audio decoder.
 
     Args:
+        audio_column, text_column (`str`): in WebDataset shards the extensions of the files, see `shard_rows`.
         share: number of this process and of all; each reads other shards, or other rows where the shards are fewer.
         **options: for `datasets.load_dataset`.
+
+    Raises:
+        ValueError: for a dataset that cannot be read or lacks a column.
     """
-    dataset = load_dataset(name, split=split, streaming=streaming, **options)
+    which = {option: value for option, value in options.items() if option not in READING_OPTIONS}
+    builder = load_dataset_builder(name, **which)
+    if is_webdataset(builder):
+        yield from shard_rows(shards_of(builder, split), report, audio_column, text_column, share)
+        return
+    try:
+        dataset = load_dataset(name, split=split, streaming=streaming, **options)
+    except DatasetGenerationError as error:
+        raise ValueError(f"The dataset {name} cannot be read: {error.__cause__ or error}") from error
     columns = dataset.column_names or list(next(iter(dataset), {}))
     for column in (audio_column, text_column):
         if column not in columns:

@@ -120,6 +120,13 @@ class StageTrainer(Trainer):
             for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
                 self.model.__dict__.pop(name, None)
 
+    def _run_epoch(self, *args, **kwargs):
+        """As in [`Trainer`], which would take one step more after the checkpoint of the last step: that is only loaded."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _save(self, output_dir=None, state_dict=None):
         """As in [`Trainer`]; a module that is no [`PreTrainedModel`] saves only what is trained."""
         if state_dict is None and not isinstance(self.model, PreTrainedModel):
