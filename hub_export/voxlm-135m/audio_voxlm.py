@@ -131,24 +131,24 @@ def _file_blocks(audio, block_s: float) -> Iterator[tuple[np.ndarray, int]]:
     """Float32 blocks `(channels, samples)` of a file, given by path, bytes or as a file object, and its rate in Hz."""
     with _openable(audio) as (source, name):
         try:
-            decoder = _Decoder(source)
+            decoder = _Decoder(source, name)
         except (soundfile.LibsndfileError, RuntimeError) as error:
             raise ValueError(f"Cannot read {name} as audio: {getattr(error, 'error_string', error)}") from None
         with decoder:
-            rate, wild = decoder.rate, 0
+            rate, silenced = decoder.rate, 0
             if not RATES[0] <= rate <= RATES[1]:
                 raise ValueError(
                     f"The header of {name} says {rate} Hz; sampling rates from {RATES[0]} to {RATES[1]} Hz are accepted"
                 )
             for block in decoder.blocks(block_s):
-                block, silenced = _without_wild_samples(block, decoder.subtype, name)
-                wild += silenced
+                block, count = _silence_out_of_range(block, decoder.subtype, name)
+                silenced += count
                 yield block.T, rate
-            if decoder.decoded == 0 or wild == decoder.decoded * decoder.channels:
+            if decoder.decoded == 0 or silenced == decoder.decoded * decoder.channels:
                 raise ValueError(
-                    f"The audio is empty: {name} has no usable samples ({decoder.error or f'{wild} are NaN'})"
+                    f"The audio is empty: {name} has no usable samples ({decoder.error or f'{silenced} are NaN'})"
                 )
-        damage = decoder.damage(wild)
+        damage = decoder.damage(silenced)
         if damage:
             logger.warning(f"{name}: {damage}")
 
@@ -182,6 +182,14 @@ def _openable(audio) -> Iterator[tuple]:
 
 
 def _check_regular(name: str):
+    """
+    Check that a path leads to a regular file that can be opened.
+
+    Raises:
+        FileNotFoundError: when there is nothing.
+        OSError: when it cannot be opened.
+        ValueError: for a URL, a folder, a pipe, a socket or a device.
+    """
     if name.startswith(("http://", "https://")):
         raise ValueError(f"{name} is a URL; download it and pass the file or its bytes")
     try:
@@ -219,13 +227,14 @@ class _Decoder:
 
     Args:
         source: path or seekable file object.
+        name: of the source, for messages.
 
     Raises:
         soundfile.LibsndfileError, RuntimeError: when it is no sound file.
     """
 
-    def __init__(self, source):
-        self.source, self.file = source, soundfile.SoundFile(source)
+    def __init__(self, source, name: str):
+        self.source, self.name, self.file = source, name, soundfile.SoundFile(source)
         self.rate, self.channels, self.subtype = self.file.samplerate, self.file.channels, self.file.subtype
         self.log, self.decoded, self.position, self.error = self.file.extra_info, 0, 0, None
 
@@ -236,7 +245,12 @@ class _Decoder:
         self.file.close()
 
     def blocks(self, block_s: float) -> Iterator[np.ndarray]:
-        """Blocks `(samples, channels)`; what cannot be decoded in between is silence, so that times stay right."""
+        """
+        Blocks `(samples, channels)`; what cannot be decoded in between is silence, so that times stay right.
+
+        Raises:
+            OSError: when the file is removed or replaced meanwhile and has to be opened again.
+        """
         block, packet = max(1, int(block_s * self.rate)), max(1, int(PACKET_S * self.rate))
         gap, skip, careful_until = 0, packet, 0
         while self.position < self.file.frames:
@@ -249,7 +263,7 @@ class _Decoder:
                 if self.file.frames >= ENDLESS and self.error is None:
                     return
                 # Some decoders end at damage as if it were the end: from there on with care, and if that is of no use,
-                # skipping twice as much each time, which comes to the end of a file of any length soon.
+                # doubling the skip each time, so that the end of any file is reached quickly.
                 careful_until = self.position + block
                 if size == packet:
                     self.position, gap, skip = self.position + skip, gap + skip, 2 * skip
@@ -267,26 +281,44 @@ class _Decoder:
             )
 
     def _reopen(self) -> bool:
-        """Start a new decoder at the position, since one that has failed is of no more use; whether that is possible."""
+        """
+        Start a new decoder at the position, since one that has failed is of no more use; whether that is possible.
+
+        Raises:
+            OSError: when the file is gone or another one by now.
+        """
         self.file.close()
         if hasattr(self.source, "seek"):
             self.source.seek(0)
-        self.file = soundfile.SoundFile(self.source)
+        try:
+            self.file = soundfile.SoundFile(self.source)
+        except (soundfile.LibsndfileError, RuntimeError) as error:
+            reason = getattr(error, "error_string", error)
+            raise OSError(f"{self.name} was removed or replaced while it was read: {reason}") from None
+        found, expected = (self.file.samplerate, self.file.channels), (self.rate, self.channels)
+        if found != expected:
+            raise OSError(
+                f"{self.name} was replaced while it was read: it had {expected[1]} channels at {expected[0]} Hz and now has "
+                f"{found[1]} at {found[0]} Hz"
+            )
         try:
             self.file.seek(self.position)
         except (soundfile.LibsndfileError, RuntimeError):
             return False
         return True
 
-    def damage(self, wild: int) -> str:
-        """What is wrong with the file, all of it decoded, of which `wild` samples made no sense; empty for a sound file."""
+    def damage(self, out_of_range: int) -> str:
+        """
+        What is wrong with the file, all of it decoded, with so many samples that are NaN or out of range; empty for a sound
+        file.
+        """
         decoded_s, announced_s, found = self.decoded / self.rate, self._announced() / self.rate, []
         if announced_s - decoded_s >= NEGLIGIBLE_S:
             found.append(f"only {decoded_s:.2f} s of the {announced_s:.2f} s that the header announces can be decoded")
         elif _CUT_OFF.search(self.log):
             found.append(f"ends without an end mark, so it may be cut off; {decoded_s:.2f} s can be decoded")
-        if wild:
-            found.append(f"{wild} samples are NaN or out of range and taken for silence")
+        if out_of_range:
+            found.append(f"{out_of_range} samples are NaN or out of range and taken for silence")
         return "; ".join(found)
 
     def _announced(self) -> float:
@@ -304,16 +336,16 @@ class _Decoder:
         return frames if endless or not there else max(frames, frames * announced / there)
 
 
-def _without_wild_samples(block: np.ndarray, subtype: str, name: str) -> tuple[np.ndarray, int]:
+def _silence_out_of_range(block: np.ndarray, subtype: str, name: str) -> tuple[np.ndarray, int]:
     """
     A file's block with silence in place of samples that no recording has, NaN or beyond `MAX_AMPLITUDE`, and their number.
 
     Raises:
-        ValueError: when floating-point samples are integers in truth.
+        ValueError: when floating-point samples are really integers.
     """
     with np.errstate(invalid="ignore"):
-        wild = ~(np.abs(block) <= MAX_AMPLITUDE)
-    count = int(wild.sum())
+        out_of_range = ~(np.abs(block) <= MAX_AMPLITUDE)
+    count = int(out_of_range.sum())
     if not count:
         return block, 0
     if subtype in ("FLOAT", "DOUBLE"):
@@ -323,7 +355,7 @@ def _without_wild_samples(block: np.ndarray, subtype: str, name: str) -> tuple[n
                 f"The samples of {name} reach {levels.max():.0f}; floats must lie in about -1..1. Divide by the full scale "
                 "(32768 for 16 bits), or write integers"
             )
-    return np.where(wild, np.float32(0), block), count
+    return np.where(out_of_range, np.float32(0), block), count
 
 
 def to_waveform(samples: np.ndarray, source_rate: int, target_rate: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -120,9 +121,22 @@ def _is_names(value) -> bool:
     return isinstance(names, (list, tuple)) and bool(names) and all(isinstance(name, str) and name for name in names)
 
 
+def _is_expression(value) -> bool:
+    """Whether a value is a regular expression, of which a name is one."""
+    try:
+        return isinstance(value, str) and bool(value) and re.compile(value) is not None
+    except (re.error, OverflowError, RecursionError):  # a count or a nesting beyond what `re` can hold
+        return False
+
+
+def _is_targets(value) -> bool:
+    """Whether a value is a list of names or a regular expression."""
+    return _is_expression(value) if isinstance(value, str) else _is_names(value)
+
+
 def _is_pattern(valid: Callable) -> Callable:
-    """A check for a dict from names to values that are `valid`."""
-    return lambda value: isinstance(value, dict) and all(_is_names(k) and valid(v) for k, v in value.items())
+    """A check for a dict from regular expressions to values that are `valid`."""
+    return lambda value: isinstance(value, dict) and all(_is_expression(k) and valid(v) for k, v in value.items())
 
 
 # The fields of `lora_config`: those of `peft.LoraConfig` that change nothing but LoRA's own weights, so that a checkpoint
@@ -131,8 +145,8 @@ LORA_FIELDS = {
     "r": (lambda value: _is_count(value, 1), "a positive integer"),
     "lora_alpha": (lambda value: _is_number(value) and value > 0, "a number above 0"),
     "lora_dropout": (lambda value: _is_number(value, 0) and value < 1, "a number in [0, 1)"),
-    "target_modules": (_is_names, 'a list of names, a regular expression or "all-linear"'),
-    "exclude_modules": (lambda value: value is None or _is_names(value), "a list of names or a regular expression"),
+    "target_modules": (_is_targets, 'a list of names, a regular expression or "all-linear"'),
+    "exclude_modules": (lambda value: value is None or _is_targets(value), "a list of names or a regular expression"),
     "use_rslora": (lambda value: isinstance(value, bool), "true or false"),
     "use_dora": (lambda value: isinstance(value, bool), "true or false"),
     "layers_to_transform": (
@@ -141,9 +155,20 @@ LORA_FIELDS = {
         ),
         "a layer's number or a list of them",
     ),
-    "layers_pattern": (lambda value: value is None or _is_names(value), "a name or a list of names"),
-    "rank_pattern": (_is_pattern(lambda value: _is_count(value, 1)), "positive integers by name"),
-    "alpha_pattern": (_is_pattern(lambda value: _is_number(value) and value > 0), "numbers above 0 by name"),
+    "layers_pattern": (
+        lambda value: (
+            value is None or _is_names(value) and all(map(_is_expression, [value] if isinstance(value, str) else value))
+        ),
+        "a name (or regular expression) or a list of them",
+    ),
+    "rank_pattern": (
+        _is_pattern(lambda value: _is_count(value, 1)),
+        "positive integers by name (or regular expression)",
+    ),
+    "alpha_pattern": (
+        _is_pattern(lambda value: _is_number(value) and value > 0),
+        "numbers above 0 by name (or regular expression)",
+    ),
     "init_lora_weights": (lambda value: value in (True, "gaussian"), 'true or "gaussian"'),
 }
 # Other fields of `peft.LoraConfig`, with values that mean the same as their absence; `None`, `False` and what is empty mean

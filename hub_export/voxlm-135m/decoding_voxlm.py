@@ -57,10 +57,11 @@ NOT_SEARCH = {
     "temperature",
     "top_k",
     "top_p",
-    "transformers_version",
     "typical_p",
     "use_cache",
 }
+# Inputs of `generate` that `transcribe` makes itself.
+OWN_INPUTS = {"inputs", "input_ids", "inputs_embeds", "attention_mask", "labels", "past_key_values", "audio_embeds"}
 # Options that change a greedy text where they are not what the model's own generation config says.
 GIVEN_TOKENS = {"eos_token_id", "suppress_tokens"}
 
@@ -169,7 +170,8 @@ def check_prompt_length(config, attention_mask, input_ids=None, new_tokens: int 
     Args:
         config ([`VoxLMConfig`])
         attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*): what it hides takes no room.
-        input_ids (`torch.Tensor` of shape `(batch, length)`, *optional*): for prompts without a mask.
+        input_ids (`torch.Tensor` of shape `(batch, length)` or, as embeddings, `(batch, length, text_size)`, *optional*): for
+            prompts without a mask.
         new_tokens (`int`): how many tokens have to fit behind the prompt.
     """
     if marks_tokens(attention_mask):
@@ -239,13 +241,24 @@ def padded_batches(items: Iterable, length_of: Callable, limit: float, size: flo
         yield batch
 
 
-def token_budgets(batch: EncodedBatch, max_new_tokens: int | None) -> list[int]:
-    """Most tokens that the text of each segment may have: `max_new_tokens`, else a generous bound from the audio."""
+def token_budgets(batch: EncodedBatch, max_new_tokens: int | None, context: int | None = None) -> list[int]:
+    """
+    Most tokens that the text of each segment may have: `max_new_tokens`, else a generous bound from the audio, but never more
+    than fit behind the prompt into the LLM's context.
+    """
     if max_new_tokens is not None:
-        return [max_new_tokens] * len(batch.segments)
-    if batch.visible_frames is not None:
-        return [int(TOKENS_PER_VISIBLE_FRAME * count) + MIN_TOKENS for count in batch.visible_frames]
-    return [int(TOKENS_PER_SECOND * segment.duration_s) + MIN_TOKENS for segment in batch.segments]
+        budgets = [max_new_tokens] * len(batch.segments)
+    elif batch.visible_frames is not None:
+        budgets = [int(TOKENS_PER_VISIBLE_FRAME * count) + MIN_TOKENS for count in batch.visible_frames]
+    else:
+        budgets = [int(TOKENS_PER_SECOND * segment.duration_s) + MIN_TOKENS for segment in batch.segments]
+    if context is None:
+        return budgets
+    hidden = (
+        0 if batch.visible_frames is None else batch.audio.audio_embeds_mask.sum(-1) - batch.audio.visible_mask.sum(-1)
+    )
+    room = context - (batch.attention_mask.sum(-1) - hidden)
+    return [min(budget, most) for budget, most in zip(budgets, room.tolist())]
 
 
 def search_options(generation_config, options: dict) -> dict:
@@ -257,7 +270,7 @@ def search_options(generation_config, options: dict) -> dict:
         generation_config ([`GenerationConfig`]): of the model.
         options (`dict`): arguments of `generate`.
     """
-    saved, given = _set_fields(generation_config), _given_options(options)
+    saved, given = _set_fields(generation_config), given_options(options)
     defaults = {"synced_gpus": False, **GenerationConfig._get_default_generation_params()}
 
     def changes(name: str, value) -> bool:
@@ -277,9 +290,14 @@ def token_budget(options: dict) -> int | None:
 
     Raises:
         ValueError: for a budget that is no whole number or below 1, for `max_length`, which counts the prompt, and for several
-            texts of one segment.
+            texts of one segment; also for what `transcribe` gives to `generate` itself.
     """
-    given = _given_options(options)
+    given = given_options(options)
+    own = sorted(OWN_INPUTS & given.keys())
+    if own:
+        raise ValueError(
+            f"`transcribe` makes {', '.join(own)} from the audio and the prompt; use `generate` to pass them"
+        )
     if "max_length" in given:
         raise ValueError(
             f"`max_length={given['max_length']!r}` counts prompt and audio too, whose lengths `transcribe` decides; pass "
@@ -294,17 +312,28 @@ def token_budget(options: dict) -> int | None:
     return budget
 
 
-def _given_options(options: dict) -> dict:
-    """Options that are not `None`, those of a `generation_config` among them."""
+def given_options(options: dict) -> dict:
+    """
+    Options that are not `None`, those of a `generation_config` among them.
+
+    Raises:
+        ValueError: for one of another type.
+    """
     given = {name: value for name, value in options.items() if value is not None}
     config = given.pop("generation_config", None)
+    if config is not None and not isinstance(config, GenerationConfig):
+        raise ValueError(f"`generation_config` must be a GenerationConfig, got {type(config).__name__}")
     return given if config is None else {**_set_fields(config), **given}
 
 
 def _set_fields(generation_config) -> dict:
     """What is set in a [`GenerationConfig`]."""
     fields = generation_config.to_diff_dict()
-    return {name: value for name, value in fields.items() if not name.startswith("_") and value is not None}
+    return {
+        name: value
+        for name, value in fields.items()
+        if value is not None and name != "transformers_version" and not name.startswith("_")
+    }
 
 
 def stop_tokens(eos_token_id: int | list[int] | None) -> set[int]:

@@ -14,6 +14,7 @@ from .decoding_voxlm import (
     draft_texts,
     encode,
     generate_text,
+    given_options,
     pack_prompt,
     search_options,
     split_decoded,
@@ -21,10 +22,11 @@ from .decoding_voxlm import (
     token_budget,
     token_budgets,
 )
-from .processing_voxlm import VoxLMProcessor
+from .processing_voxlm import VoxLMProcessor, context_length
 from .rescoring_voxlm import SILENCE_S, rescore
 from .segmentation_voxlm import AudioSegment
 from .transcription_voxlm import Segment, merge_segments, timed_words
+from .words_voxlm import plain_words
 
 
 logger = logging.get_logger(__name__)
@@ -32,6 +34,8 @@ logger = logging.get_logger(__name__)
 # Longest phrase, in words, that is looked for in loops. It may come so often in a row, or so often if there are not frames
 # enough for half its tokens. Chosen by hand: people do say "no, no, no, no", not eight times.
 LOOP_WORDS, LOOP_TIMES, UNHEARD_LOOP_TIMES, UNHEARD_TOKENS_PER_FRAME = 8, 8, 3, 2.0
+# More characters without a space than this are a text in a script without spaces. Chosen by hand.
+LONGEST_WORD = 30
 # The compression of shorter texts (bytes) says nothing: zlib's own header weighs in. Chosen by hand.
 COMPRESSION_FROM = 100
 # Shorter activity than this (seconds) may be a word or two, of which few frames carry a token. Chosen by hand.
@@ -94,9 +98,16 @@ def fired_gates(
     sparse = gated and visible_frames < gates.get("heard_per_second", 0) * active_s
     if sparse and (active_s >= NO_SPEECH_FROM_S or "mean_logprob" in fired):
         fired.append("no_speech")
-    if gates and is_loop(longest_loop(words), num_tokens / max(1, visible_frames) if gated else math.inf, bool(fired)):
+    if gates and is_loop(
+        longest_loop(loop_units(words)), num_tokens / max(1, visible_frames) if gated else math.inf, bool(fired)
+    ):
         fired.append("loop")
     return fired
+
+
+def loop_units(words: list[str]) -> list[str]:
+    """What may come again and again: words without capitals and punctuation, or the characters of scripts without spaces."""
+    return [unit for word in plain_words(words) for unit in (word if len(word) > LONGEST_WORD else [word])]
 
 
 def is_loop(times: int, tokens_per_frame: float, other_gate: bool) -> bool:
@@ -146,20 +157,23 @@ def transcribe_batch(
         generate_kwargs (`dict`): for `generate`.
     """
     with_words = with_words or any(segment.overlap or segment.continues for segment in segments)
+    generate_kwargs = given_options(generate_kwargs)
     budget, batch = token_budget(generate_kwargs), encode(model, processor, segments, prompts)
     searching = search_options(model.generation_config, generate_kwargs)
     if searching:
-        if model.reader is not None:
-            logger.warning_once(f"The reader cannot search with {', '.join(sorted(searching))}: the LLM decodes alone")
 
         def search(prompt, budgets, batch):
             return generate_text(model, prompt, budgets, generate_kwargs)
 
-        return decode_segments(model, processor, batch, search, budget, with_words)
+        results = decode_segments(model, processor, batch, search, budget, with_words)
+        if model.reader is not None:  # only now, when `generate` has taken the options
+            logger.warning_once(f"The reader cannot search with {', '.join(sorted(searching))}: the LLM decodes alone")
+        return results
 
     def default(prompt, budgets, batch):
-        decode = draft_and_decode if model.reader is None else rescore
-        return decode(model, processor, prompt, budgets, batch)
+        if model.reader is None:
+            return draft_and_decode(model, processor, prompt, budgets, batch)
+        return rescore(model, processor, prompt, budgets, batch, look_twice=budget is None)
 
     results = decode_segments(model, processor, batch, default, budget, with_words)
     if budget is not None:
@@ -184,7 +198,7 @@ def decode_segments(
         with_words (`bool`): whether to compute words with times and confidences.
     """
     prompt = pack_prompt(model, batch)
-    texts = decode(prompt, token_budgets(batch, budget), batch)
+    texts = decode(prompt, token_budgets(batch, budget, context_length(model.config)), batch)
     has_text = any(text.ids for text in texts)
     unknown = any(text.ids and text.states is None for text in texts)
     if with_words and has_text and (unknown or model.alignment.states_at_tokens):
@@ -244,7 +258,8 @@ def with_fallback(
     """
     The first text of one segment that fires no gate. The fallbacks in turn:
 
-    - "window": the reader decodes the segment padded with silence to the encoder's window, as it was trained to.
+    - "window": the reader decodes the segment padded with silence to the encoder's window, as it was trained to. (Where its
+      list was in doubt, it has already decoded the segment with a second of silence; see `rescoring_voxlm.propose`.)
     - "halves": if something was left out, the text of each half by itself.
     - "projector": greedy CTC.
     - samples at the temperatures of the config, the same every time.

@@ -3,6 +3,7 @@
 import math
 import numbers
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
@@ -12,7 +13,7 @@ import torch
 from transformers.generation import GenerationMixin
 from transformers.utils import logging
 
-from .audio_voxlm import file_duration_s, is_batch, stream_audio
+from .audio_voxlm import RATES, check_rate, file_duration_s, is_batch, stream_audio
 from .decoding_voxlm import MIN_TOKENS, check_prompt_length, pack_left, padded_batches, token_budget
 from .fallback_voxlm import transcribe_batch
 from .forced_alignment_voxlm import align_segments, align_text, known_text
@@ -20,10 +21,11 @@ from .pipeline_voxlm import VoxLMASRPipeline, check_timestamps
 from .placeholders_voxlm import audio_by_prompt, cache_of, gated_mask, hidden_in_cache, past_length
 from .processing_voxlm import VoxLMProcessor, one_for_each
 from .segmentation_voxlm import DETECTORS, AudioSegment, segment_audio
-from .transcription_voxlm import Segment, VoxLMTranscription, join_segments, trim_overlap
+from .transcription_voxlm import Segment, VoxLMTranscription, error_line, join_segments, trim_overlap
 
 
-logger = logging.get_logger(__name__)
+# Of recordings that fail alone; a caller who reports them anyway can disable it.
+recording_logger = logging.get_logger(f"{__name__}.recordings")
 
 # Segments are sorted by length within this many batches, so that little is padding and little is in memory. Chosen by hand.
 BATCHES_AHEAD = 4
@@ -52,8 +54,8 @@ class TranscriptionOptions:
         generate_kwargs (`dict`): for `generate`.
 
     Raises:
-        ValueError: for a batch size or a number of beams that is no integer of at least 1, a rate that is no number above 0, or
-            an unknown detector.
+        ValueError: for a batch size or a number of beams that is no integer of at least 1, a sampling rate outside of
+            `audio_voxlm.RATES`, or an unknown detector.
     """
 
     sampling_rate: int | None = None
@@ -64,9 +66,12 @@ class TranscriptionOptions:
     generate_kwargs: dict = field(default_factory=dict)
 
     def __post_init__(self):
+        if self.batch_size is None:
+            raise ValueError("`batch_size` must be an integer of at least 1, got None")
         check_number("batch_size", self.batch_size, 1, whole=True)
         check_number("num_beams", self.generate_kwargs.get("num_beams"), 1, whole=True)
-        check_number("sampling_rate", self.sampling_rate, 1)
+        if self.sampling_rate is not None:
+            check_rate(self.sampling_rate)
         if not isinstance(self.vad, str) or self.vad not in DETECTORS:
             raise ValueError(f"`vad` must be one of {', '.join(map(repr, DETECTORS))}, got {self.vad!r}")
 
@@ -123,8 +128,11 @@ class VoxLMGenerationMixin(GenerationMixin):
         if audio is not None and inputs is None and kwargs.get("inputs_embeds") is None:
             inputs, kwargs["attention_mask"] = self._trained_prompts(audio)
             only_new = True
+        if only_new and audio is not None:
+            kwargs["max_new_tokens"] = self._new_tokens(audio, kwargs)
         hidden = self._place_audio(inputs, audio, kwargs)
-        check_prompt_length(self.config, kwargs.get("attention_mask"), inputs)
+        whole = inputs if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        check_prompt_length(self.config, kwargs.get("attention_mask"), whole)
         output = super().generate(inputs, *args, **kwargs)
         if hidden is not None:
             # Whoever continues from the cache has a mask of the tokens, which does not say what the gate hides.
@@ -145,12 +153,23 @@ class VoxLMGenerationMixin(GenerationMixin):
         prompts = processor.prompt_ids([processor.render_prompt()] * len(counts), counts)
         return prompts["input_ids"].to(self.device), prompts["attention_mask"].to(self.device)
 
+    def _new_tokens(self, audio, kwargs: dict) -> int:
+        """
+        How many tokens `generate` may add where it returns the new ones alone: what the caller says, `max_length` included,
+        which counts them too then ([`Seq2SeqTrainer`] knows no other), or one for each projected frame.
+        """
+        configs = [config for config in (kwargs.get("generation_config"), self.generation_config) if config is not None]
+        given = [kwargs.pop("max_new_tokens", None), kwargs.pop("max_length", None)]
+        given += [config.max_new_tokens for config in configs]
+        given.append(int(audio.audio_embeds_mask.sum(-1).max()) + MIN_TOKENS)
+        return next(value for value in given if value is not None)
+
     def _without_answers(self, input_ids, attention_mask, labels):
         """Prompts and their mask, padded on the left, of training batches: what has a label is left out."""
-        kept = labels == -100
-        if attention_mask is not None:
-            kept &= attention_mask.bool()
-        columns = {"input_ids": (input_ids, self.config.pad_token_id or 0), "attention_mask": (kept.long(), 0)}
+        pad_token_id = self.config.pad_token_id or 0
+        real = input_ids != pad_token_id if attention_mask is None else attention_mask.bool()
+        kept = (labels == -100) & real
+        columns = {"input_ids": (input_ids, pad_token_id), "attention_mask": (kept.long(), 0)}
         packed = pack_left(kept, columns)
         return packed["input_ids"], packed["attention_mask"]
 
@@ -158,6 +177,9 @@ class VoxLMGenerationMixin(GenerationMixin):
         """Encode and project the audio among the arguments of `generate`, which is taken out; `None` without any."""
         features = {name: value for name in FEATURES if (value := kwargs.pop(name, None)) is not None}
         states, states_mask = kwargs.pop("audio_states", None), kwargs.pop("audio_states_mask", None)
+        for name in ("input_features", "input_values"):
+            if name in features and not features[name].isfinite().all():
+                raise ValueError(f"`{name}` has values that are not finite (NaN or infinite)")
         if "input_features" in features or "input_values" in features:
             return self.get_audio_features(**features)
         return None if states is None else self.project(states, states_mask)
@@ -326,7 +348,7 @@ class VoxLMGenerationMixin(GenerationMixin):
             except (OSError, ValueError) as error:
                 if not many:
                     raise
-                results.append(join_segments([], 0.0, error_line(number, error, "aligned")))
+                results.append(join_segments([], 0.0, log_failure(number, error, "aligned")))
         return results if many else results[0]
 
     def _align_one(self, processor, item, text, prompt, options) -> VoxLMTranscription:
@@ -363,7 +385,8 @@ def check_number(name: str, value, least: float, whole: bool = False):
     if value is None:
         return
     kind = numbers.Integral if whole else numbers.Real
-    if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value) or value < least:
+    # `math.isfinite` cannot take integers beyond those of a float.
+    if isinstance(value, bool) or not isinstance(value, kind) or not least <= value <= sys.float_info.max:
         raise ValueError(f"`{name}` must be {'an integer' if whole else 'a number'} of at least {least}, got {value!r}")
 
 
@@ -524,15 +547,15 @@ def join_recordings(tasks: Iterable[SegmentTask]) -> Iterator[VoxLMTranscription
             continue
         error = None
         if task.error is not None:
-            error, segments = error_line(task.recording, task.error, "transcribed"), []
+            error, segments = log_failure(task.recording, task.error, "transcribed"), []
         yield join_segments(segments, task.duration_s, error)
         segments = []
 
 
-def error_line(recording: int, error: Exception, done: str) -> str:
-    """The message of what went wrong with a recording, on one line; also logged."""
-    line = " ".join(str(error).split())
-    logger.warning(f"Recording {recording} could not be {done}: {line}")
+def log_failure(recording: int, error: Exception, done: str) -> str:
+    """Log that a recording could not be `done` ("transcribed", ...); returns the error in one line."""
+    line = error_line(error)
+    recording_logger.warning(f"Recording {recording} could not be {done}: {line}")
     return line
 
 
@@ -553,9 +576,11 @@ def known_seconds(items: list, rate: int) -> float | None:
                 item, item_rate = samples, item.get("sampling_rate")
             else:
                 item = item.get("path")
+        if isinstance(item, torch.Tensor) and item.is_nested:
+            return None  # reading it will say what is wrong
         if isinstance(item, (np.ndarray, torch.Tensor)) and item.ndim:
-            if not isinstance(item_rate, numbers.Real) or not item_rate > 0:
-                return None  # reading it will say what is wrong
+            if not isinstance(item_rate, numbers.Real) or not RATES[0] <= item_rate <= RATES[1]:
+                return None
             total += item.shape[-1] / item_rate
         elif isinstance(item, (str, os.PathLike)):
             total += file_duration_s(item) or 0.0  # reading it will say what is wrong

@@ -3,6 +3,8 @@
 import copy
 import hashlib
 import re
+import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -17,8 +19,23 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_peft_available, logging
 
-from .checkpoint_voxlm import HOW_TO_CONVERT, check_folder, check_inside, check_tensors, tensors_of
-from .configuration_voxlm import DEFAULT_LORA, DEFAULT_READER, TESTED_TRANSFORMERS, preset_bases, saved_with_code
+from .checkpoint_voxlm import (
+    FLOATS,
+    HOW_TO_CONVERT,
+    check_folder,
+    check_inside,
+    check_values,
+    check_weights,
+    tensors_of,
+)
+from .configuration_voxlm import (
+    DEFAULT_LORA,
+    DEFAULT_READER,
+    TESTED_TRANSFORMERS,
+    WRONG_TRANSFORMERS,
+    preset_bases,
+    saved_with_code,
+)
 from .processing_voxlm import VoxLMProcessor, context_length
 from .reader_voxlm import READER_MODELS, VoxLMReader, decoder_prompt, token_table
 
@@ -70,7 +87,7 @@ class VoxLMLoadingMixin:
         """
         [`PreTrainedModel.from_pretrained`], with three differences: only safetensors are loaded, weights of plain base models
         load into a model with LoRA, and weights that the checkpoint lacks are an error instead of random numbers (LoRA weights
-        alone may be missing, since they start as the identity).
+        alone may be missing, all of them, since new LoRA is the identity).
 
         Raises:
             ValueError: naming the missing weights; not with `output_loading_info=True`, which asks for their list, nor for
@@ -88,7 +105,10 @@ class VoxLMLoadingMixin:
         if source is not None and getattr(known, "base_models", None):
             shared_options = {name: kwargs[name] for name in SHARED_OPTIONS if name in kwargs}
             delta_folder = base_folder(source, kwargs.get("revision"), **shared_options) / kwargs.pop("subfolder", "")
-            kwargs["state_dict"] = with_bases(read_tensors(delta_folder), known, **shared_options)
+            delta = read_tensors(delta_folder)
+            for name, tensor in delta.items():
+                check_values(delta_folder, name, tensor, known.text_config.vocab_size)
+            kwargs["state_dict"] = with_bases(delta, known, **shared_options)
             config, source = known, None
         try:
             model, info = super().from_pretrained(
@@ -104,7 +124,8 @@ class VoxLMLoadingMixin:
             model.config.base_models = None  # the model is whole now, and so is what it saves
             model.generation_config = GenerationConfig.from_pretrained(delta_folder)
         if not output_loading_info and pretrained_model_name_or_path is not None:
-            check_missing(pretrained_model_name_or_path, info["missing_keys"])
+            names = model.state_dict().keys()
+            check_missing(pretrained_model_name_or_path, names, info["missing_keys"], info["unexpected_keys"])
         model.freeze_base_weights()  # loading makes every parameter anew, and trainable
         # `save_pretrained` restores the plain names of base weights itself; the library would undo the renaming again.
         model._weight_conversions = None
@@ -114,17 +135,14 @@ class VoxLMLoadingMixin:
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
         """The library's step between making the model on the meta device and filling it, with a check of what fills it."""
-        tensors = {name: ("The state dict", tensor) for name, tensor in (state_dict or {}).items()}
-        source = load_config.pretrained_model_name_or_path
-        for path in map(Path, checkpoint_files or []):
+        source, files = load_config.pretrained_model_name_or_path, list(map(Path, checkpoint_files or []))
+        for path in files:
             if path.suffix != ".safetensors":
                 raise ValueError(f"{source} names the weights {path.name!r}. {HOW_TO_CONVERT}")
             if Path(source).is_dir():
                 check_inside(path, Path(source))
-            tensors |= {name: (path, tensor) for name, tensor in tensors_of(path)}
         if state_dict is None:
-            any_size = load_config.ignore_mismatched_sizes
-            check_tensors(model, tensors, load_config.hf_quantizer is not None, any_size)
+            check_weights(model, files, load_config.hf_quantizer is not None, load_config.ignore_mismatched_sizes)
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 
     @classmethod
@@ -194,7 +212,14 @@ class VoxLMLoadingMixin:
                 "An export in mode `merged` works without."
             )
         settings = {**DEFAULT_LORA, **self.config.lora_config}
-        inject_adapter_in_model(LoraConfig(**settings), self.language_model)
+        try:
+            inject_adapter_in_model(LoraConfig(**settings), self.language_model)
+        except ValueError as error:
+            # peft prints the layers that it cannot adapt, which may be the whole LLM.
+            reason = textwrap.shorten(str(error), 300, placeholder=" ...")
+            raise ValueError(
+                f"LoRA cannot be where `lora_config['target_modules']` = {settings['target_modules']!r} says: {reason}"
+            ) from None
         output_layer = self.language_model.get_output_embeddings()
         for name, module in lora_layers(self):
             if module is output_layer or not isinstance(module.get_base_layer(), (nn.Linear, Conv1D)):
@@ -216,21 +241,22 @@ class VoxLMLoadingMixin:
         Args:
             audio (`str`), text (`str`): Hub ids or folders; optional when `preset` is given.
             preset (`str`, *optional*): name of a size in `PRESETS`, which fills in what is not given.
-            dtype (`torch.dtype`, *optional*): dtype of all weights, float32 by default.
+            dtype (`str` or `torch.dtype`, *optional*): floating-point dtype of all weights, or its name; float32 by default.
             **overrides: fields of [`VoxLMConfig`]. `lora_config` defaults to `{}`, LoRA with the default settings.
 
         Returns:
             the model in evaluation mode, with the matching [`VoxLMProcessor`] as `model.processor`.
 
         Raises:
-            ValueError: for an unknown preset, a missing base, or an encoder whose frame rate cannot be derived.
+            ValueError: for an unknown preset, a missing base, a dtype that is not a floating-point one, or an encoder whose
+                frame rate cannot be derived.
         """
+        dtype = floating_dtype(dtype)
         if preset is not None:
             preset_audio, preset_text, fields = preset_bases(preset)
             audio, text, overrides = audio or preset_audio, text or preset_text, {**fields, **overrides}
         if audio is None or text is None:
             raise ValueError(f"Both base models are needed, got audio={audio!r} and text={text!r}")
-        dtype = dtype or torch.float32
         encoder = load_base(AutoModel, audio, dtype)
         audio_config = encoder.config
         encoder = encoder.get_encoder() if audio_config.is_encoder_decoder else encoder
@@ -374,23 +400,52 @@ def initialize_lora(layer: nn.Module, kind: bool | str):
 
 
 def warn_if_untested():
-    """Warn, once, about a version of transformers that this code was not tested with."""
-    first, end = TESTED_TRANSFORMERS
-    if not version.parse(first) <= version.parse(transformers_version) < version.parse(end):
-        logger.warning_once(
-            f"This checkpoint's code was tested with transformers from {first} and before {end}; this is {transformers_version}"
-        )
+    """Warn, once, about a version of transformers that is newer than those this code was tested with; older ones are refused."""
+    if version.parse(transformers_version) >= version.parse(TESTED_TRANSFORMERS[1]):
+        logger.warning_once(WRONG_TRANSFORMERS)
 
 
-def check_missing(source, missing_keys):
-    """Raise a `ValueError` that names missing weights other than LoRA's."""
-    missing = sorted(key for key in missing_keys if ".lora_" not in key)
+def check_missing(source, names: Iterable[str], missing: Iterable[str], unexpected: Iterable[str] = ()):
+    """
+    Check that a checkpoint has all weights of its model; those of LoRA may be missing, but only all of them.
+
+    Args:
+        names: the model's weights.
+        missing: those of them that the checkpoint lacks.
+        unexpected: weights of the checkpoint that the model lacks.
+
+    Raises:
+        ValueError: naming missing weights, and the unexpected ones that may be meant for them.
+    """
+    lora, lost = ({name for name in some if ".lora_" in name} for some in (names, missing))
+    strange = sorted(name for name in unexpected if ".lora_" in name)
+    fresh_lora = lost == lora and not strange
+    missing = sorted(name for name in missing if not (fresh_lora and name in lost))
     if missing:
-        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        instead = f" It has {_shown(strange)} instead." if strange else ""
         raise ValueError(
-            f"{source} lacks {len(missing)} weights of this model: {shown}. They would be random; use the checkpoint that "
-            "this config belongs to, or `from_base_models` for a new model"
+            f"{source} lacks {len(missing)} weights of this model: {_shown(missing)}.{instead} They would be random; use the "
+            "checkpoint that this config belongs to, or `from_base_models` for a new model"
         )
+
+
+def _shown(names: list[str]) -> str:
+    """The first five of some names, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def floating_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
+    """The dtype of a model's weights, as given or by its name (`"bfloat16"`, `"torch.bfloat16"`); float32 by default.
+
+    Raises:
+        ValueError: for what is no floating-point dtype of at least 16 bits.
+    """
+    named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    named = torch.float32 if dtype is None else named
+    if not isinstance(named, torch.dtype) or named not in FLOATS:
+        known = ", ".join(str(kind).removeprefix("torch.") for kind in FLOATS)
+        raise ValueError(f"`dtype` must be one of {known}, got {dtype!r}")
+    return named
 
 
 def merge_lora(language_model: nn.Module):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 from transformers import AutomaticSpeechRecognitionPipeline, GenerationConfig
 from transformers.pipelines import PIPELINE_REGISTRY
 
@@ -57,6 +58,8 @@ class VoxLMASRPipeline(AutomaticSpeechRecognitionPipeline):
         # The library takes a list for several recordings, but a column of `datasets` or a tuple for one.
         if isinstance(inputs, Sequence) and is_batch(inputs):
             inputs = list(inputs)
+        elif isinstance(inputs, (list, tuple)) and inputs:
+            inputs = np.asarray(inputs)  # the samples of one
         if isinstance(inputs, (list, tuple)) and not inputs:
             raise ValueError("No audio was given: the list is empty")
         return super().__call__(inputs, **kwargs)
@@ -92,18 +95,15 @@ class VoxLMASRPipeline(AutomaticSpeechRecognitionPipeline):
 
     def _forward(self, model_inputs, return_timestamps=False, **options):
         audio = model_inputs["audio"]
-        batched = isinstance(audio, list)
-        results = self.model.transcribe(
-            audio if batched else [audio],
-            return_timestamps=return_timestamps,
-            batch_size=len(audio) if batched else 1,
-            **options,
-        )
+        if not isinstance(audio, list):
+            result = self.model.transcribe(audio, return_timestamps=return_timestamps, batch_size=1, **options)
+            return {"is_last": model_inputs["is_last"], "result": dict(result)}
+        options |= {"return_timestamps": return_timestamps, "batch_size": len(audio)}
+        results = self.model.transcribe(audio, **options)
         errors = [result["error"] for result in results if result.get("error")]
         if errors:
             raise ValueError(errors[0])
-        outputs = [dict(result) for result in results]
-        return {"is_last": model_inputs["is_last"], "result": outputs if batched else outputs[0]}
+        return {"is_last": model_inputs["is_last"], "result": [dict(result) for result in results]}
 
     def postprocess(self, model_outputs, return_timestamps=False):
         # One recording is one item here: `transcribe` splits and joins it.

@@ -1,6 +1,7 @@
 """VoxLMProcessor: audio and prompts to model inputs, token ids to text and words."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ from transformers import AutoFeatureExtractor, AutoTokenizer, BatchFeature
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 
 from .audio_voxlm import is_batch, read_audio, to_waveform
+from .checkpoint_voxlm import TOKENIZER_FILE, check_side_files, read_object
 from .collator_voxlm import check_rows, word_time_targets
 from .configuration_voxlm import saved_with_code
 from .words_voxlm import Word, decode_tokens, encode_words, split_words
@@ -197,6 +199,24 @@ class VoxLMProcessor(ProcessorMixin):
         # Most tokens that the LLM can see, where the model is known; not saved.
         self.context_length = None
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """
+        [`ProcessorMixin.from_pretrained`], which names a damaged file of a local folder.
+
+        Raises:
+            ValueError: see `checkpoint_voxlm.check_side_files`; also for a tokenizer.json that is no JSON.
+        """
+        folder = Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or "")
+        if folder.is_dir():
+            check_side_files(folder)
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except Exception:  # tokenizers raises just that
+            if (folder / TOKENIZER_FILE).is_file():
+                read_object(folder / TOKENIZER_FILE)
+            raise
 
     @classmethod
     def from_base_models(cls, audio: str, text: str, **kwargs) -> "VoxLMProcessor":

@@ -172,7 +172,13 @@ def _word_logprobs(processor, groups: list[list[int]], owners: list[set[int]], l
 
 
 def rescore(
-    model, processor: VoxLMProcessor, prompt: dict, budgets: list[int], batch: EncodedBatch, in_window: bool = False
+    model,
+    processor: VoxLMProcessor,
+    prompt: dict,
+    budgets: list[int],
+    batch: EncodedBatch,
+    look_twice: bool = False,
+    in_window: bool = False,
 ) -> list[DecodedText]:
     """
     The best hypothesis of each segment of a batch.
@@ -183,10 +189,12 @@ def rescore(
         prompt (`dict`): of `decoding_voxlm.pack_prompt`.
         budgets (`list[int]`): most tokens of each segment.
         batch ([`EncodedBatch`])
+        look_twice (`bool`): whether lists that are in doubt are replaced, see `propose`. Not with a caller's budget, which
+            also makes texts short.
         in_window (`bool`): whether the reader decodes each segment padded with silence to the encoder's window.
     """
     settings = model.config.reader_config
-    hypotheses = propose(model, processor, budgets, batch, in_window)
+    hypotheses = propose(model, processor, budgets, batch, look_twice, in_window)
     # A projector without token scores affects the text only through the LLM's prompt.
     frames = ctc_frames(model, batch.audio) if settings["ctc_weight"] else [None] * len(hypotheses)
     embeddings = model.get_input_embeddings().weight
@@ -196,14 +204,14 @@ def rescore(
 
 
 def propose(
-    model, processor: VoxLMProcessor, budgets: list[int], batch: EncodedBatch, in_window: bool
+    model, processor: VoxLMProcessor, budgets: list[int], batch: EncodedBatch, look_twice: bool, in_window: bool
 ) -> list[list[Hypothesis]]:
     """
-    The reader's hypotheses for each segment of a batch. For a short segment, a list that is in doubt is replaced by the list
-    for the same segment with a second of silence behind it.
+    The reader's hypotheses for each segment of a batch. With `look_twice`, a list for a short segment that is in doubt is
+    replaced by the list for the same segment with a second of silence behind it.
 
     Args:
-        model, processor, budgets, batch, in_window: see `rescore`.
+        model, processor, budgets, batch, look_twice, in_window: see `rescore`.
     """
 
     def decode(audio, budgets, padded=False):
@@ -218,7 +226,7 @@ def propose(
     doubtful = [
         row
         for row, (segment, texts, frames) in enumerate(zip(batch.segments, hypotheses, visible))
-        if segment.duration_s <= longest_s and in_doubt(texts, frames)
+        if look_twice and segment.duration_s <= longest_s and in_doubt(texts, frames)
     ]
     if doubtful:
         audio = encode_with_silence(model, processor, [batch.segments[row] for row in doubtful], SILENCE_S)

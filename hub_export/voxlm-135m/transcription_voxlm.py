@@ -38,8 +38,9 @@ class Segment:
         mean_logprob (`float`, *optional*): mean log-probability of the text's tokens, in nats.
         truncated (`bool`): whether the token budget ended the text.
         gates (`list[str]`): quality gates that the text fires, see `fallback_voxlm.fired_gates`.
-        fallback (`str` or `float`, *optional*): the fallback that the text comes from, when the first text fired a gate or the
-            reader's list was in doubt (see `rescoring_voxlm.in_doubt`): "window", "halves", "projector", or the temperature of a sample.
+        fallback (`str` or `float`, *optional*): the fallback that the text comes from, when the first text fired a gate (see
+            `fallback_voxlm.with_fallback`) or the reader's list was in doubt (see `rescoring_voxlm.propose`): "window",
+            "halves", "projector", or the temperature of a sample.
         rejected (`str`, *optional*): a text that was taken for music or noise, and is not part of the result.
     """
 
@@ -90,6 +91,11 @@ class VoxLMTranscription(ModelOutput):
     def __post_init__(self):
         super().__post_init__()
         self["error"] = self.error  # the library leaves out what is `None`
+
+
+def error_line(error: BaseException) -> str:
+    """An error in one line, as results and messages have it."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def join_segments(segments: list[Segment], duration_s: float, error: str | None = None) -> VoxLMTranscription:
