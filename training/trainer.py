@@ -255,8 +255,9 @@ class VoxLMTrainer(StageTrainer):
     def log(self, logs, *args, **kwargs):
         """As in [`Trainer`]; next to the loss of the steps since the last time, what the alignment head has of it."""
         if "loss" in logs and self.first_step is not None:
-            known = self.alignment_loss is not None
-            found = torch.tensor([self.alignment_loss if known else 0.0, known], device=self.args.device)
+            found = torch.zeros(2, device=self.args.device)
+            if self.alignment_loss is not None:
+                found = torch.stack([self.alignment_loss.float(), torch.ones_like(found[0])])
             how = "sum" if self.args.average_tokens_across_devices else "mean"
             total, known = self.accelerator.reduce(found, how).tolist()
             if known:
