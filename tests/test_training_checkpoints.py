@@ -1,18 +1,19 @@
 """Starting again after a kill at any moment."""
 
 import json
+import resource
 import shutil
 import socket
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import TrainingArguments
 
 from tests import tiny
 from voxlm_hf import VoxLMForSpeechSeq2Seq
-from voxlm_training.checkpoints import last_whole_checkpoint
+from voxlm_training.checkpoints import WriteError, last_whole_checkpoint, naming_unwritten_files, written_whole
 from voxlm_training.data import Row, SpeechDataset
 from voxlm_training.features import TensorStore
 from voxlm_training.train import run_stage, save_model
@@ -176,3 +177,34 @@ def test_shards_are_never_overwritten_and_damaged_ones_are_made_again(tmp_path, 
     (tmp_path / f"x.{socket.gethostname()}.{2**22 + 1}.unfinished").write_bytes(b"")
     assert len(TensorStore(tmp_path).files) == 3 and f"{others[0]} is skipped" in capsys.readouterr().out
     assert not list(tmp_path.glob("*.unfinished"))
+
+
+WRITERS = {
+    "model.safetensors": lambda path: save_file({"a": torch.zeros(100_000)}, path),
+    "optimizer.pt": lambda path: torch.save(torch.zeros(100_000), path),
+    "log.json": lambda path: path.write_text("0" * 400_000),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_file_that_cannot_be_written_is_named(tmp_path, name):
+    """A limit on the size of files in the place of a full disk."""
+    (tmp_path / "older").write_text("")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(WriteError) as raised, naming_unwritten_files([tmp_path]):
+            WRITERS[name](tmp_path / name)
+        with pytest.raises(WriteError, match=f"{tmp_path}/{name} "), written_whole(tmp_path / name) as unfinished:
+            WRITERS[name](unfinished)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    line, shown = str(raised.value), name.replace("model", "*")
+    assert f"{tmp_path}/{shown} could not be written: " in line and "the same command resumes" in line
+    assert len(line.splitlines()) == 1
+
+
+def test_other_errors_stay_as_they_are(tmp_path):
+    for error in (FileNotFoundError(2, "No such file"), RuntimeError("shapes differ")):
+        with pytest.raises(type(error)), naming_unwritten_files([tmp_path]):
+            raise error
