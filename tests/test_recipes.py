@@ -1,5 +1,6 @@
 """What a user sees of a recipe, of data or of an installation that is no good: one line that says what and where."""
 
+import errno
 import json
 import os
 import subprocess
@@ -217,6 +218,19 @@ def test_a_stage_that_cannot_begin_is_one_line(folder, capsys, monkeypatch):
             train.main()
         shown = [line for line in capsys.readouterr().err.splitlines() if line.startswith("voxlm-train")]
         assert ended.value.code == 2 and len(shown) == 1 and message in shown[0]
+
+
+def test_a_full_disk_is_one_line(folder, capsys, monkeypatch):
+    def full(recipe):
+        raise OSError(errno.ENOSPC, "No space left on device", "somewhere/log.json")
+
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe(folder)))
+    monkeypatch.setattr(sys, "argv", ["voxlm-train", str(folder / "recipe.yaml")])
+    monkeypatch.setattr(train, "run", full)
+    with pytest.raises(SystemExit) as ended:
+        train.main()
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert ended.value.code == 2 and "somewhere/log.json could not be written" in line and "resumes" in line
 
 
 def test_the_evaluation_names_what_is_not_there(tmp_path, capsys, monkeypatch):

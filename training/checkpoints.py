@@ -59,7 +59,7 @@ def naming_unwritten_files(folders: list[Path], path: Path | None = None):
     except (OSError, SafetensorError, RuntimeError) as error:
         if not cannot_write(error):
             raise
-        path = path or getattr(error, "filename", None)
+        path = getattr(error, "filename2", None) or getattr(error, "filename", None) or path
         if path is None:
             is_safetensors = isinstance(error, SafetensorError)
             found = [*folders, *(entry for folder in folders for entry in folder.rglob("*"))]

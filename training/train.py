@@ -574,7 +574,10 @@ def main():
     try:
         with naming_unwritten_files(written):
             final = run(recipe)
-    except (RecipeError, WriteError) as error:
+    except RecipeError as error:
+        sys.exit(refusal(error))
+    except WriteError as error:
+        print(file=sys.stderr)  # ends the line of the progress bar
         sys.exit(refusal(error))
     except KeyboardInterrupt:
         print("voxlm-train: interrupted; run it again to resume", file=sys.stderr)

@@ -13,7 +13,7 @@ POSITIVE = {
     *("seconds_per_batch", "frames_per_batch", "max_new_tokens", "recordings", "steps", "num_train_epochs"),
     *("logging_steps", "save_steps", "save_total_limit", "eval_steps", "gradient_accumulation_steps"),
     *("per_device_train_batch_size", "per_device_eval_batch_size"),
-    *("copies", "buffer", "max_s", "max_characters", "max_characters_per_s"),
+    *("copies", "max_s", "max_characters", "max_characters_per_s"),
 }
 # Numbers that mean something when negative.
 ANY_NUMBER = {"max_steps", "local_rank"}
