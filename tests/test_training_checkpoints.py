@@ -36,12 +36,12 @@ def bases(tmp_path_factory):
     return folder
 
 
-def train(bases, folder, kind):
+def train(bases, folder, kind, **changes):
     """What a stage has trained, always from the same start."""
     torch.manual_seed(0)
     model = VoxLMForSpeechSeq2Seq.from_base_models(str(bases / "audio"), str(bases / "text"), **FIELDS)
     rows = [Row(str(n), tiny.noise(0.5 + n / 10, n), text, 0.5 + n / 10) for n, text in enumerate(("fox", "dog", "he"))]
-    options = {**COMMON, **KINDS[kind]}
+    options = {**COMMON, **KINDS[kind], **changes}
     if kind == "reader":
         options["base"] = str(bases / "audio")
     run_stage(model, SpeechDataset(rows, model.processor), None, folder, 3, kind, **options)
@@ -92,17 +92,18 @@ def test_a_stage_resumes_to_the_very_same_weights(bases, whole, tmp_path, kind, 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stage_whose_steps_are_done_takes_no_more(bases, whole, tmp_path, kind):
-    """Killed after the last checkpoint, before the result was whole."""
-    folder = tmp_path / f"1-{kind}"
-    shutil.copytree(whole[kind], folder)
+def test_a_stage_whose_steps_are_done_takes_no_more(bases, tmp_path, kind):
+    """Killed after the last checkpoint, in the middle of an epoch of three batches, before the result was whole."""
+    folder, steps = tmp_path / f"1-{kind}", {"max_steps" if kind == "transcription" else "steps": 4}
+    # Copies, since what was loaded is the file itself, in memory.
+    expected = {name: tensor.clone() for name, tensor in train(bases, folder, kind, **steps).items()}
     damage(folder / "trained.safetensors", "missing" if kind == "reader" else "half")
-    found, expected = train(bases, folder, kind), load_file(whole[kind] / "trained.safetensors")
+    found = train(bases, folder, kind, **steps)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert found.keys() == expected.keys()
-    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
     log = json.loads((folder / "log.json").read_text())
-    assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3, 4, 5, 6]
+    assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("name, how", [(name, how) for name, hows in DAMAGES.items() for how in hows])
