@@ -1,15 +1,18 @@
 """The cache of encoder states."""
 
 import json
+import os
+import socket
 
 import pytest
 import soundfile
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests import tiny
 from voxlm_training.augment import Augmentation
 from voxlm_training.data import read_rows
-from voxlm_training.features import FeatureCache, audio_key, encode_missing
+from voxlm_training.features import FeatureCache, audio_key, encode_missing, weights_key
 from voxlm_training.train import make_dataset
 
 
@@ -36,7 +39,7 @@ def manifest(tmp_path_factory):
 def encoded(model, manifest, folder, augmentation=None):
     """The rows' keys, the cache and the report."""
     rows, report = read_rows([{"manifest": manifest}])
-    cache = FeatureCache(folder)
+    cache = FeatureCache(folder, weights_key(model.encoder), 16)
     changes = [augmentation or Augmentation()] * len(rows)
     return encode_missing(model, model.processor, rows, changes, cache, report), cache, report
 
@@ -90,3 +93,38 @@ def test_a_path_in_a_dict_is_named_without_decoding(tmp_path):
     path = str(tmp_path / "a.wav")
     assert audio_key({"bytes": None, "path": path}) == audio_key({"path": path}) == audio_key(path)
     assert audio_key({"bytes": b"content", "path": path}) != audio_key(path)
+
+
+def contents(how: str, states: torch.Tensor) -> torch.Tensor:
+    """What a shard has in the place of states `(frames, 16)`, in float16."""
+    changed = states.clone()
+    if how == "zeros":
+        changed[-3:] = 0
+    elif how == "nan":
+        changed[1, 1] = float("nan")
+    wrong = {"wide": states.repeat(1, 2), "flat": states.flatten(), "type": states.float(), "deep": states[None]}
+    return wrong.get(how, changed)
+
+
+@pytest.mark.parametrize("how", ["zeros", "nan", "wide", "flat", "type", "deep"])
+def test_a_shard_with_wrong_contents_is_made_again(model, manifest, tmp_path, how, capsys):
+    keys, *_ = encoded(model, manifest, tmp_path)
+    (path,) = tmp_path.iterdir()
+    whole = load_file(path)
+    save_file({key: contents(how, states) if key == keys[1] else states for key, states in whole.items()}, path)
+    for expected in (f"{path} is skipped, what it held is made again: {keys[1]} has", ""):
+        capsys.readouterr()
+        again, *_ = encoded(model, manifest, tmp_path)
+        shown = capsys.readouterr().out
+        assert again == keys and (expected.removesuffix(" has") in shown if expected else "skipped" not in shown)
+        assert all(torch.equal(load_file(path)[key], states) for key, states in whole.items())
+
+
+def test_only_unfinished_shards_of_processes_are_removed(tmp_path):
+    here = socket.gethostname()
+    kept = [f"{'a' * 20}.{here}.{name}.unfinished" for name in ("abc", "0", "-5", "", "²", 2**31, 10**30, os.getpid())]
+    kept += [f"{'a' * 20}.elsewhere.{2**22 + 1}.unfinished", "abc.unfinished", f"{here}.unfinished"]
+    for name in (*kept, f"{'b' * 20}.{here}.{2**22 + 1}.unfinished"):
+        (tmp_path / name).write_bytes(b"")
+    FeatureCache(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)

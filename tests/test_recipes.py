@@ -1,5 +1,6 @@
 """What a user sees of a recipe, of data or of an installation that is no good: one line that says what and where."""
 
+import errno
 import json
 import os
 import subprocess
@@ -142,6 +143,32 @@ BAD_RECIPES = {
     "data.dev=[{manifest: nowhere}]": "data.dev.0.manifest: there is no nowhere",
     "model=/nowhere/model": "model: /nowhere/model cannot be loaded",
     "model={audio: a, txt: b}": "model has no option 'txt'; did you mean 'text'?",
+    "model={audio: -1, text: x}": "model.audio must be text, got -1",
+    "model=5": "model must be text, got 5",
+    "data.train=true": "data.train must be a list of sources, got True",
+    "data.dev=false": "data.dev must be a list of sources, got False",
+    "data.normaliser=[]": "data.normaliser must be text, got []",
+    "data.max_s=''": "data.max_s must be a number, got ''",
+    "data.max_s=.nan": "data.max_s must be a finite number, got nan",
+    "data.copies=1.5": "data.copies must be a whole number, got 1.5",
+    "data.augment='5'": "data.augment must be true or false, got '5'",
+    "data.cache=5": "data.cache must be text, got 5",
+    "stages.0.kind={}": "stages.0: unknown kind of stage {}",
+    "stages.0.parts=[[]]": "stages.0.parts: unknown parts [[]]",
+    "stages.0={kind: reader, base: -1}": "stages.0.base must be text, got -1",
+    "stages.0={kind: reader, base: x, recordings: 0}": "stages.0.recordings must be above 0, got 0",
+    "stages.0={kind: warm_start, noise: .inf}": "stages.0.noise must be a finite number, got inf",
+    "stages.0.learning_rate=.inf": "stages.0.learning_rate must be a finite number, got inf",
+    "stages.0.learning_rate=-1": "stages.0.learning_rate must be at least 0, got -1",
+    "stages.0.max_steps=.nan": "stages.0.max_steps must be a finite number, got nan",
+    "stages.0.max_steps=true": "stages.0.max_steps must be a number, got True",
+    "stages.0.warmup_steps=.inf": "stages.0.warmup_steps must be a finite number, got inf",
+    "stages.0.seconds_per_batch=-1": "stages.0.seconds_per_batch must be above 0, got -1",
+    "stages.0.save_steps=-1": "stages.0.save_steps must be above 0, got -1",
+    "stages.0.save_total_limit=0": "stages.0.save_total_limit must be above 0, got 0",
+    "stages.0.bf16='5'": "stages.0.bf16 must be true or false, got '5'",
+    "stages.0.report_to=x": "stages.0.report_to: x is not supported",
+    "stages.0.report_to=[5]": "stages.0.report_to must be a name or a list of names, got [5]",
     "modle=x": "Unknown keys in the recipe: modle",
     "seed": "form key.subkey=value",
 }
@@ -191,6 +218,19 @@ def test_a_stage_that_cannot_begin_is_one_line(folder, capsys, monkeypatch):
             train.main()
         shown = [line for line in capsys.readouterr().err.splitlines() if line.startswith("voxlm-train")]
         assert ended.value.code == 2 and len(shown) == 1 and message in shown[0]
+
+
+def test_a_full_disk_is_one_line(folder, capsys, monkeypatch):
+    def full(recipe):
+        raise OSError(errno.ENOSPC, "No space left on device", "somewhere/log.json")
+
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe(folder)))
+    monkeypatch.setattr(sys, "argv", ["voxlm-train", str(folder / "recipe.yaml")])
+    monkeypatch.setattr(train, "run", full)
+    with pytest.raises(SystemExit) as ended:
+        train.main()
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert ended.value.code == 2 and "somewhere/log.json could not be written" in line and "resumes" in line
 
 
 def test_the_evaluation_names_what_is_not_there(tmp_path, capsys, monkeypatch):

@@ -1,15 +1,19 @@
 """Checkpoints and results that survive a kill at any moment: what is whole is found, what is not is left out."""
 
+import errno
 import json
 import os
 import shutil
 import zipfile
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from voxlm_hf.app import files
 
 
 # The files without which the Trainer cannot continue as if nothing had happened, whatever the number of processes.
@@ -47,6 +51,61 @@ def check_shapes(path: Path, found: dict[str, tuple], needed: dict[str, tuple], 
     else:
         return
     raise ValueError(f"{path} {difference}; was the recipe changed? Remove it, or choose another `output`")
+
+
+class WriteError(OSError):
+    """A file cannot be written, for instance because the disk is full."""
+
+
+# How `torch.save`, which raises nothing better, begins what it says of a file that it cannot write or has written in part.
+TORCH_WRITE_ERRORS = ("basic_ios::clear", "PytorchStreamWriter failed", "[enforce fail at inline_container.cc")
+WRITE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+
+
+def cannot_write(error: Exception) -> bool:
+    """Whether an error says that a file could not be written."""
+    if isinstance(error, OSError):
+        return error.errno in WRITE_ERRNOS
+    if isinstance(error, SafetensorError):
+        return "os error" in str(error)
+    return str(error).startswith(TORCH_WRITE_ERRORS)
+
+
+@contextmanager
+def naming_unwritten_files(folders: list[Path], path: Path | None = None):
+    """
+    Say of the errors of all libraries that write into `folders`, or to `path`, which file it was.
+
+    Raises:
+        WriteError: when a file cannot be written. Where neither `path` nor the library says which, it is the newest of
+            `torch.save` and of others; safetensors leaves none behind, but a change of its folder.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not cannot_write(error):
+            raise
+        path = getattr(error, "filename2", None) or getattr(error, "filename", None) or path
+        if path is None:
+            is_safetensors = isinstance(error, SafetensorError)
+            found = [*folders, *(entry for folder in folders for entry in folder.rglob("*"))]
+            found = [entry for entry in found if (entry.is_dir() if is_safetensors else entry.is_file())]
+            path = max(found, key=lambda entry: entry.stat().st_mtime_ns, default=folders[0])
+            path = f"{path}/*.safetensors" if is_safetensors else path
+        reason = str(error).splitlines()[0]
+        raise WriteError(f"{path} could not be written: {reason}. Free some space; the same command resumes") from error
+
+
+@contextmanager
+def written_whole(path: Path):
+    """
+    As `voxlm_hf.app.files.written_whole`.
+
+    Raises:
+        WriteError: when it cannot be written.
+    """
+    with naming_unwritten_files([], path), files.written_whole(path) as unfinished:
+        yield unfinished
 
 
 def last_whole_checkpoint(folder: Path, arguments: TrainingArguments) -> tuple[Path | None, list[str]]:

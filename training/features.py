@@ -51,13 +51,18 @@ class TensorStore:
         for path in sorted(self.folder.glob("*.safetensors")):
             if path not in self._open:
                 try:
-                    self._index(path)
-                except (SafetensorError, OSError) as error:
+                    shard = safe_open(path, "pt")
+                    self._check(shard)
+                    self._index(path, shard)
+                except (SafetensorError, OSError, ValueError) as error:
                     print(f"{path} is skipped, what it held is made again: {error}")
 
-    def _index(self, path: Path):
-        self._open[path] = safe_open(path, "pt")
-        self.files.update(dict.fromkeys(self._open[path].keys(), path))
+    def _index(self, path: Path, shard):
+        self._open[path] = shard
+        self.files.update(dict.fromkeys(shard.keys(), path))
+
+    def _check(self, shard):
+        """Raise a `ValueError` for an open shard with contents that nobody has written."""
 
     def __contains__(self, name: str) -> bool:
         return name in self.files
@@ -76,11 +81,37 @@ class TensorStore:
         unfinished = path.with_suffix(f".{socket.gethostname()}.{os.getpid()}{UNFINISHED}")
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished)
         os.replace(unfinished, path)
-        self._index(path)
+        self._index(path, safe_open(path, "pt"))
 
 
 class FeatureCache(TensorStore):
-    """Encoder states `(frames, audio_size)` by key: float16 on disk, float32 in memory."""
+    """
+    Encoder states `(frames, audio_size)` by key: float16 on disk, float32 in memory.
+
+    Args:
+        folder (`Path`): created if it does not exist.
+        encoder (`str`): a `weights_key`, of which the states that begin with it are.
+        audio_size (`int`, *optional*): width of that encoder's states.
+    """
+
+    def __init__(self, folder: Path, encoder: str = "", audio_size: int | None = None):
+        self.encoder, self.audio_size = encoder, audio_size
+        super().__init__(folder)
+
+    def _check(self, shard):
+        for key in shard.keys():
+            header = shard.get_slice(key)
+            shape, dtype = header.get_shape(), header.get_dtype()
+            if dtype != "F16" or len(shape) != 2:
+                raise ValueError(f"{key} is {dtype} of shape {tuple(shape)}, not F16 of shape (frames, audio_size)")
+            if self.audio_size not in (None, shape[1]) and key.startswith(self.encoder):
+                raise ValueError(f"{key} has states of {shape[1]} numbers, the encoder makes {self.audio_size}")
+            states = shard.get_tensor(key)
+            if not bool(states.isfinite().all()):
+                raise ValueError(f"{key} has numbers that are not finite")
+            # The encoder ends with a normalisation, so none of its states is zero; what a disk has lost reads as zeros.
+            if not bool(states.any(-1).all()):
+                raise ValueError(f"{key} has frames of zeros")
 
     def __getitem__(self, key: str) -> torch.Tensor:
         return super().__getitem__(key).float()
@@ -93,9 +124,12 @@ class FeatureCache(TensorStore):
 def remove_abandoned(folder: Path):
     """Remove the unfinished shards of processes of this machine that are no longer there."""
     for path in folder.glob(f"*.{socket.gethostname()}.*{UNFINISHED}"):
-        process = int(path.name.removesuffix(UNFINISHED).rpartition(".")[2])
+        process = path.name.removesuffix(UNFINISHED).rpartition(".")[2]
+        # No name of ours has anything else in this place than a process id: a positive number of 31 bits.
+        if not (process.isascii() and process.isdecimal() and 0 < int(process[:20]) < 2**31):
+            continue
         try:
-            os.kill(process, 0)  # sends nothing, but fails where there is no such process
+            os.kill(int(process), 0)  # sends nothing, but fails where there is no such process
         except ProcessLookupError:
             path.unlink(missing_ok=True)
         except PermissionError:

@@ -12,10 +12,9 @@ import inspect
 import json
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import torch
@@ -30,15 +29,16 @@ from transformers import TrainingArguments, set_seed
 from yaml import YAMLError
 
 from voxlm_hf import VoxLMConfig, VoxLMForSpeechSeq2Seq
-from voxlm_hf.app.files import UNFINISHED, move_into_place, tidy, unfinished_folder, write_atomically, written_whole
+from voxlm_hf.app.files import UNFINISHED, move_into_place, tidy, unfinished_folder, write_atomically
 
 from . import reader, warm_start
 from .augment import Augmentation
-from .checkpoints import check_shapes
+from .checkpoints import WriteError, check_shapes, naming_unwritten_files, written_whole
 from .data import Limits, SpeechDataset, error_line, kind_of, read_rows
-from .features import FeatureCache, encode_missing
+from .features import FeatureCache, encode_missing, weights_key
 from .streaming import BUFFER, SpeechStream
 from .trainer import StageTrainer, VoxLMTrainer, trained_share
+from .values import check_report_to, check_value
 
 
 # Rows of the dev set that a warm start reports its error rate on, so that an evaluation is quick. Chosen by hand,
@@ -182,7 +182,7 @@ def make_dataset(
     ]
     store, keys = None, None
     if cache is not None:
-        store = FeatureCache(cache)
+        store = FeatureCache(cache, weights_key(model.encoder), model.config.audio_hidden_size)
         keys = encode_missing(model, model.processor, rows, augmentations, store, report)
         kept = [number for number, key in enumerate(keys) if key is not None]
         rows, augmentations, keys = ([items[number] for number in kept] for items in (rows, augmentations, keys))
@@ -489,18 +489,26 @@ def check_recipe(recipe: dict):
     if isinstance(recipe["model"], dict):
         parameters = [field.name for field in fields(VoxLMConfig)]
         check_keys("model", recipe["model"], {"audio", "text", "preset", "dtype", *parameters})
+        for name in ("audio", "text"):
+            if name in recipe["model"]:
+                check_value(f"model.{name}", recipe["model"][name], str)
+    else:
+        check_value("model", recipe["model"], str)
     data = recipe["data"]
     known = {*options_of(make_dataset), *options_of(Limits), "train", "dev", "buffer"}
     check_keys("data", data, known - {"model", "sources", "seed", "limits"})
+    kinds = {"buffer": int, **get_type_hints(make_dataset), **get_type_hints(Limits)}
+    for name in ("train", "dev"):
+        sources = data.get(name)
+        if not isinstance(sources, list) and not (sources is None and name == "dev") or not sources and name == "train":
+            raise ValueError(f"data.{name} must be a list of sources, got {sources!r}")
+        for number, source in enumerate(sources or []):
+            check_source(f"data.{name}.{number}", source)
+    for name in data.keys() - {"train", "dev"}:
+        check_value(f"data.{name}", data[name], kinds[name])
     streamed = is_streamed(data)
     for number, stage in enumerate(recipe["stages"]):
         check_stage(f"stages.{number}", stage, streamed)
-    for name in ("train", "dev"):
-        sources = data.get(name) or []
-        if not isinstance(sources, list) or not sources and name == "train":
-            raise ValueError(f"data.{name} must be a list of sources, got {data.get(name)!r}")
-        for number, source in enumerate(sources):
-            check_source(f"data.{name}.{number}", source)
 
 
 def check_source(place: str, source: dict):
@@ -523,9 +531,10 @@ def check_stage(place: str, stage: dict, streamed: bool):
             without `max_steps` on streamed data.
     """
     kind = stage.get("kind")
-    if kind not in STAGES:
+    if not isinstance(kind, str) or kind not in STAGES:
         raise ValueError(f"{place}: unknown kind of stage {kind!r}; known are {', '.join(STAGES)}")
-    arguments = {field.name: field.default for field in fields(TrainingArguments)}
+    arguments = get_type_hints(TrainingArguments)
+    arguments = {field.name: arguments[field.name] for field in fields(TrainingArguments)}
     taken = {"output_dir", "remove_unused_columns", "seed"}
     own = options_of(STAGES[kind]) - {"model", "train", "dev", "folder", "seed", "options"}
     extra = {"reader": {"base", "settings", "steps"}, "warm_start": {"steps"}}.get(kind, set(TRAINER_OPTIONS))
@@ -535,27 +544,17 @@ def check_stage(place: str, stage: dict, streamed: bool):
         if name not in stage:
             raise ValueError(f"{place}: a stage of kind {kind} needs `{name}`")
     parts = stage.get("parts", [])
-    if not isinstance(parts, list) or not set(parts) <= set(PARTS) or "parts" in stage and not parts:
+    known = isinstance(parts, list) and all(isinstance(part, str) and part in PARTS for part in parts)
+    if not known or "parts" in stage and not parts:
         raise ValueError(f"{place}.parts: unknown parts {parts!r}; a list of some of {', '.join(PARTS)} is needed")
-    numbers = {
-        "steps": 0,
-        "seconds_per_batch": 0.0,
-        "state_noise": 0.0,
-        "max_new_tokens": 0,
-        **defaults_of(STAGES[kind]),
-    }
+    kinds = {"base": str, "steps": int, "seconds_per_batch": float, "state_noise": float, "max_new_tokens": int}
+    kinds = {**arguments, **{name: type(value) for name, value in defaults_of(STAGES[kind]).items()}, **kinds}
     for name, value in stage.items():
-        default = arguments.get(name, numbers.get(name, NO_DEFAULT))
-        check_number(f"{place}.{name}", value, default)
+        check_value(f"{place}.{name}", value, kinds.get(name))
+    if "report_to" in stage:
+        check_report_to(f"{place}.report_to", stage["report_to"])
     if streamed and kind in ("transcription", "alignment") and stage.get("max_steps", 0) < 1:
         raise ValueError(f"{place}: streamed data has no end, so the stage needs `max_steps`")
-
-
-def check_number(place: str, value, default):
-    """Raise a `ValueError` for a value that is no number in the place of one."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if isinstance(default, (int, float)) and not isinstance(default, bool) and not is_number:
-        raise ValueError(f"{place} must be a number, got {value!r}")
 
 
 def check_keys(place: str, given: dict, known: Iterable[str]):
@@ -588,9 +587,15 @@ def main():
         recipe = read_recipe(arguments.recipe, arguments.overrides)
     except (ValueError, OSError) as error:
         sys.exit(refusal(error))
+    cache = recipe["data"].get("cache") if isinstance(recipe["data"], dict) else None
+    written = [Path(folder) for folder in (recipe["output"], cache) if isinstance(folder, str)]
     try:
-        final = run(recipe)
+        with naming_unwritten_files(written):
+            final = run(recipe)
     except RecipeError as error:
+        sys.exit(refusal(error))
+    except WriteError as error:
+        print(file=sys.stderr)  # ends the line of the progress bar
         sys.exit(refusal(error))
     except KeyboardInterrupt:
         print("voxlm-train: interrupted; run it again to resume", file=sys.stderr)

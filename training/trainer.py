@@ -15,7 +15,13 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from voxlm_hf.decoding_voxlm import pack_inputs
 from voxlm_hf.timing_voxlm import word_times
 
-from .checkpoints import check_shapes, last_whole_checkpoint, remove_checkpoints_after, shapes_of
+from .checkpoints import (
+    check_shapes,
+    last_whole_checkpoint,
+    naming_unwritten_files,
+    remove_checkpoints_after,
+    shapes_of,
+)
 from .data import LengthBatchSampler
 from .streaming import SpeechStream
 
@@ -132,7 +138,8 @@ class StageTrainer(Trainer):
         if state_dict is None and not isinstance(self.model, PreTrainedModel):
             trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
             state_dict = {name: tensor for name, tensor in self.model.state_dict().items() if name in trained}
-        super()._save(output_dir, state_dict)
+        with naming_unwritten_files([], Path(output_dir or self.args.output_dir) / "model.safetensors"):
+            super()._save(output_dir, state_dict)
 
     def _save_checkpoint(self, model, trial):
         """As in [`Trainer`], without the frozen weights; `save_model` and `save_pretrained` still save all of them."""
