@@ -19,6 +19,7 @@ import zipfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+import httpx2
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
@@ -324,8 +325,8 @@ def main(argv: list[str] | None = None) -> int:
             arguments.tag,
             include=arguments.include,
         )
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        print(f"voxlm-push: {error}", file=sys.stderr)
+    except (OSError, ValueError, HfHubHTTPError, httpx2.TransportError) as error:
+        print(f"voxlm-push: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     print(f'AutoModel.from_pretrained("{arguments.repo_id}", trust_remote_code=True, revision="{commit}")')
     return 0

@@ -74,6 +74,12 @@ def test_sources(tmp_path):
     assert items[1]["id"] == "7"
 
 
+@pytest.mark.parametrize("source", ["", "  "])
+def test_an_empty_source_is_not_the_current_folder(source, tmp_path, capsys):
+    assert main(["batch", source, "--output", str(tmp_path / "out")]) == 2
+    assert "source is empty" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "content, message",
     [

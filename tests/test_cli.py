@@ -361,3 +361,9 @@ def test_an_interrupt_while_loading_is_one_line(folder):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     assert process.communicate()[1] == "voxlm: interrupted\n" and process.returncode == 130
+
+
+def test_a_text_in_a_pipe_is_refused_and_not_waited_for(align, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    code, _, err = align(f"@{tmp_path / 'pipe'}")
+    assert code == 1 and err.splitlines() == [err.strip()] and "no regular file" in err

@@ -250,3 +250,8 @@ def test_a_missing_extra_is_one_line(program, package):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 1 and package in done.stderr and len(done.stderr.splitlines()) == 1
     assert 'pip install "voxlm-hf[train]"' in done.stderr
+
+
+def test_a_recipe_in_a_pipe_is_refused_and_not_waited_for(folder):
+    with pytest.raises(ValueError, match="no regular file"):
+        train.read_recipe(folder / "fifo", [])

@@ -91,6 +91,8 @@ def read_recipe(path: Path, overrides: list[str]) -> dict:
         OSError, ValueError: for a file that cannot be read or is no YAML, for an override without "=" or whose parent is
             not in the recipe, for an unknown or missing key at the top level, and for a value of the wrong type.
     """
+    if Path(path).exists() and not Path(path).is_file():  # a pipe may never end
+        raise ValueError(f"{path} is no regular file")
     try:
         recipe = OmegaConf.load(path)
     except OSError as error:

@@ -68,6 +68,8 @@ def find_items(sources: list[str]) -> list[dict]:
 
 
 def _files(source: str) -> list[dict]:
+    if not source.strip():
+        raise ValueError("a source is empty, which would be the current folder; give `.` for that")
     files, path = fsspec.core.url_to_fs(source)
     if files.isdir(path):
         found = [name for name in files.find(path) if posixpath.splitext(name)[1].lower() in AUDIO_SUFFIXES]

@@ -365,6 +365,8 @@ def text_of(argument: str) -> str:
     """
     if not argument.startswith("@"):
         return argument
+    if Path(argument[1:]).exists() and not Path(argument[1:]).is_file():  # a pipe may never end
+        raise ValueError(f"{argument[1:]} is no regular file")
     try:
         return Path(argument[1:]).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
