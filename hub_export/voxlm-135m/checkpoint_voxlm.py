@@ -81,7 +81,7 @@ def check_side_files(folder: Path):
                 raise ValueError(f"{folder / name}: {field} must be a number above 0, got {value!r}")
     if (folder / TOKENIZER_FILE).is_file():
         # Megabytes, which the library parses in any case: here only its two ends, which tell whether it was cut.
-        with open(folder / TOKENIZER_FILE, "rb") as file:
+        with (folder / TOKENIZER_FILE).open("rb") as file:
             first = file.read(64).lstrip()[:1]
             file.seek(max(0, file.seek(0, 2) - 64))
             last = file.read().rstrip()[-1:]
