@@ -691,7 +691,7 @@ def test_a_key_that_a_recipe_lacks_is_named(tmp_path):
 
 def test_unknown_stages_are_refused():
     with pytest.raises(ValueError, match="'dance'"):
-        run({"model": "a", "output": "b", "data": {"train": [{"manifest": "c"}]}, "stages": [{"kind": "dance"}]})
+        run({"model": "a", "output": "b", "data": {"train": [{"dataset": "c"}]}, "stages": [{"kind": "dance"}]})
 
 
 def test_a_recipe_reads_nothing_of_the_machine(tmp_path, monkeypatch):
