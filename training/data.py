@@ -6,7 +6,6 @@ import functools
 import inspect
 import io
 import json
-import math
 import os
 import sys
 from bisect import bisect_right
@@ -23,6 +22,7 @@ from datasets.distributed import split_dataset_by_node
 from datasets.exceptions import DatasetGenerationError
 from torch.utils.data import get_worker_info
 
+from voxlm_hf.configuration_voxlm import is_number
 from voxlm_hf.decoding_voxlm import padded_batches
 from voxlm_hf.transcription_voxlm import error_line as line_of
 
@@ -444,11 +444,6 @@ def unusable_words(row: dict) -> str | None:
             if not (is_number(start) and is_number(end) and 0 <= start <= end):
                 return f"{name!r} has a word from {start!r} to {end!r} s"
     return None
-
-
-def is_number(value) -> bool:
-    """Whether a value from JSON is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def load_augmented(processor, row: Row, augmentation: Augmentation) -> np.ndarray:

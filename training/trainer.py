@@ -13,6 +13,7 @@ from transformers.trainer_utils import EvalPrediction
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from voxlm_hf.decoding_voxlm import pack_inputs
+from voxlm_hf.generation_voxlm import FEATURES
 from voxlm_hf.timing_voxlm import word_times
 
 from .checkpoints import (
@@ -53,13 +54,12 @@ def leave_out_hidden_frames(model, inputs: dict) -> dict:
 
 def encoded_once(model, inputs: dict) -> dict:
     """The same batch with `audio_states` in the place of features, so that several passes share one of the encoder."""
-    names = ("input_features", "input_values", "input_features_mask", "input_values_mask")
-    features = {name: value for name, value in inputs.items() if name in names}
+    features = {name: value for name, value in inputs.items() if name in FEATURES}
     if not features:
         return inputs
     audio = model.encode_audio(**features)
     states = {"audio_states": audio.last_hidden_state, "audio_states_mask": audio.frame_mask}
-    return {**{name: value for name, value in inputs.items() if name not in names}, **states}
+    return {**{name: value for name, value in inputs.items() if name not in FEATURES}, **states}
 
 
 class StageTrainer(Trainer):

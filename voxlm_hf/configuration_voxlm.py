@@ -100,7 +100,7 @@ BASE_LIMITS = {
 }
 
 
-def _is_number(value, least=-math.inf, most=math.inf) -> bool:
+def is_number(value, least=-math.inf, most=math.inf) -> bool:
     """Whether a value is a finite number within limits; bools are none."""
     return (
         isinstance(value, (int, float))
@@ -143,8 +143,8 @@ def _is_pattern(valid: Callable) -> Callable:
 # holds the base's weights and LoRA's, and merging is exact. Of each its check and what it must be.
 LORA_FIELDS = {
     "r": (lambda value: _is_count(value, 1), "a positive integer"),
-    "lora_alpha": (lambda value: _is_number(value) and value > 0, "a number above 0"),
-    "lora_dropout": (lambda value: _is_number(value, 0) and value < 1, "a number in [0, 1)"),
+    "lora_alpha": (lambda value: is_number(value) and value > 0, "a number above 0"),
+    "lora_dropout": (lambda value: is_number(value, 0) and value < 1, "a number in [0, 1)"),
     "target_modules": (_is_targets, 'a list of names, a regular expression or "all-linear"'),
     "exclude_modules": (lambda value: value is None or _is_targets(value), "a list of names or a regular expression"),
     "use_rslora": (lambda value: isinstance(value, bool), "true or false"),
@@ -166,7 +166,7 @@ LORA_FIELDS = {
         "positive integers by name (or regular expression)",
     ),
     "alpha_pattern": (
-        _is_pattern(lambda value: _is_number(value) and value > 0),
+        _is_pattern(lambda value: is_number(value) and value > 0),
         "numbers above 0 by name (or regular expression)",
     ),
     "init_lora_weights": (lambda value: value in (True, "gaussian"), 'true or "gaussian"'),
@@ -201,9 +201,9 @@ READER_FIELDS = {
     "end_frames": (lambda value: _is_count(value, 0, 10_000), "an integer from 0 to 10000"),
     "spelling_size": (lambda value: _is_count(value, 0, 2**28), "the length of a table"),
     "num_beams": (lambda value: _is_count(value, 1, 1000), "an integer from 1 to 1000"),
-    "llm_weight": (_is_number, "a finite number"),
-    "ctc_weight": (_is_number, "a finite number"),
-    "word_bonus": (_is_number, "a finite number"),
+    "llm_weight": (is_number, "a finite number"),
+    "ctc_weight": (is_number, "a finite number"),
+    "word_bonus": (is_number, "a finite number"),
     "plain_text": (lambda value: isinstance(value, bool), "true or false"),
 }
 
@@ -438,7 +438,7 @@ class VoxLMConfig(PreTrainedConfig):
         for name, (least, most) in LIMITS.items():
             value = getattr(self, name)
             message = f"`{name}` must be at least {least} and at most {most}, got {value}"
-            _require(value is None or _is_number(value, least, most), message)
+            _require(value is None or is_number(value, least, most), message)
         for name in self.sub_configs_defaults:
             _require_base(name, getattr(self, name).to_dict())
         window, chunk, gate = self.audio_window_s, self.chunk_length_s, self.frame_gate_threshold
@@ -504,13 +504,13 @@ class VoxLMConfig(PreTrainedConfig):
         for name, known in (("reader_config", DEFAULT_READER), ("quality_gates", DEFAULT_GATES)):
             unknown = [key for key in getattr(self, name) or {} if key not in known]
             _require(not unknown, f"`{name}` knows {sorted(known)}, got {unknown}")
-        gates = dict.fromkeys(self.quality_gates, (_is_number, "a finite number"))
+        gates = dict.fromkeys(self.quality_gates, (is_number, "a finite number"))
         _require_fields("quality_gates", self.quality_gates, gates)
         if self.reader_config is not None:
             _require_fields("reader_config", self.reader_config, READER_FIELDS)
         temperatures = self.fallback_temperatures
         message = f"`fallback_temperatures` must be finite numbers above 0, got {temperatures}"
-        _require(all(_is_number(temperature) and temperature > 0 for temperature in temperatures), message)
+        _require(all(is_number(temperature) and temperature > 0 for temperature in temperatures), message)
         self._validate_lora()
         self._validate_calibration()
         self._validate_bases()
@@ -545,11 +545,11 @@ class VoxLMConfig(PreTrainedConfig):
         fields = dict.fromkeys(
             calibration,
             (
-                lambda value: _is_number(value, 0),
+                lambda value: is_number(value, 0),
                 "a finite number of at least 0: less would reverse the order of confidences",
             ),
         )
-        fields["bias"] = (_is_number, "a finite number")
+        fields["bias"] = (is_number, "a finite number")
         _require_fields("confidence_calibration", calibration, fields)
 
     def _validate_bases(self):
