@@ -29,7 +29,7 @@ def test_a_better_checkpoint_changes_one_file(tmp_path, storage):
     better = VoxLMForSpeechSeq2Seq.from_pretrained(tmp_path / "first")
     with torch.no_grad():
         better.projector.linear_in.weight += 1
-    better.set_projector_vocabulary(range(5, 60))
+    better.set_projector_vocabulary(range(5, 60), 10)
     export(better, tmp_path / "second", "lora", storage, frozen_from=tmp_path / "first")
     export(better, tmp_path / "first", "lora", storage, frozen_from=tmp_path / "first", force=True)
     first, second = (

@@ -17,11 +17,11 @@ from transformers import Trainer, TrainingArguments
 
 from tests import tiny
 from voxlm_hf import VoxLMForSpeechSeq2Seq
+from voxlm_hf.subwords_voxlm import encode_subwords, subword_tokenizer, subword_vocabulary
 from voxlm_hf.timing_voxlm import AlignmentScores, alignment_targets
 from voxlm_training.augment import Augmentation, misheard
 from voxlm_training.data import LengthBatchSampler, SpeechDataset, read_rows
 from voxlm_training.label_words import make_source, read_ctm, read_textgrid, teacher_words
-from voxlm_training.subwords import encode_subwords, subword_tokenizer, subword_vocabulary
 from voxlm_training.train import make_dataset, read_recipe, run, transcription_trainer, warm_start_trainer
 from voxlm_training.trainer import VoxLMTrainer, leave_out_hidden_frames, word_time_errors
 from voxlm_training.warm_start import ctc_losses

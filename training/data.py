@@ -51,6 +51,8 @@ class Row:
         id (`str`): unique within its source.
         audio: a path, or any other kind that `VoxLMProcessor.load_audio` takes.
         text (`str`): the transcript, normalised; empty for a recording without speech.
+        spoken (`str`, *optional*): the same word by word as it is spoken, where "text" has figures and abbreviations; what
+            the projector learns by CTC.
         duration (`float`, *optional*): seconds.
         words (`list[dict]`, *optional*): `{"word", "start", "end"}` in seconds.
         speaker (`str`, *optional*)
@@ -65,6 +67,7 @@ class Row:
     audio: object
     text: str
     duration: float | None = None
+    spoken: str | None = None
     words: list[dict] | None = None
     speaker: str | None = None
     anchors: list[dict] | None = None
@@ -104,8 +107,8 @@ def error_line(error: Exception) -> str:
 
 def manifest_rows(path: Path, report: Report) -> Iterator[dict]:
     """
-    Rows of a JSONL manifest: "audio" (relative to it) and "text", optionally "duration", "words", "word_anchors",
-    "speaker", "id".
+    Rows of a JSONL manifest: "audio" (relative to it) and "text", optionally "duration", "spoken", "words",
+    "word_anchors", "speaker", "id".
 
     A line that is not a JSON object in UTF-8 or lacks a field goes into the report and is left out.
     """
@@ -318,6 +321,7 @@ def _make_row(raw: dict, normalise: Callable[[str], str], place: tuple[int, int]
         audio=raw["audio"],
         text=normalise(raw["text"]),
         duration=raw.get("duration"),
+        spoken=raw.get("spoken"),
         words=words or None,
         speaker=raw.get("speaker"),
         anchors=raw.get("word_anchors"),
@@ -394,9 +398,11 @@ def unusable(row: dict, limits: Limits) -> str | None:
 
 def unusable_text(row: dict, limits: Limits) -> str | None:
     """What is wrong with the text of a raw row, or `None`."""
-    text = row["text"]
+    text, spoken = row["text"], row.get("spoken")
     if not isinstance(text, str):
         return f"the text is {type(text).__name__}, not a string"
+    if not isinstance(spoken, str | None):
+        return f"'spoken' is {type(spoken).__name__}, not a string"
     if any("\ud800" <= character <= "\udfff" for character in text):
         return "the text has half a character (a surrogate)"
     if not text.strip():
@@ -488,6 +494,11 @@ class SpeechDataset(torch.utils.data.Dataset):
         """The transcripts, in order."""
         return [row.text for row in self.rows]
 
+    @property
+    def spoken_texts(self) -> list[str]:
+        """The transcripts as they are spoken, in order."""
+        return [row.text if row.spoken is None else row.spoken for row in self.rows]
+
     @functools.cached_property
     def vocabulary(self) -> list[str]:
         """The words of the transcripts, each as often as it occurs."""
@@ -536,12 +547,16 @@ class SpeechDataset(torch.utils.data.Dataset):
 
 
 def described(row: Row, augmentation: Augmentation, vocabulary: list[str], share: float, rng) -> dict:
-    """The "text" and, where times are known, "words" of a row, a share of them replaced by others of `vocabulary`."""
+    """
+    The "text", where it differs "spoken" and, where times are known, "words" of a row, a share of them replaced by others of
+    `vocabulary`.
+    """
+    spoken = {} if row.spoken is None else {"spoken": row.spoken}
     if not row.words:
-        return {"text": row.text}
+        return {"text": row.text, **spoken}
     words = augmentation.move_words(row.words)
     text, words = misheard(row.text, words, vocabulary, share, rng) if share else (row.text, words)
-    return {"text": text, "words": words}
+    return {"text": text, "words": words, **spoken}
 
 
 def print_skipped(row: Row, error: Exception):

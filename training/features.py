@@ -90,7 +90,7 @@ class FeatureCache(TensorStore):
 
     Args:
         folder (`Path`): created if it does not exist.
-        encoder (`str`): a `weights_key`, of which the states that begin with it are.
+        encoder (`str`): an `encoder_key`, of which the states that begin with it are.
         audio_size (`int`, *optional*): width of that encoder's states.
     """
 
@@ -162,8 +162,17 @@ def audio_key(audio) -> str:
     return hashlib.sha1(content).hexdigest()[:20]
 
 
+def encoder_key(model, bf16: bool = False) -> str:
+    """
+    A name for what a model's projector takes: made from the encoder's weights, the layer that the states are of, and whether
+    they were computed in bfloat16.
+    """
+    layers = model.config.projector_encoder_layers
+    return weights_key(model.encoder) + (f".{layers}" if layers else "") + (".bf16" if bf16 else "")
+
+
 def feature_key(encoder: str, row: Row, augmentation: Augmentation) -> str:
-    """The cache's key of one recording under one augmentation and one encoder (its `weights_key`)."""
+    """The cache's key of one recording under one augmentation and one encoder (its `encoder_key`)."""
     change = hashlib.sha1(augmentation.key.encode()).hexdigest()[:12]
     return f"{encoder}-{audio_key(row.audio)}-{change}"
 
@@ -177,6 +186,7 @@ def encode_missing(
     cache: FeatureCache,
     report: Report,
     seconds_per_batch: float = 60.0,
+    bf16: bool = False,
 ) -> list[str | None]:
     """
     Encode the recordings that the cache lacks, on the encoder's device. Several processes share the work. An interrupted
@@ -187,12 +197,13 @@ def encode_missing(
         rows, augmentations: of the same length.
         report: gets the recordings that cannot be read or are longer than the window.
         seconds_per_batch: audio that the encoder takes at once; chosen by hand, not tuned.
+        bf16: whether the encoder computes in bfloat16, by autocast.
 
     Returns:
         the key of each row, `None` for those that were left out.
     """
     processes = PartialState()
-    keys, errors = _feature_keys(weights_key(model.encoder), rows, augmentations)
+    keys, errors = _feature_keys(encoder_key(model, bf16), rows, augmentations)
     # The same recording with the same augmentation may be there twice.
     missing = {key: number for number, key in enumerate(keys) if key is not None and key not in cache}
     # By the key and not by the place, since another run may be adding to the cache meanwhile.
@@ -210,7 +221,7 @@ def encode_missing(
                 waveforms[number] = load_augmented(processor, rows[number], augmentations[number])
             except READ_ERRORS as error:
                 errors[number] = error_line(error)
-        states = encode(model, processor, waveforms, seconds_per_batch)
+        states = encode(model, processor, waveforms, seconds_per_batch, bf16=bf16)
         if states:
             cache.add({keys[number]: frames for number, frames in states.items()})
     if processes.num_processes > 1:
@@ -238,12 +249,27 @@ def _feature_keys(
     return keys, errors
 
 
-def encode(model, processor, waveforms: dict[int, np.ndarray], seconds_per_batch: float) -> dict[int, torch.Tensor]:
-    """Encoder states `(frames, audio_size)` of waveforms, by the same numbers, in batches of similar length."""
+def encode(
+    model,
+    processor,
+    waveforms: dict[int, np.ndarray],
+    seconds_per_batch: float,
+    states_of: str = "projector_states",
+    bf16: bool = False,
+) -> dict[int, torch.Tensor]:
+    """
+    Encoder states `(frames, audio_size)` of waveforms, by the same numbers, in batches of similar length.
+
+    Args:
+        states_of (`str`): field of [`VoxLMAudioOutput`].
+        bf16 (`bool`): whether the encoder computes in bfloat16, by autocast.
+    """
     states = {}
     lengths = {number: len(waveform) for number, waveform in waveforms.items()}
     for batch in length_batches(lengths, seconds_per_batch * processor.sampling_rate):
-        audio = model.encode_audio(**processor.extract_features([waveforms[number] for number in batch]))
-        for number, frames, mask in zip(batch, audio.last_hidden_state, audio.frame_mask):
-            states[number] = frames[mask.bool()].cpu()
+        features = processor.extract_features([waveforms[number] for number in batch])
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            audio = model.encode_audio(**features)
+        for number, frames, mask in zip(batch, audio[states_of], audio.frame_mask):
+            states[number] = frames[mask.bool()].float().cpu()
     return states

@@ -73,7 +73,7 @@ def examples_of(model, waveforms: list[np.ndarray]) -> list[dict[str, torch.Tens
     reader = model.reader
     decoded = decode_full_windows(model, waveforms) if waveforms else []
     ended = {number: waveforms[number] for number, (ids, _) in enumerate(decoded) if ids is not None}
-    states = encode(model, model.processor, ended, SECONDS_PER_BATCH)
+    states = encode(model, model.processor, ended, SECONDS_PER_BATCH, "last_hidden_state")
     examples: list[dict[str, torch.Tensor]] = [{} for _ in waveforms]
     for number in ended:
         ids, silence = decoded[number]

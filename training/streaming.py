@@ -74,7 +74,7 @@ class SpeechStream(torch.utils.data.Dataset):
         self.seed, self.buffer, self.limits, self.skipped = seed, buffer, Limits(**limits), SkippedRows()
 
     # What [`SpeechDataset`] knows of all rows and a stream cannot know.
-    texts = None
+    spoken_texts = None
     rows = None
 
     def one_pass(self, share: tuple[int, int] = (0, 1), report: Report | None = None) -> Iterator[Row]:

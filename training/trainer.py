@@ -58,7 +58,7 @@ def encoded_once(model, inputs: dict) -> dict:
     if not features:
         return inputs
     audio = model.encode_audio(**features)
-    states = {"audio_states": audio.last_hidden_state, "audio_states_mask": audio.frame_mask}
+    states = {"audio_states": audio.projector_states, "audio_states_mask": audio.frame_mask}
     return {**{name: value for name, value in inputs.items() if name not in FEATURES}, **states}
 
 
@@ -217,8 +217,8 @@ class VoxLMTrainer(StageTrainer):
         processor ([`VoxLMProcessor`]): of the model.
         seconds_per_batch (`float`): audio in one batch of one process, padding included.
         state_noise (`float`): largest standard deviation of the noise that training adds to the encoder states (each
-            row draws its own), so that the projector makes the errors that it makes on new recordings and the LLM
-            learns to cope with them.
+            row draws its own; in units of each feature's own deviation), so that the projector makes the errors that it
+            makes on new recordings and the LLM learns to cope with them.
         max_new_tokens (`int`): token budget of a text in evaluation; the default was chosen by hand, not tuned.
     """
 
@@ -343,11 +343,20 @@ def word_time_errors(model, inputs: dict, frame_s: float) -> torch.Tensor:
 
 
 def disturb(projector, inputs: tuple, noise: float) -> tuple | None:
+    """Forward pre-hook of the projector: adds noise to its input frames in training mode; see `add_noise`."""
+    frames, mask, *rest = inputs
+    return (add_noise(frames, mask, noise), mask, *rest) if projector.training and noise else None
+
+
+def add_noise(frames: torch.Tensor, mask: torch.Tensor, noise: float) -> torch.Tensor:
     """
-    Forward pre-hook of the projector: adds noise of up to this standard deviation to its input frames in training mode.
+    Encoder states with noise, each feature with as much as it varies: some vary a hundred times as much as others.
+
+    Args:
+        frames (`torch.Tensor` of shape `(batch, frames, size)`), mask (`(batch, frames)`)
+        noise (`float`): largest standard deviation, as a share of each feature's own in the batch; each row draws its
+            share.
     """
-    frames, *rest = inputs
-    if not projector.training or not noise:
-        return None
+    deviations = frames[mask.bool()].float().std(0, correction=0).to(frames.dtype)
     strength = noise * torch.rand(len(frames), 1, 1, device=frames.device)
-    return frames + strength * torch.randn_like(frames), *rest
+    return frames + strength * deviations * torch.randn_like(frames)

@@ -2,7 +2,7 @@
 Warm start of the projector by CTC against the LLM's own token embeddings, without a pass through the LLM.
 
 The gate's log-odds say whether a frame carries a token (CTC's blank is the complement), the projector's output says
-which one: the score of a subword is the dot product of its embedding with the output (`voxlm_training.subwords` chooses
+which one: the score of a subword is the dot product of its embedding with the output (`voxlm_hf.subwords_voxlm` chooses
 the subwords).
 """
 
@@ -15,8 +15,11 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.trainer_utils import EvalPrediction
 
-from .subwords import encode_subwords, subword_tokenizer, subword_vocabulary
-from .trainer import StageTrainer, encoded_once
+from voxlm_hf.subwords_voxlm import encode_subwords, subword_tokenizer, subword_vocabulary
+from voxlm_hf.words_voxlm import plain_words
+
+from .text import whisper_normaliser
+from .trainer import StageTrainer, add_noise, encoded_once
 
 
 # All of these were chosen by hand, not tuned.
@@ -25,7 +28,9 @@ from .trainer import StageTrainer, encoded_once
 MIN_TARGET_TOKENS = 8
 # SpecAugment-like masking in time (Park et al. 2019): one span per so many encoder frames, each of at most so many
 # frames.
-FRAMES_PER_MASK, LONGEST_MASK = 100, 12
+FRAMES_PER_MASK, LONGEST_MASK = 100, 25
+# The copies of the encoder's layers have learnt much already: their learning rate is this share of the others'.
+COPIED_LAYERS_RATE = 0.2
 # An untrained projector's scores are scaled so that an output like an embedding has this dot product with it.
 INITIAL_SCORE = 20
 # Arguments of the Trainer, which a recipe may override: the optimiser, and a learning rate with linear warmup, then a
@@ -72,10 +77,10 @@ def disturb(frames: torch.Tensor, mask: torch.Tensor, noise: float) -> torch.Ten
 
     Args:
         frames (`torch.Tensor` of shape `(batch, frames, size)`), mask (`(batch, frames)`)
-        noise (`float`): largest standard deviation; each row draws its own.
+        noise (`float`): see `add_noise`.
     """
     device, lengths = frames.device, mask.sum(1, keepdim=True)
-    frames = frames + noise * torch.rand(len(frames), 1, 1, device=device) * torch.randn_like(frames)
+    frames = add_noise(frames, mask, noise)
     spans = lengths // FRAMES_PER_MASK + 1
     drawn = torch.rand(2, len(frames), frames.shape[1] // FRAMES_PER_MASK + 1, device=device)
     starts, widths = (drawn[0] * lengths).long(), (drawn[1] * LONGEST_MASK).long() + 1
@@ -85,17 +90,24 @@ def disturb(frames: torch.Tensor, mask: torch.Tensor, noise: float) -> torch.Ten
     return frames.masked_fill(covered.any(-1).unsqueeze(-1), 0.0)
 
 
+def plain_text(text: str) -> str:
+    """A text as the projector writes it: lower case without punctuation; see `words_voxlm.plain_words`."""
+    return " ".join(plain_words(text.split()))
+
+
 def choose_subwords(model, processor, texts: list[str] | None, merges: int):
     """
-    Give the projector the vocabulary of subwords that `texts` need, or of all subwords when the texts are not known.
+    Give the projector the vocabulary of subwords that `texts` need, or of all subwords when the texts are not known. The
+    projector writes lower case without punctuation, which can be heard, and leaves the rest to the LLM.
 
     Returns:
         a function from a text to the places of its subwords in that vocabulary.
     """
     subwords = subword_tokenizer(processor.tokenizer, merges)
-    model.set_projector_vocabulary(subword_vocabulary(subwords, texts))
+    texts = None if texts is None else list(map(plain_text, texts))
+    model.set_projector_vocabulary(subword_vocabulary(subwords, texts), merges)
     place = {token: index for index, token in enumerate(model.projector.token_ids.tolist())}
-    return lambda text: [place[token] for token in encode_subwords(subwords, text) if token in place]
+    return lambda text: [place[token] for token in encode_subwords(subwords, plain_text(text)) if token in place]
 
 
 class ProjectorCTC(nn.Module):
@@ -129,7 +141,7 @@ class WarmStartTrainer(StageTrainer):
     Args:
         voxlm ([`VoxLMForSpeechSeq2Seq`]): with a frame gate and `projector_readout="token_mixture"`, on the device of
             `args`.
-        merges (`int`): see `voxlm_training.subwords`. noise (`float`): see `disturb`.
+        merges (`int`): see `voxlm_hf.subwords_voxlm`. noise (`float`): see `disturb`.
 
     Raises:
         ValueError: for a model without a frame gate or without token scores.
@@ -142,7 +154,7 @@ class WarmStartTrainer(StageTrainer):
                 "and `projector_readout: token_mixture`"
             )
         self.voxlm, self.noise, processor = voxlm, noise, voxlm.get_processor()
-        self.targets_of = choose_subwords(voxlm, processor, train_dataset.texts, merges)
+        self.targets_of = choose_subwords(voxlm, processor, train_dataset.spoken_texts, merges)
         embeddings = voxlm.get_input_embeddings().weight
         if float(voxlm.projector.log_scale.detach()) == 0.0:  # untrained
             voxlm.projector.log_scale.data.fill_(math.log(INITIAL_SCORE / embeddings.detach().norm(dim=1).mean() ** 2))
@@ -155,10 +167,24 @@ class WarmStartTrainer(StageTrainer):
             **kwargs,
         )
 
+    def create_optimizer(self, model=None):
+        """As in [`Trainer`], with a lower learning rate for the copies of the encoder's layers."""
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer, projector = super().create_optimizer(model), self.voxlm.projector
+        parts = [part for part in (projector.encoder_layers, projector.encoder_norm) if part is not None]
+        copied = {id(parameter) for part in parts for parameter in part.parameters()}
+        for group in list(optimizer.param_groups):
+            slow = [parameter for parameter in group["params"] if id(parameter) in copied]
+            if slow:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in copied]
+                optimizer.add_param_group({**group, "params": slow, "lr": COPIED_LAYERS_RATE * group["lr"]})
+        return optimizer
+
     def collate(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         """A batch as of `VoxLMProcessor.collate`, with the subwords' places as `labels` and the texts as `text_ids`."""
         batch = self.voxlm.processor.collate([{**row, "words": None} for row in rows])
-        targets = [torch.tensor(self.targets_of(row["text"]), dtype=torch.long) for row in rows]
+        targets = [torch.tensor(self.targets_of(row.get("spoken", row["text"])), dtype=torch.long) for row in rows]
         audio = {name: batch[name] for name in batch if name not in ("input_ids", "attention_mask", "labels")}
         labels = pad_sequence(targets, batch_first=True, padding_value=-100)
         return {**audio, "labels": labels, "text_ids": batch["labels"]}
@@ -191,4 +217,6 @@ class WarmStartTrainer(StageTrainer):
         return {"wer": jiwer.wer(*map(list, zip(*spoken)))} if spoken else {}
 
     def _decode(self, ids: np.ndarray) -> list[str]:
-        return [self.voxlm.processor.decode_text(row[row >= 0].tolist()).strip() for row in ids]
+        """Normalised texts, since the projector writes no capitals and no punctuation."""
+        texts = [self.voxlm.processor.decode_text(row[row >= 0].tolist()) for row in ids]
+        return list(map(whisper_normaliser(), texts))

@@ -79,10 +79,12 @@ DEFAULT_TEMPERATURES = (0.2, 0.6, 1.0)
 WIDEST, DEEPEST, MOST_TOKENS = 2**20, 2000, 2**24
 # Least and largest values of numeric fields; fields may be `None` where that is their default.
 LIMITS = {
+    "projector_encoder_layers": (0, DEEPEST),
     "projector_stride": (1, 1000),
     "projector_hidden_size": (1, WIDEST),
     "projector_num_blocks": (0, DEEPEST),
     "projector_vocab_size": (1, MOST_TOKENS),
+    "projector_merges": (0, MOST_TOKENS),
     "ctc_weight": (0, 1000),
     "alignment_hidden_size": (1, WIDEST),
     "alignment_num_blocks": (0, DEEPEST),
@@ -324,6 +326,9 @@ class VoxLMConfig(PreTrainedConfig):
             `"convnext"`: the same with residual ConvNeXt blocks over time instead of the GELU, for context.
             `"conv"`: the original VoxLM's, for converted checkpoints: Linear, GELU, Linear, a strided convolution, and a learned
             vector before and behind the audio.
+        projector_encoder_layers (`int`, defaults to 0):
+            Number of the encoder's last layers of which the projector has a copy of its own, which is trained with it, while
+            the encoder, whose states reader and alignment head take, stays as it is. For Whisper's encoders only.
         projector_stride (`int`, defaults to 4): Encoder frames per projected frame (4 x 20 ms for Whisper).
         projector_hidden_size (`int`, *optional*): Width inside the projector; the LLM's by default.
         projector_num_blocks (`int`, defaults to 3): Number of ConvNeXt blocks.
@@ -335,6 +340,9 @@ class VoxLMConfig(PreTrainedConfig):
         projector_vocab_size (`int`, *optional*):
             Score frames against this many of the LLM's tokens (the checkpoint says which) instead of all. A few hundred short
             subwords spell every word, and each occurs often enough to be learnt from hours of speech.
+        projector_merges (`int`, *optional*):
+            With a `projector_vocab_size`: the merges of the LLM's BPE that spell texts in those tokens, in lower case and without
+            punctuation (see `subwords_voxlm`).
         frame_gate_threshold (`float`, *optional*):
             When set, the projector also predicts for each frame whether it carries a token of speech; frames whose probability
             is not above the threshold are hidden from the LLM (compression by CTC blanks, Gaido et al. 2021).
@@ -388,11 +396,13 @@ class VoxLMConfig(PreTrainedConfig):
     chunk_length_s: int | float | None = None
     pad_audio_to_window: bool = False
     projector_kind: Literal["mlp", "convnext", "conv"] = "mlp"
+    projector_encoder_layers: int = 0
     projector_stride: int = 4
     projector_hidden_size: int | None = None
     projector_num_blocks: int = 3
     projector_readout: Literal["linear", "token_mixture"] = "linear"
     projector_vocab_size: int | None = None
+    projector_merges: int | None = None
     frame_gate_threshold: int | float | None = None
     ctc_weight: int | float = 0.0
     reader_config: dict | None = None
@@ -459,6 +469,13 @@ class VoxLMConfig(PreTrainedConfig):
         gated, whole_vocabulary = self.frame_gate_threshold is not None, not self.projector_vocab_size
         message = "`projector_readout='token_mixture'` needs a `frame_gate_threshold`: not every frame is a token"
         _require(gated or not mixes, message)
+        copied, audio = self.projector_encoder_layers, self.audio_config
+        has = getattr(audio, "encoder_layers", 0) if audio.model_type == "whisper" else 0
+        message = (
+            f"`projector_encoder_layers` is {copied}, but the encoder ({audio.model_type}) has {has} layers that the projector "
+            "can copy; only Whisper's can be copied, and not by a projector of kind 'conv'"
+        )
+        _require(not copied or copied <= has and kind != "conv", message)
         message = "`projector_kind='conv'` has neither a frame gate nor token scores: leave those fields unset"
         _require(kind != "conv" or not gated and whole_vocabulary, message)
         for name, weight in (

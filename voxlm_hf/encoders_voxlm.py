@@ -1,5 +1,7 @@
 """Driving audio encoders of any family: lengths, padding, and Whisper's layout on audio shorter than its window."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from transformers.masking_utils import create_bidirectional_mask
@@ -10,6 +12,18 @@ from transformers.utils.output_capturing import capture_outputs
 
 # Encoders with Whisper's layout (two convolutions, learned positions, layers), whose own forward insists on a full window.
 WINDOWED_ENCODERS = ("whisper", "qwen2_audio_encoder")
+
+
+@dataclass
+class EncoderOutput(BaseModelOutput):
+    """
+    [`BaseModelOutput`] with what the encoder's last layers start from.
+
+    Args:
+        inner_states (`torch.Tensor` of shape `(batch, frames, audio_size)`, *optional*): see `run_encoder`.
+    """
+
+    inner_states: torch.Tensor | None = None
 
 
 def encoder_output_lengths(encoder: nn.Module, lengths: torch.Tensor) -> torch.Tensor:
@@ -29,30 +43,32 @@ def encoder_output_lengths(encoder: nn.Module, lengths: torch.Tensor) -> torch.T
     )
 
 
-def run_encoder(encoder, inputs, mask, **kwargs) -> BaseModelOutput:
+def run_encoder(encoder, inputs, mask, last_layers: int = 0, **kwargs) -> EncoderOutput:
     """
     Encoder states for padded inputs; padding leaves real frames unchanged.
 
     Args:
         encoder (`PreTrainedModel`)
         inputs, mask (`torch.Tensor`): see `VoxLMForSpeechSeq2Seq.encode_audio`.
+        last_layers (`int`): of an encoder of Whisper's layout; above 0, the result has the states that so many of its last
+            layers start from, too.
         **kwargs: for the encoder, such as `output_hidden_states`.
 
     Returns:
-        [`BaseModelOutput`] with `(batch, frames, audio_size)`; values beyond the mask are undefined.
+        [`EncoderOutput`] with `(batch, frames, audio_size)`; values beyond the mask are undefined.
     """
     if encoder.config.model_type in WINDOWED_ENCODERS:
-        return windowed_forward(encoder, inputs, attention_mask=mask, **kwargs)
+        return windowed_forward(encoder, inputs, attention_mask=mask, last_layers=last_layers, **kwargs)
     if getattr(encoder.config, "feat_extract_norm", None) == "group":
         # GroupNorm's statistics over time would include the padding, so each clip is encoded at its own length.
         rows = [encoder(row[None, : int(length)]).last_hidden_state[0] for row, length in zip(inputs, mask.sum(-1))]
-        return BaseModelOutput(last_hidden_state=nn.utils.rnn.pad_sequence(rows, batch_first=True))
+        return EncoderOutput(last_hidden_state=nn.utils.rnn.pad_sequence(rows, batch_first=True))
     return encoder(inputs, attention_mask=mask, **kwargs)
 
 
 @merge_with_config_defaults
 @capture_outputs
-def windowed_forward(encoder, input_features, attention_mask, **kwargs) -> BaseModelOutput:
+def windowed_forward(encoder, input_features, attention_mask, last_layers: int = 0, **kwargs) -> EncoderOutput:
     """
     Drive an encoder of Whisper's layout on audio of any length up to its window, without padding it to the window.
 
@@ -60,9 +76,10 @@ def windowed_forward(encoder, input_features, attention_mask, **kwargs) -> BaseM
         encoder (`PreTrainedModel`): stands for `self`, so that the library captures its hidden states and attentions.
         input_features (`torch.Tensor` of shape `(batch, mels, time)`)
         attention_mask (`torch.LongTensor` of shape `(batch, time)`)
+        last_layers (`int`): see `run_encoder`.
 
     Returns:
-        [`BaseModelOutput`] with `(batch, frames, audio_size)`; values beyond the mask are undefined.
+        [`EncoderOutput`] with `(batch, frames, audio_size)`; values beyond the mask are undefined.
 
     Raises:
         ValueError: for audio longer than the encoder's learned positions.
@@ -82,8 +99,27 @@ def windowed_forward(encoder, input_features, attention_mask, **kwargs) -> BaseM
     attention_mask = create_bidirectional_mask(
         config=encoder.config, inputs_embeds=hidden_states, attention_mask=attention_mask[:, ::2][:, :num_frames]
     )
-    for layer in encoder.layers:
+    inner_states, first_of_last = None, len(encoder.layers) - last_layers
+    for number, layer in enumerate(encoder.layers):
+        if number == first_of_last:
+            inner_states = hidden_states
         hidden_states = layer(hidden_states, attention_mask, **kwargs)
     if hasattr(encoder, "avg_pooler"):
         hidden_states = encoder.avg_pooler(hidden_states.transpose(1, 2)).transpose(1, 2)
-    return BaseModelOutput(last_hidden_state=encoder.layer_norm(hidden_states))
+    return EncoderOutput(last_hidden_state=encoder.layer_norm(hidden_states), inner_states=inner_states)
+
+
+def run_last_layers(layers, layer_norm, config, inner_states, mask) -> torch.Tensor:
+    """
+    States `(batch, frames, audio_size)` after the last layers of an encoder of Whisper's layout.
+
+    Args:
+        layers (`nn.ModuleList`), layer_norm (`nn.LayerNorm`): the encoder's last layers and its last normalisation.
+        config (`PreTrainedConfig`): of the encoder.
+        inner_states (`torch.Tensor` of shape `(batch, frames, audio_size)`): see `run_encoder`.
+        mask (`torch.LongTensor` of shape `(batch, frames)`): 1 for real frames.
+    """
+    attention_mask = create_bidirectional_mask(config=config, inputs_embeds=inner_states, attention_mask=mask)
+    for layer in layers:
+        inner_states = layer(inner_states, attention_mask)
+    return layer_norm(inner_states)

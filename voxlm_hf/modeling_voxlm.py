@@ -1,5 +1,6 @@
 """The network: audio encoder, projector, causal LLM with LoRA, alignment head."""
 
+import copy
 import math
 
 import torch
@@ -13,7 +14,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, is_torchdyn
 
 from .configuration_voxlm import VoxLMConfig
 from .cpu_voxlm import VoxLMInferenceMixin
-from .encoders_voxlm import WINDOWED_ENCODERS, encoder_output_lengths, run_encoder
+from .encoders_voxlm import WINDOWED_ENCODERS, encoder_output_lengths, run_encoder, run_last_layers
 from .generation_voxlm import VoxLMGenerationMixin
 from .legacy_voxlm import VoxLMConvProjector, VoxLMCrossAttentionHead
 from .loading_voxlm import VoxLMLoadingMixin
@@ -46,14 +47,23 @@ class VoxLMConvNeXtBlock(nn.Module):
 
 class VoxLMProjector(nn.Module):
     """
-    Encoder states to input embeddings of the LLM: `projector_stride` frames are stacked, then an MLP or ConvNeXt blocks,
-    then RMSNorm; with `projector_readout="token_mixture"`, then a mixture of the LLM's token embeddings.
+    Encoder states to input embeddings of the LLM: `projector_encoder_layers` layers like the encoder's last ones, but trained,
+    then `projector_stride` frames are stacked, then an MLP or ConvNeXt blocks, then RMSNorm; with
+    `projector_readout="token_mixture"`, then a mixture of the LLM's token embeddings.
+
+    Args:
+        config ([`VoxLMConfig`])
+        encoder (`PreTrainedModel`, *optional*): whose last layers are copied; needed with `projector_encoder_layers`.
     """
 
-    def __init__(self, config: VoxLMConfig):
+    def __init__(self, config: VoxLMConfig, encoder: PreTrainedModel | None = None):
         super().__init__()
         hidden_size, text_size = config.projector_hidden_size, config.text_config.hidden_size
         self.stride = config.projector_stride
+        self.encoder_config, self.encoder_layers, self.encoder_norm = config.audio_config, None, None
+        if config.projector_encoder_layers:
+            self.encoder_layers = copy.deepcopy(encoder.layers[-config.projector_encoder_layers :])
+            self.encoder_norm = copy.deepcopy(encoder.layer_norm)
         self.linear_in = nn.Linear(self.stride * config.audio_hidden_size, hidden_size)
         num_blocks = config.projector_num_blocks if config.projector_kind == "convnext" else 0
         self.blocks = nn.ModuleList([VoxLMConvNeXtBlock(hidden_size) for _ in range(num_blocks)])
@@ -82,10 +92,17 @@ class VoxLMProjector(nn.Module):
         """Start at the scale of the embeddings that the LLM is used to."""
         nn.init.constant_(self.norm.weight, embeddings.detach().float().pow(2).mean().sqrt().item())
 
+    def start_from(self, encoder: PreTrainedModel):
+        """Give the copies of the encoder's last layers its weights."""
+        if self.encoder_layers is not None:
+            last_layers = encoder.layers[-len(self.encoder_layers) :]
+            self.encoder_layers.load_state_dict(last_layers.state_dict())
+            self.encoder_norm.load_state_dict(encoder.layer_norm.state_dict())
+
     def forward(self, frames, frame_mask, token_embeddings=None) -> dict[str, torch.Tensor]:
         """
         Args:
-            frames (`torch.Tensor` of shape `(batch, frames, audio_size)`)
+            frames (`torch.Tensor` of shape `(batch, frames, audio_size)`): `projector_states` of [`VoxLMAudioOutput`].
             frame_mask (`torch.LongTensor` of shape `(batch, frames)`)
             token_embeddings (`torch.Tensor` of shape `(vocabulary, text_size)`, *optional*): of the LLM, for the token
                 mixture. Mixed inside `forward`, because FSDP gathers sharded parameters only there.
@@ -93,7 +110,10 @@ class VoxLMProjector(nn.Module):
         Returns:
             the fields of [`VoxLMAudioOutput`] from `pooler_output` to `tokens`.
         """
-        frames = frames.to(self.linear_in.weight.dtype) * frame_mask.unsqueeze(-1).to(self.linear_in.weight.dtype)
+        frames = frames.to(self.linear_in.weight.dtype)
+        if self.encoder_layers is not None:
+            frames = run_last_layers(self.encoder_layers, self.encoder_norm, self.encoder_config, frames, frame_mask)
+        frames = frames * frame_mask.unsqueeze(-1).to(frames.dtype)
         missing = -frames.shape[1] % self.stride
         frames = nn.functional.pad(frames, (0, 0, 0, missing))
         mask = nn.functional.pad(frame_mask, (0, missing))[:, :: self.stride]
@@ -201,9 +221,9 @@ class VoxLMAlignmentHead(nn.Module):
         return AlignmentScores(tokens.float(), pause, onset)
 
 
-def make_projector(config: VoxLMConfig) -> nn.Module:
+def make_projector(config: VoxLMConfig, encoder: PreTrainedModel | None = None) -> nn.Module:
     """The projector that `config.projector_kind` names."""
-    return VoxLMConvProjector(config) if config.projector_kind == "conv" else VoxLMProjector(config)
+    return VoxLMConvProjector(config) if config.projector_kind == "conv" else VoxLMProjector(config, encoder)
 
 
 def make_alignment_head(config: VoxLMConfig) -> nn.Module:
@@ -278,7 +298,7 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, VoxLMGenerationMixin, VoxLMInf
             encoder = audio_model.get_encoder() if config.audio_config.is_encoder_decoder else audio_model
         self.encoder = encoder
         self.reader = None if config.reader_config is None else VoxLMReader(config, audio_model.get_decoder())
-        self.projector = make_projector(config)
+        self.projector = make_projector(config, encoder)
         self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
         self.alignment = make_alignment_head(config)
         self.processor = None
@@ -323,9 +343,12 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, VoxLMGenerationMixin, VoxLMInf
         """Number of placeholders for `lengths` input features (or samples), a tensor of integers."""
         return self.projector.output_lengths(encoder_output_lengths(self.encoder, lengths))
 
-    def set_projector_vocabulary(self, token_ids: list[int]):
-        """Score projected frames against these tokens of the LLM only; for a new or a trained projector."""
-        self.config.projector_vocab_size = len(token_ids)
+    def set_projector_vocabulary(self, token_ids: list[int], merges: int):
+        """
+        Score projected frames only against these tokens of the LLM, those of its BPE after so many merges; for a new or a
+        trained projector.
+        """
+        self.config.projector_vocab_size, self.config.projector_merges = len(token_ids), merges
         self.projector.token_ids = torch.tensor(token_ids, device=self.projector.linear_in.weight.device)
 
     def encode_audio(
@@ -347,7 +370,7 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, VoxLMGenerationMixin, VoxLMInf
             **kwargs: for the encoder, such as `output_hidden_states`.
 
         Returns:
-            [`VoxLMAudioOutput`] with `last_hidden_state` and `frame_mask`.
+            [`VoxLMAudioOutput`] with `last_hidden_state`, `projector_states` and `frame_mask`.
 
         Raises:
             ValueError: for audio too short to give one frame, or longer than the encoder's window.
@@ -364,36 +387,54 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, VoxLMGenerationMixin, VoxLMInf
         parameter = next(self.encoder.parameters())
         inputs, mask = inputs.to(parameter.device, parameter.dtype), mask.to(parameter.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_audio_encoder):
-            encoded = run_encoder(self.encoder, inputs, mask, **kwargs)
+            encoded = run_encoder(self.encoder, inputs, mask, self.config.projector_encoder_layers, **kwargs)
         lengths = encoder_output_lengths(self.encoder, mask.sum(-1))
         frames = encoded.last_hidden_state
+        inner_states = frames if encoded.get("inner_states") is None else encoded.inner_states
         if not is_torchdynamo_compiling():  # a compiled graph can neither raise nor cut by what is in a tensor
             if int(lengths.min()) < 1:
                 raise ValueError(
                     f"An audio of {int(mask.sum(-1).min())} input frames is too short: the encoder makes no frame of it"
                 )
-            frames = frames[:, : int(lengths.max())]
+            frames, inner_states = (states[:, : int(lengths.max())] for states in (frames, inner_states))
         return VoxLMAudioOutput(
             last_hidden_state=frames,
+            projector_states=inner_states,
             frame_mask=(torch.arange(frames.shape[1], device=lengths.device) < lengths.unsqueeze(1)).long(),
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
         )
 
-    def project(self, frames, frame_mask=None) -> VoxLMAudioOutput:
+    def project(self, frames, frame_mask=None, last_hidden_state=None) -> VoxLMAudioOutput:
         """
         Run the projector on encoder states.
 
         Args:
-            frames (`torch.Tensor` of shape `(batch, frames, audio_size)`)
+            frames (`torch.Tensor` of shape `(batch, frames, audio_size)`): `projector_states` of [`VoxLMAudioOutput`].
             frame_mask (`torch.LongTensor` of shape `(batch, frames)`, *optional*): without one, all frames are real.
+            last_hidden_state (`torch.Tensor` of shape `(batch, frames, audio_size)`, *optional*): the encoder's output for
+                the same audio; computed from `frames` when not given.
         """
         if frame_mask is None:
             frame_mask = torch.ones(frames.shape[:2], dtype=torch.long, device=frames.device)
+        if last_hidden_state is None:
+            last_hidden_state = self.finish_encoding(frames, frame_mask)
         mixes_tokens = self.config.projector_readout == "token_mixture"
         token_embeddings = self.get_input_embeddings().weight if mixes_tokens else None
         projected = self.projector(frames, frame_mask, token_embeddings)
-        return VoxLMAudioOutput(last_hidden_state=frames, frame_mask=frame_mask, **projected)
+        return VoxLMAudioOutput(
+            last_hidden_state=last_hidden_state, projector_states=frames, frame_mask=frame_mask, **projected
+        )
+
+    def finish_encoding(self, frames, frame_mask) -> torch.Tensor:
+        """The encoder's output `(batch, frames, audio_size)` from the states that the projector takes, see `project`."""
+        count, encoder = self.config.projector_encoder_layers, self.encoder
+        if not count:
+            return frames
+        dtype = next(encoder.parameters()).dtype
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_audio_encoder):
+            layers = encoder.layers[-count:]
+            return run_last_layers(layers, encoder.layer_norm, encoder.config, frames.to(dtype), frame_mask)
 
     @can_return_tuple
     def get_audio_features(
@@ -406,7 +447,7 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, VoxLMGenerationMixin, VoxLMInf
     ) -> VoxLMAudioOutput:
         """Run the encoder and the projector; arguments and errors as in `encode_audio`."""
         encoded = self.encode_audio(input_features, input_features_mask, input_values, input_values_mask, **kwargs)
-        audio = self.project(encoded.last_hidden_state, encoded.frame_mask)
+        audio = self.project(encoded.projector_states, encoded.frame_mask, encoded.last_hidden_state)
         audio.hidden_states, audio.attentions = encoded.hidden_states, encoded.attentions
         return audio
 
@@ -493,8 +534,8 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, VoxLMGenerationMixin, VoxLMInf
             input_ids (`torch.LongTensor` of shape `(batch, length)`): prompt with one placeholder per projected frame.
             input_features, input_features_mask, input_values, input_values_mask: see `encode_audio`.
             attention_mask (`torch.Tensor` of shape `(batch, length)`): 0 for padding, on either side.
-            audio_states (`torch.Tensor` of shape `(batch, frames, audio_size)`), audio_states_mask: encoder states computed
-                before, instead of features.
+            audio_states (`torch.Tensor` of shape `(batch, frames, audio_size)`), audio_states_mask: `projector_states` of
+                `encode_audio`, computed before, instead of features.
             audio_embeds (`torch.Tensor` of shape `(batch, projected_frames, text_size)`), audio_embeds_mask: audio that
                 `get_audio_features` has encoded and projected, instead of features.
             labels (`torch.LongTensor` of shape `(batch, length)`): -100 where no loss is wanted; not shifted. With another
@@ -523,7 +564,8 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, VoxLMGenerationMixin, VoxLMInf
         audio = None
         if audio_states is not None and audio_embeds is not None:
             # Already projected: the states are for the alignment head.
-            audio = VoxLMAudioOutput(last_hidden_state=audio_states, frame_mask=audio_states_mask)
+            states = self.finish_encoding(audio_states, audio_states_mask)
+            audio = VoxLMAudioOutput(last_hidden_state=states, frame_mask=audio_states_mask)
         elif audio_states is not None:
             audio = self.project(audio_states, audio_states_mask)
         elif input_features is not None or input_values is not None:

@@ -127,7 +127,7 @@ class EncodedBatch:
         """One segment by itself, without padding."""
         audio, kept = self.audio, self.attention_mask[number].bool()
         frames, projected = audio.frame_mask[number].bool(), audio.audio_embeds_mask[number].bool()
-        masks = {"last_hidden_state": frames, "frame_mask": frames}
+        masks = dict.fromkeys(("last_hidden_state", "projector_states", "frame_mask"), frames)
         fields = {
             name: value[number][masks.get(name, projected)].unsqueeze(0)
             for name, value in audio.items()

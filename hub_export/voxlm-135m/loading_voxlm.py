@@ -278,6 +278,8 @@ class VoxLMLoadingMixin:
         # A new composite config resets the attention of the configs it takes in, which the loaded parts share.
         encoder.config._attn_implementation, language_model.config._attn_implementation = attentions
         model = cls(config, encoder=encoder, language_model=language_model).to(dtype)
+        if model.config.projector_encoder_layers:
+            model.projector.start_from(encoder)
         model.projector.scale_to(language_model.get_input_embeddings().weight)
         model.processor = processor.configure(model)
         model.generation_config.eos_token_id = tokenizer.eos_token_id

@@ -14,6 +14,8 @@ class VoxLMAudioOutput(BaseModelOutputWithPooling):
     Args:
         last_hidden_state (`torch.Tensor` of shape `(batch, frames, audio_size)`): encoder states.
         pooler_output (`torch.Tensor` of shape `(batch, projected_frames, text_size)`): input embeddings for the LLM.
+        projector_states (`torch.Tensor` of shape `(batch, frames, audio_size)`): what the projector takes: the encoder states
+            or, with `projector_encoder_layers`, what so many of the encoder's last layers start from.
         frame_mask (`torch.LongTensor` of shape `(batch, frames)`): 1 for real encoder frames.
         audio_embeds_mask (`torch.LongTensor` of shape `(batch, projected_frames)`): 1 for real projected frames.
         visible_mask (`torch.LongTensor` of shape `(batch, projected_frames)`): 1 for those that the LLM sees: all real
@@ -26,6 +28,7 @@ class VoxLMAudioOutput(BaseModelOutputWithPooling):
             token of each visible frame, -1 elsewhere: greedy CTC.
     """
 
+    projector_states: torch.Tensor | None = None
     frame_mask: torch.Tensor | None = None
     audio_embeds_mask: torch.Tensor | None = None
     visible_mask: torch.Tensor | None = None
