@@ -238,7 +238,7 @@ class VoxLMProcessor(ProcessorMixin):
         self.context_length = context_length(config)
         rate = self.sampling_rate
         silence = np.zeros(2 * rate, dtype=np.float32)
-        one, two = (self._extract(silence[: seconds * rate]).shape[self._time_axis] for seconds in (1, 2))
+        one, two = (self._extract(silence[: seconds * rate]).shape[self.time_axis] for seconds in (1, 2))
         self.samples_per_feature = rate // (two - one)
         limit = 4 * rate // self.samples_per_feature
         self.audio_token_stride, self.audio_token_offset = affine_lengths(model.audio_lengths, limit)
@@ -282,8 +282,8 @@ class VoxLMProcessor(ProcessorMixin):
         return self.feature_extractor.model_input_names[0]
 
     @property
-    def _time_axis(self) -> int:
-        # Whisper's extractor alone returns (mels, time); the others return (time, features) or (samples,).
+    def time_axis(self) -> int:
+        """Axis of time in the features of one clip: Whisper's extractor alone returns `(mels, time)`."""
         return 1 if "Whisper" in type(self.feature_extractor).__name__ else 0
 
     @property
@@ -318,6 +318,13 @@ class VoxLMProcessor(ProcessorMixin):
         Raises:
             ValueError: for audio that is longer than the model's window, or too short for one projected frame.
         """
+        return self.pad_clips(self.extract_clips(waveforms))
+
+    def extract_clips(self, waveforms: list[np.ndarray]) -> list[np.ndarray]:
+        """
+        Features of each waveform at its own length, `(mels, time)` for Whisper, else `(time, features)` or `(samples,)`; errors
+        as in `extract_features`.
+        """
         window = round(self.audio_window_s * self.sampling_rate)
         features = []
         for waveform in waveforms:
@@ -329,20 +336,30 @@ class VoxLMProcessor(ProcessorMixin):
             if self.pad_audio_to_window:
                 waveform = np.pad(waveform, (0, window - len(waveform)))
             features.append(self._extract_or_raise(waveform))
-        lengths = [clip.shape[self._time_axis] for clip in features]
-        padded, mask = [], torch.zeros(len(features), max(lengths), dtype=torch.long)
-        for row, (clip, length) in enumerate(zip(features, lengths)):
+        return features
+
+    def pad_clips(self, clips: list[np.ndarray]) -> dict[str, torch.Tensor]:
+        """Clips of `extract_clips` as the encoder's inputs: padded to the longest of them, with their mask."""
+        lengths = [clip.shape[self.time_axis] for clip in clips]
+        padded, mask = [], torch.zeros(len(clips), max(lengths), dtype=torch.long)
+        for row, (clip, length) in enumerate(zip(clips, lengths)):
             widths = [(0, 0)] * clip.ndim
-            widths[self._time_axis] = (0, max(lengths) - length)
+            widths[self.time_axis] = (0, max(lengths) - length)
             padded.append(np.pad(clip, widths))
             mask[row, :length] = 1
         return {self.feature_name: torch.from_numpy(np.stack(padded)), f"{self.feature_name}_mask": mask}
+
+    def unpad_features(self, features: dict[str, torch.Tensor]) -> list[np.ndarray]:
+        """The clips that `pad_clips` made a batch of."""
+        values = features[self.feature_name].float().cpu().numpy()
+        lengths = features[f"{self.feature_name}_mask"].sum(-1).tolist()
+        return [clip[:, :length] if self.time_axis == 1 else clip[:length] for clip, length in zip(values, lengths)]
 
     def _extract_or_raise(self, waveform: np.ndarray) -> np.ndarray:
         """`_extract`, checked to give at least one projected frame."""
         if len(waveform) >= ANALYSIS_WINDOW_S * self.sampling_rate:
             clip = self._extract(waveform)
-            if self.num_audio_tokens(clip.shape[self._time_axis]) >= 1:
+            if self.num_audio_tokens(clip.shape[self.time_axis]) >= 1:
                 return clip
         missing = (self.audio_token_stride - self.audio_token_offset) * self.samples_per_feature
         shortest = max(ANALYSIS_WINDOW_S, missing / self.sampling_rate)
@@ -362,10 +379,10 @@ class VoxLMProcessor(ProcessorMixin):
         )
         features = np.asarray(output[self.feature_name][0], dtype=np.float32)
         mask = output.get("attention_mask", output.get("padding_mask"))
-        length = features.shape[self._time_axis]
+        length = features.shape[self.time_axis]
         if mask is not None:
             length = min(length, int(np.asarray(mask[0]).sum()))
-        return features[:, :length] if self._time_axis == 1 else features[:length]
+        return features[:, :length] if self.time_axis == 1 else features[:length]
 
     def _process_audio(self, audio: list[np.ndarray], **kwargs):
         """[`ProcessorMixin`]'s hook: the encoder's inputs, and the placeholders of each audio."""
