@@ -51,16 +51,20 @@ def stock(model, prompt):
 
 
 @torch.no_grad()
-def states_of(model, prompt, row, ids):
-    """The LLM's last hidden states that predict the tokens, by a plain forward over prompt and text."""
-    forced = model(
+def forced(model, prompt, row, ids):
+    """The output of a plain forward over prompt and text."""
+    return model(
         input_ids=torch.cat([prompt["input_ids"][row : row + 1], torch.tensor([ids]).long()], dim=1),
         attention_mask=torch.nn.functional.pad(prompt["attention_mask"][row : row + 1], (0, len(ids)), value=1),
         audio_embeds=prompt["audio_embeds"][row : row + 1],
         audio_embeds_mask=prompt["audio_embeds_mask"][row : row + 1],
         output_hidden_states=True,
     )
-    return forced.hidden_states[-1][0, -len(ids) - 1 : -1]
+
+
+def states_of(model, prompt, row, ids):
+    """The LLM's last hidden states that predict the tokens, by a plain forward over prompt and text."""
+    return forced(model, prompt, row, ids).hidden_states[-1][0, -len(ids) - 1 : -1]
 
 
 # Packing and batches
