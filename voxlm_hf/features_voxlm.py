@@ -36,22 +36,15 @@ def silence_behind(processor: VoxLMProcessor, clip: np.ndarray, seconds: float |
     """
     missing = round((processor.audio_window_s if seconds is None else seconds) * processor.sampling_rate)
     missing = missing // processor.samples_per_feature - (clip.shape[1] if seconds is None else 0)
-    return np.pad(clip, ((0, 0), (0, missing)), constant_values=_quietest_value(clip))
-
-
-def _quietest_value(clip: np.ndarray) -> np.float32:
-    """What Whisper's extractor makes of silence in a clip."""
-    return np.maximum(np.float32((MEL_FLOOR + MEL_SCALE) / MEL_SCALE), clip.max() - np.float32(MEL_RANGE / MEL_SCALE))
+    quietest_value = max((MEL_FLOOR + MEL_SCALE) / MEL_SCALE, float(clip.max()) - MEL_RANGE / MEL_SCALE)
+    return np.pad(clip, ((0, 0), (0, missing)), constant_values=quietest_value)
 
 
 def halves(processor: VoxLMProcessor, clip: np.ndarray) -> tuple[list[np.ndarray], float]:
     """A clip in two, split at the quietest place between its first and its last quarter, and the share of the first part."""
     size = clip.shape[processor.time_axis]
     middle = _quietest_feature(processor, clip, size // 4, size - size // 4)
-    parts = np.split(clip, [middle], axis=processor.time_axis)
-    if is_log_mel(processor):
-        parts = [np.maximum(part, _quietest_value(part)) for part in parts]  # a quiet half by itself has its own floor
-    return parts, middle / size
+    return np.split(clip, [middle], axis=processor.time_axis), middle / size
 
 
 def _quietest_feature(processor: VoxLMProcessor, clip: np.ndarray, first: int, last: int) -> int:
