@@ -16,12 +16,13 @@ from voxlm_hf.reader_voxlm import ReaderHypothesis
 from voxlm_hf.rescoring_voxlm import (
     Hypothesis,
     beginning_of_text,
+    evidence,
     hypotheses_of,
     in_doubt,
     is_unjudged,
     rescore,
     score_hypotheses,
-    total_scores,
+    weights_of,
 )
 
 
@@ -233,7 +234,7 @@ def test_tokens_that_the_llm_cannot_judge_do_not_count():
 
 
 def totals(texts, monkeypatch=None, by_frames=None, log_odds=0.0, **settings):
-    """`total_scores` with CTC log-probabilities given by hand."""
+    """Weighted scores, with CTC log-probabilities given by hand."""
     frames = None
     if by_frames is not None:
 
@@ -242,7 +243,7 @@ def totals(texts, monkeypatch=None, by_frames=None, log_odds=0.0, **settings):
 
         frames = Frames()
         monkeypatch.setattr(rescoring_voxlm, "text_logprobs", lambda *_: by_frames)
-    return total_scores(texts, frames, None, {**READER_ALONE, **settings})
+    return (evidence(texts, frames, None) @ weights_of({**READER_ALONE, **settings})).tolist()
 
 
 def test_the_weighted_sum_by_hand():

@@ -203,12 +203,28 @@ def rescore(
     """
     settings = model.config.reader_config
     hypotheses = propose(model, processor, budgets, batch, look_twice, in_window)
+    judged = judge(model, prompt, batch, hypotheses, with_ctc=bool(settings["ctc_weight"]))
+    return [texts[int(np.argmax(known @ weights_of(settings)))].decoded for texts, known in zip(hypotheses, judged)]
+
+
+def judge(
+    model, prompt: dict, batch: EncodedBatch, hypotheses: list[list[Hypothesis]], with_ctc: bool
+) -> list[np.ndarray]:
+    """
+    Let the LLM and, with `with_ctc`, the frames score hypotheses.
+
+    Args:
+        model, prompt, batch: see `rescore`.
+        hypotheses (`list[list[Hypothesis]]`): of each segment; the LLM's scores are added to them.
+
+    Returns:
+        the `evidence` for each segment's hypotheses.
+    """
     # A projector without token scores affects the text only through the LLM's prompt.
-    frames = ctc_frames(model, batch.audio) if settings["ctc_weight"] else [None] * len(hypotheses)
+    frames = ctc_frames(model, batch.audio) if with_ctc else [None] * len(hypotheses)
     embeddings = model.get_input_embeddings().weight
     score_hypotheses(model, prompt, hypotheses)
-    totals = [total_scores(texts, row, embeddings, settings) for texts, row in zip(hypotheses, frames)]
-    return [texts[int(np.argmax(scores))].decoded for texts, scores in zip(hypotheses, totals)]
+    return [evidence(texts, row, embeddings) for texts, row in zip(hypotheses, frames)]
 
 
 def propose(
@@ -265,38 +281,42 @@ def in_doubt(texts: list[Hypothesis], visible_frames: int | None) -> bool:
     return too_few or tokens > most
 
 
-def total_scores(
-    texts: list[Hypothesis], frames: CTCFrames | None, embeddings: torch.Tensor, settings: dict
-) -> list[float]:
+def weights_of(settings: dict) -> np.ndarray:
+    """The weight of each column of `evidence`, from `config.reader_config`."""
+    return np.array([1.0, settings["llm_weight"], settings["ctc_weight"], settings["word_bonus"], LENGTH_REWARD])
+
+
+def evidence(texts: list[Hypothesis], frames: CTCFrames | None, embeddings: torch.Tensor) -> np.ndarray:
     """
-    The weighted log-probability of each hypothesis of one recording, minus infinity for the empty text where CTC is sure of
-    speech.
+    What hypotheses are chosen by, `(hypotheses, 5)`: the log-probabilities of reader, LLM and CTC, the number of words, and the
+    number of tokens in words that only the reader can judge. The reader's is minus infinity for the empty text where CTC is
+    sure of speech.
 
     Args:
-        texts (`list[Hypothesis]`): scored by the LLM.
+        texts (`list[Hypothesis]`): of one recording, scored by the LLM.
         frames ([`CTCFrames`], *optional*): of the recording.
         embeddings (`torch.Tensor` of shape `(vocabulary, text_size)`): of the LLM.
-        settings (`dict`): `config.reader_config`.
     """
     ctc = [0.0] * len(texts)
     if frames is not None:
         least = MIN_CTC_PER_TOKEN * max(len(text.ctc_ids) for text in texts)
         ctc = text_logprobs(frames, embeddings, [text.ctc_ids for text in texts])
         ctc = [max(score, least) if text.decoded.ids else score for text, score in zip(texts, ctc)]
-    totals = [
-        text.reader_logprob
-        + settings["llm_weight"] * text.llm_logprob
-        + settings["ctc_weight"] * ctc_score
-        + settings["word_bonus"] * len(text.decoded.words)
-        + LENGTH_REWARD * text.unjudged_tokens
-        for text, ctc_score in zip(texts, ctc)
-    ]
     # The frames decide whether anything was said: a model that knows none of the words prefers the empty text.
     sure = frames is not None and frames.speech_log_odds > SURE_OF_SPEECH
-    return [
-        -np.inf if not text.decoded.ids and (sure or ctc_score < max(ctc)) else total
-        for text, ctc_score, total in zip(texts, ctc, totals)
-    ]
+    possible = [bool(text.decoded.ids) or not sure and score >= max(ctc) for text, score in zip(texts, ctc)]
+    return np.array(
+        [
+            [
+                text.reader_logprob if is_possible else -np.inf,
+                text.llm_logprob,
+                score,
+                len(text.decoded.words),
+                text.unjudged_tokens,
+            ]
+            for text, score, is_possible in zip(texts, ctc, possible)
+        ]
+    )
 
 
 def beginning_of_text(model, count: int) -> dict[str, torch.Tensor]:
