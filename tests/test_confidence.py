@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from voxlm_hf.transcription_voxlm import probability_logit, word_confidence
+from voxlm_hf.confidence_voxlm import probability_logit, word_confidence
 from voxlm_training.confidence import (
     calibration_bins,
     fit_calibration,
@@ -77,6 +77,33 @@ def test_the_fit_is_that_of_logistic_regression():
     raw = np.exp([score["logprob"] for score in scores])
     assert score_confidences(calibrated, right).ece < 0.03 < score_confidences(raw, right).ece
     assert score_confidences(calibrated, right).nce > score_confidences(raw, right).nce
+
+
+def test_what_no_word_has_gets_no_weight_and_what_some_have_does():
+    scores, *_, right = sample()
+    assert set(fit_calibration(scores, right)) == {"scale", "entropy", "bias"}
+    telling = [{**score, "posterior": 0.9 if hit else 0.4} for score, hit in zip(scores, right)]
+    fitted = fit_calibration(telling[:2000] + scores[2000:], right)
+    assert set(fitted) == {"scale", "entropy", "posterior", "bias"} and fitted["posterior"] > 0.1
+
+
+# The weights of the three hypotheses are 4/7, 2/7 and 1/7.
+LIST = [["The", "well-known", "cat", "sat."], ["the", "well-known", "hat", "sat"], ["The", "cat", "sat"]]
+
+
+@pytest.mark.parametrize(
+    "best, expected",
+    [(0, [7 / 7, 6 / 7, 5 / 7, 7 / 7]), (1, [7 / 7, 6 / 7, 2 / 7, 7 / 7]), (2, [7 / 7, 5 / 7, 7 / 7])],
+)
+def test_posteriors_are_the_share_of_the_list_with_the_word_in_its_place(best, expected):
+    scores = (np.log([4, 2, 1]) - 300).tolist()
+    assert word_posteriors(LIST, scores, best) == pytest.approx(expected)
+
+
+def test_posteriors_of_lists_with_impossible_and_with_empty_texts():
+    assert word_posteriors([["so"], []], [-5.0, -np.inf], 0) == [1.0]
+    assert word_posteriors([["so"], []], [-5.0, -5.0], 0) == [0.5]
+    assert word_posteriors([["so"], []], [-9.0, -5.0], 1) == []
 
 
 def test_weights_never_turn_the_order_around():

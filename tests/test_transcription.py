@@ -13,16 +13,15 @@ import torch
 
 from tests import tiny
 from voxlm_hf import audio_voxlm
+from voxlm_hf.confidence_voxlm import probability_logit, word_confidence
 from voxlm_hf.decoding_voxlm import DecodedText
 from voxlm_hf.transcription_voxlm import (
     Segment,
     join_point,
     join_segments,
     merge_segments,
-    probability_logit,
     shift_into_order,
     trim_overlap,
-    word_confidence,
     word_scores,
 )
 

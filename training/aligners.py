@@ -2,6 +2,8 @@
 
 import functools
 import re
+import shutil
+import subprocess
 
 import numpy as np
 import torch
@@ -9,6 +11,7 @@ from pocketsphinx import Decoder
 
 from voxlm_hf.forced_alignment_voxlm import known_text, score_text
 from voxlm_hf.legacy_voxlm import dtw_word_times
+from voxlm_hf.transcription_voxlm import score_texts
 
 from .text import normalise
 
@@ -24,6 +27,21 @@ def _sphinx():
     return Decoder(lm=None, samprate=SPHINX_RATE, loglevel="FATAL")
 
 
+def spelt_phones(word: str) -> str | None:
+    """
+    A word's phones by flite's letter-to-sound rules, as PocketSphinx's dictionary writes them; `None` where flite is not
+    installed or knows none.
+    """
+    if shutil.which("flite") is None:
+        return None
+    printed = subprocess.run(
+        ["flite", "-ps", "-t", word, "-o", "none"], capture_output=True, text=True, check=True
+    ).stdout
+    # Flite's schwa is a phone of its own, CMU's dictionary writes it as an unstressed "AH".
+    phones = [{"ax": "ah"}.get(phone, phone).upper() for phone in printed.split() if phone != "pau"]
+    return " ".join(phones) or None
+
+
 def sphinx_words(waveform: np.ndarray, text: str) -> list[dict] | None:
     """
     Word times by PocketSphinx's forced alignment (PyPI `pocketsphinx`, which ships its English model).
@@ -32,10 +50,17 @@ def sphinx_words(waveform: np.ndarray, text: str) -> list[dict] | None:
         waveform: `(samples,)` float32 at 16 kHz; text: its transcript.
 
     Returns:
-        `{"word", "start", "end"}` in seconds, or `None` where its dictionary lacks a word or it finds no alignment.
+        `{"word", "start", "end"}` in seconds, or `None` where its dictionary lacks a word that flite cannot pronounce
+        either, or it finds no alignment.
     """
     decoder, words = _sphinx(), normalise(text).split()
-    if not words or any(decoder.lookup_word(word) is None for word in words):
+    for word in words:
+        if decoder.lookup_word(word) is None:
+            phones = spelt_phones(word)
+            if phones is None:
+                return None
+            decoder.add_word(word, phones, True)
+    if not words:
         return None
     decoder.set_align_text(" ".join(words))
     decoder.start_utt()
@@ -68,14 +93,13 @@ def original_words(model, waveform: np.ndarray, text: str) -> list[dict]:
     """
     processor = model.get_processor()
     scored = score_text(model, processor, waveform, known_text(processor, text))
-    ids = torch.tensor([scored.decoded.ids], device=model.device)
-    tokens = model.align_scores(scored.decoded.states.unsqueeze(0), ids, scored.audio).tokens
-    scores = tokens[0, :, : scored.num_frames].cpu().numpy()
+    found, (owners,) = score_texts(model, [scored.decoded], scored.audio)
+    scores = found.tokens[0, :, : scored.num_frames].cpu().numpy()
     weights = np.exp(scores - np.logaddexp.reduce(scores, axis=1, keepdims=True))
     together = round(ORIGINAL_FRAME_S / (processor.frame_s * model.alignment.frames_per_key))
     weights = np.add.reduceat(weights, np.arange(0, weights.shape[1], together), axis=1)
     duration_s = len(waveform) / processor.sampling_rate
-    times = dtw_word_times(weights, scored.decoded.token_words, ORIGINAL_FRAME_S, duration_s, ORIGINAL_MEDIAN)
+    times = dtw_word_times(weights, owners, ORIGINAL_FRAME_S, duration_s, ORIGINAL_MEDIAN)
     return [{"word": word, "start": start, "end": end} for word, (start, end) in zip(scored.decoded.words, times)]
 
 

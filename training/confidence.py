@@ -19,7 +19,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from voxlm_hf import VoxLMForSpeechSeq2Seq
 from voxlm_hf.app.files import write_atomically
-from voxlm_hf.transcription_voxlm import probability_logit
+from voxlm_hf.confidence_voxlm import CONFIDENCE_TERMS as TERMS
 
 from .data import read_rows
 from .text import normalise, whisper_normaliser
@@ -123,28 +123,23 @@ def score_confidences(confidences: np.ndarray, right: np.ndarray) -> ConfidenceS
 def fit_calibration(scores: list[dict], right: np.ndarray) -> dict[str, float]:
     """
     Fit `config.confidence_calibration` by logistic regression with all weights at 0 or above, so that the map is
-    monotone.
+    monotone. What no word has, as without a reader, has no weight.
 
     Args:
         scores: `word_scores` of transcriptions; right: `(words,)` of bool.
     """
-    logits = np.array([probability_logit(score["logprob"]) for score in scores])
-    # Without a reader there is nothing to fit its weight to, so it stays at 0.
-    by_reader = np.array([probability_logit(score["reader"]) if "reader" in score else 0.0 for score in scores])
-    entropies = np.array([score["entropy"] for score in scores])
+    kept = [name for name in TERMS if name in ("scale", "entropy") or any(name in score for score in scores)]
+    terms = np.array([[TERMS[name](score) for name in kept] for score in scores])
     signs = np.where(right, 1.0, -1.0)
 
     def loss(parameters):
-        scale, reader, entropy, bias = parameters
-        return np.logaddexp(0, -signs * (scale * logits + reader * by_reader - entropy * entropies + bias)).mean()
+        return np.logaddexp(0, -signs * (terms @ parameters[:-1] + parameters[-1])).mean()
 
-    bounds = [(0, None), (0, None if by_reader.any() else 0), (0, None), (None, None)]
+    bounds = [*[(0, None)] * len(kept), (None, None)]
     # Starts as the raw logit with a small weight on the entropy; the problem is convex, so the start does not matter.
-    fitted = minimize(loss, [1.0, 0.0, 0.1, 0.0], bounds=bounds, method="L-BFGS-B")
-    calibration = dict(zip(("scale", "reader", "entropy", "bias"), (round(float(value), 4) for value in fitted.x)))
-    if not by_reader.any():
-        del calibration["reader"]
-    return calibration
+    start = [{"scale": 1.0, "entropy": 0.1}.get(name, 0.0) for name in kept]
+    fitted = minimize(loss, [*start, 0.0], bounds=bounds, method="L-BFGS-B")
+    return {name: round(float(value), 4) for name, value in zip([*kept, "bias"], fitted.x)}
 
 
 def raw_confidences(scores: list[dict]) -> np.ndarray:

@@ -32,6 +32,7 @@ from voxlm_hf import VoxLMConfig, VoxLMForSpeechSeq2Seq
 from voxlm_hf.app.files import UNFINISHED, move_into_place, tidy, unfinished_folder, write_atomically
 
 from . import reader, warm_start
+from .alignment import AlignmentTrainer
 from .augment import Augmentation
 from .checkpoints import WriteError, check_shapes, naming_unwritten_files, written_whole
 from .data import Limits, SpeechDataset, error_line, kind_of, read_rows
@@ -253,7 +254,7 @@ def reader_trainer(model, train, dev, folder: Path, seed: int, recordings=300, f
 
 def transcription_trainer(model, train, dev, folder: Path, seed: int, parts: list[str], **options):
     """
-    The trainer of a stage of kind "transcription" or "alignment".
+    The trainer of a stage of kind "transcription".
 
     Args:
         parts: of the `PARTS`, those to train; options: `TRAINER_OPTIONS` of [`VoxLMTrainer`] and, all others, of
@@ -274,6 +275,22 @@ def transcription_trainer(model, train, dev, folder: Path, seed: int, parts: lis
         data_collator=model.processor.collate,
         processor=model.processor,
         **own,
+    )
+
+
+def alignment_trainer(model, train, dev, folder: Path, seed: int, parts: list[str], **options):
+    """
+    The trainer of a stage of kind "alignment": of the head alone where it reads the spelling, else that of
+    `transcription_trainer`; arguments and errors as there.
+    """
+    if not model.alignment.from_spelling or set(parts) != {"alignment"}:
+        return transcription_trainer(model, train, dev, folder, seed, parts, **options)
+    check_parts(parts, train)
+    own = {name: options.pop(name) for name in TRAINER_OPTIONS if name in options}
+    own.pop("max_new_tokens", None)  # no text is generated
+    arguments = training_arguments(folder, seed, bool(dev), **options)
+    return AlignmentTrainer(
+        voxlm=model.to(arguments.device), args=arguments, train_dataset=train, eval_dataset=dev, **own
     )
 
 
@@ -324,7 +341,7 @@ def training_arguments(folder: Path, seed: int, evaluates: bool, **options) -> T
 STAGES: dict[str, Callable[..., StageTrainer]] = {
     "warm_start": warm_start_trainer,
     "transcription": transcription_trainer,
-    "alignment": transcription_trainer,
+    "alignment": alignment_trainer,
     "reader": reader_trainer,
 }
 
@@ -409,8 +426,8 @@ def run_stage(model, train, dev, folder: Path, seed: int, kind: str, **options):
     Run one stage and save what it trained in `folder`; if it is there from an earlier run, load it instead.
 
     Args:
-        kind (`str`): a key of `STAGES`; options: of that kind, and for "reader" those of `add_reader`, "base" and
-            "settings".
+        kind (`str`): a key of `STAGES`; options: of that kind; for "reader" also those of `add_reader`, "base" and
+            "settings", and for "alignment" the "head" to train, a `VoxLMConfig.alignment_kind`.
 
     Raises:
         RecipeError: when the stage cannot begin or go on.
@@ -423,6 +440,8 @@ def run_stage(model, train, dev, folder: Path, seed: int, kind: str, **options):
             base, settings = options.pop("base"), options.pop("settings", {})
             if model.reader is None:
                 model.add_reader(base, **settings)
+        if kind == "alignment" and "head" in options:
+            model.set_alignment_head(options.pop("head"))
         finished = load_trained(model, result)
         processes.wait_for_everyone()  # nobody may see a result that this run is about to write
         if processes.is_main_process:
@@ -540,6 +559,7 @@ def check_stage(place: str, stage: dict, streamed: bool):
     taken = {"output_dir", "remove_unused_columns", "seed"}
     own = options_of(STAGES[kind]) - {"model", "train", "dev", "folder", "seed", "options"}
     extra = {"reader": {"base", "settings", "steps"}, "warm_start": {"steps"}}.get(kind, set(TRAINER_OPTIONS))
+    extra = extra | ({"head"} if kind == "alignment" else set())
     check_keys(place, stage, {"kind", *own, *extra, *arguments} - taken)
     needed = {"reader": ["base"], "warm_start": []}.get(kind, ["parts", "seconds_per_batch"])
     for name in needed:
@@ -549,7 +569,14 @@ def check_stage(place: str, stage: dict, streamed: bool):
     known = isinstance(parts, list) and all(isinstance(part, str) and part in PARTS for part in parts)
     if not known or "parts" in stage and not parts:
         raise ValueError(f"{place}.parts: unknown parts {parts!r}; a list of some of {', '.join(PARTS)} is needed")
-    kinds = {"base": str, "steps": int, "seconds_per_batch": float, "state_noise": float, "max_new_tokens": int}
+    kinds = {
+        "base": str,
+        "steps": int,
+        "seconds_per_batch": float,
+        "state_noise": float,
+        "max_new_tokens": int,
+        "head": str,
+    }
     kinds = {**arguments, **{name: type(value) for name, value in defaults_of(STAGES[kind]).items()}, **kinds}
     for name, value in stage.items():
         check_value(f"{place}.{name}", value, kinds.get(name))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from .confidence_voxlm import word_posteriors
 from .ctc_voxlm import ANYTHING, CTCFrames, ctc_frames, text_logprobs
 from .decoding_voxlm import (
     DecodedText,
@@ -200,7 +201,15 @@ def rescore(
     embeddings = model.get_input_embeddings().weight
     score_hypotheses(model, prompt, hypotheses)
     totals = [total_scores(texts, row, embeddings, settings) for texts, row in zip(hypotheses, frames)]
-    return [texts[int(np.argmax(scores))].decoded for texts, scores in zip(hypotheses, totals)]
+    return [best_text(texts, scores) for texts, scores in zip(hypotheses, totals)]
+
+
+def best_text(texts: list[Hypothesis], scores: list[float]) -> DecodedText:
+    """The hypothesis with the highest score, with the posteriors of its words among all of them."""
+    best = int(np.argmax(scores))
+    decoded = texts[best].decoded
+    decoded.posteriors = word_posteriors([text.decoded.words for text in texts], scores, best)
+    return decoded
 
 
 def propose(
