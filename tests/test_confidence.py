@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from voxlm_hf.confidence_voxlm import probability_logit, word_confidence
+from voxlm_hf.confidence_voxlm import probability_logit, word_confidence, word_posteriors
 from voxlm_training.confidence import (
     calibration_bins,
     fit_calibration,

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from pocketsphinx import Decoder
 
+from voxlm_hf.decoding_voxlm import DecodedText
 from voxlm_hf.forced_alignment_voxlm import known_text, score_text
 from voxlm_hf.legacy_voxlm import dtw_word_times
-from voxlm_hf.transcription_voxlm import score_texts
+from voxlm_hf.transcription_voxlm import find_times, score_texts
 
 from .text import normalise
 
@@ -76,6 +77,28 @@ def sphinx_words(waveform: np.ndarray, text: str) -> list[dict] | None:
         if not segment.word.startswith(("<", "["))
     ]
     return found if [word["word"] for word in found] == words else None
+
+
+@torch.no_grad()
+def own_words(model, waveform: np.ndarray, text: str) -> list[dict]:
+    """
+    Word times by a VoxLM model's alignment head, without a pass through the LLM where the head reads the spelling.
+
+    Args:
+        model ([`VoxLMForSpeechSeq2Seq`]); waveform: `(samples,)` at the model's rate, of at most its window; text: its
+            transcript.
+
+    Returns:
+        `{"word", "start", "end"}` in seconds.
+    """
+    if not model.alignment.from_spelling:
+        return model.align(waveform, text).words
+    processor = model.get_processor()
+    features = processor.extract_features([waveform])
+    audio = model.encode_audio(**{name: value.to(model.device) for name, value in features.items()})
+    decoded = DecodedText([], True, words=text.split())
+    (times,) = find_times(model, processor, [decoded], audio, [len(waveform) / processor.sampling_rate])
+    return [{"word": word, "start": start, "end": end} for word, (start, end) in zip(decoded.words, times)]
 
 
 @torch.no_grad()

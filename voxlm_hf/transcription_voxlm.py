@@ -194,6 +194,26 @@ def timed_words(
     Returns:
         for each text its `words` (times in seconds from the start of `audio`) and `word_scores`, see [`VoxLMTranscription`].
     """
+    results = []
+    for text, times in zip(texts, find_times(model, processor, texts, audio, durations_s)):
+        raw = word_scores(text)
+        words = [
+            {"word": word, "start": start, "end": end, "confidence": round(confidence, 4)}
+            for word, (start, end), confidence in zip(
+                text.words, times, (word_confidence(score, model.config.confidence_calibration) for score in raw)
+            )
+        ]
+        results.append((words, raw))
+    return results
+
+
+def find_times(
+    model, processor: VoxLMProcessor, texts: list[DecodedText], audio: VoxLMAudioOutput, durations_s: list[float]
+) -> list[list[tuple[float, float]]]:
+    """
+    `(start, end)` of each word of a batch of texts, in seconds from the start of `audio`; arguments as of `timed_words`. A head
+    that reads the spelling needs no more of a text than its words.
+    """
     scores, owners = score_texts(model, texts, audio)
     frame_s, median_width = processor.frame_s * model.alignment.frames_per_key, model.config.alignment_median_width
     results = []
@@ -204,14 +224,7 @@ def timed_words(
             weights = scores.tokens[row, : len(text.ids), :num_frames].exp().cpu().numpy()
             duration_s = min(durations_s[row], num_frames * frame_s)
             times = dtw_word_times(weights, text.token_words, frame_s, duration_s, median_width)
-        raw = word_scores(text)
-        words = [
-            {"word": word, "start": start, "end": end, "confidence": round(confidence, 4)}
-            for word, (start, end), confidence in zip(
-                text.words, times, (word_confidence(score, model.config.confidence_calibration) for score in raw)
-            )
-        ]
-        results.append((words, raw))
+        results.append(times)
     return results
 
 
