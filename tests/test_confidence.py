@@ -1,17 +1,22 @@
 """Measures of confidence and their calibration, on hand-made cases and against scikit-learn."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
 from voxlm_hf.confidence_voxlm import probability_logit, word_confidence, word_posteriors
 from voxlm_training.confidence import (
+    calibrate_stage,
     calibration_bins,
+    cross_fitted,
     fit_calibration,
     plot_reliability,
     right_words,
     score_confidences,
 )
+from voxlm_training.data import Row, SpeechDataset
 
 
 @pytest.mark.parametrize(
@@ -110,6 +115,55 @@ def test_weights_never_turn_the_order_around():
     scores, *_, right = sample()
     fitted = fit_calibration(scores, ~right)  # as if the unlikely words were right
     assert fitted["scale"] == 0 and fitted["entropy"] == 0
+
+
+class Talker:
+    """A model that gets the word "right" right and says of every word how sure it is, of some speakers too much so."""
+
+    def __init__(self, rows):
+        self.config, self.rows, self.calls = SimpleNamespace(confidence_calibration=None), rows, 0
+
+    def to(self, device):
+        return self
+
+    def eval(self):
+        return self
+
+    def transcribe(self, audio, batch_size):
+        self.calls += 1
+        rng, results = np.random.default_rng(0), []
+        for row in self.rows:
+            logits = rng.normal(1, 2, len(row.text.split()))
+            good = rng.random(len(logits)) < 1 / (1 + np.exp(-logits))
+            words = [{"word": "right" if hit else "wrong"} for hit in good]
+            logprobs = -np.logaddexp(0, -3 * logits)  # three times as sure as it should be
+            scores = [{"logprob": float(value), "entropy": 0.0} for value in logprobs]
+            results.append(SimpleNamespace(words=words, word_scores=scores))
+        return results
+
+
+def test_a_stage_calibrates_on_speakers_kept_out_and_remembers(tmp_path, capsys):
+    rows = [Row(str(number), "x.wav", " ".join(["right"] * 50), 3.0, speaker=f"s{number % 4}") for number in range(40)]
+    talker, dev = Talker(rows), SpeechDataset(rows, None)
+    calibrate_stage(talker, dev, tmp_path / "4-calibration", 0, use_cpu=True)
+    found = talker.config.confidence_calibration
+    assert found["scale"] == pytest.approx(1 / 3, abs=0.05) and found["bias"] == pytest.approx(0, abs=0.15)
+    assert "calibrated on other speakers" in capsys.readouterr().out
+    talker.config.confidence_calibration = None
+    calibrate_stage(talker, dev, tmp_path / "4-calibration", 0, use_cpu=True)
+    assert talker.config.confidence_calibration == found and talker.calls == 1
+    with pytest.raises(ValueError, match="data.dev"):
+        calibrate_stage(talker, None, tmp_path / "5-calibration", 0)
+
+
+def test_a_speakers_confidences_come_from_the_others():
+    """Speaker b's words are all wrong, whatever the scores say; what b's words get shows that only a's and c's counted."""
+    scores = [{"logprob": np.log(0.5), "entropy": 0.0}] * 30
+    speakers = ["a"] * 10 + ["b"] * 10 + ["c"] * 10
+    right = np.array([True, False] * 5 + [False] * 10 + [True] * 10)
+    confidences = cross_fitted(scores, right, speakers)
+    assert confidences[10:20] == pytest.approx(15 / 20, abs=0.01)
+    assert confidences[:10] == pytest.approx(10 / 20, abs=0.01)
 
 
 def test_the_plot_is_a_png(tmp_path):

@@ -31,7 +31,7 @@ from yaml import YAMLError
 from voxlm_hf import VoxLMConfig, VoxLMForSpeechSeq2Seq
 from voxlm_hf.app.files import UNFINISHED, move_into_place, tidy, unfinished_folder, write_atomically
 
-from . import reader, warm_start
+from . import confidence, reader, warm_start
 from .alignment import AlignmentTrainer
 from .augment import Augmentation
 from .checkpoints import WriteError, check_shapes, naming_unwritten_files, written_whole
@@ -47,6 +47,8 @@ from .values import check_report_to, check_value
 WARM_START_DEV_ROWS = 100
 # Parts of the model that a stage can train, and what tells their parameters' names from all others.
 PARTS = {"projector": "projector.", "alignment": "alignment.", "lora": ".lora_"}
+# Kinds of alignment heads that can be trained.
+HEADS = ("spelling", "frames")
 # Options of `VoxLMTrainer` that a stage may set; all others are for `TrainingArguments`.
 TRAINER_OPTIONS = ("seconds_per_batch", "state_noise", "max_new_tokens")
 # Kinds of sources whose place is a file or a folder.
@@ -337,12 +339,13 @@ def training_arguments(folder: Path, seed: int, evaluates: bool, **options) -> T
     return TrainingArguments(output_dir=str(folder), remove_unused_columns=False, seed=seed, **{**defaults, **options})
 
 
-# What makes the trainer of each kind of stage.
-STAGES: dict[str, Callable[..., StageTrainer]] = {
+# What makes the trainer of each kind of stage; "calibration" has none.
+STAGES: dict[str, Callable[..., StageTrainer | None]] = {
     "warm_start": warm_start_trainer,
     "transcription": transcription_trainer,
     "alignment": alignment_trainer,
     "reader": reader_trainer,
+    "calibration": confidence.calibrate_stage,
 }
 
 
@@ -427,7 +430,8 @@ def run_stage(model, train, dev, folder: Path, seed: int, kind: str, **options):
 
     Args:
         kind (`str`): a key of `STAGES`; options: of that kind; for "reader" also those of `add_reader`, "base" and
-            "settings", and for "alignment" the "head" to train, a `VoxLMConfig.alignment_kind`.
+            "settings", and for "alignment" the "head" to train, a `VoxLMConfig.alignment_kind`. A stage of kind
+            "calibration" trains nothing and returns at once what it found.
 
     Raises:
         RecipeError: when the stage cannot begin or go on.
@@ -436,6 +440,8 @@ def run_stage(model, train, dev, folder: Path, seed: int, kind: str, **options):
     if "steps" in options:
         options["max_steps"] = options.pop("steps")
     try:
+        if kind == "calibration":
+            return confidence.calibrate_stage(model, dev, folder, seed, **options)
         if kind == "reader":
             base, settings = options.pop("base"), options.pop("settings", {})
             if model.reader is None:
@@ -555,13 +561,14 @@ def check_stage(place: str, stage: dict, streamed: bool):
     if not isinstance(kind, str) or kind not in STAGES:
         raise ValueError(f"{place}: unknown kind of stage {kind!r}; known are {', '.join(STAGES)}")
     arguments = get_type_hints(TrainingArguments)
-    arguments = {field.name: arguments[field.name] for field in fields(TrainingArguments)}
+    arguments = {field.name: arguments[field.name] for field in fields(TrainingArguments) if kind != "calibration"}
     taken = {"output_dir", "remove_unused_columns", "seed"}
     own = options_of(STAGES[kind]) - {"model", "train", "dev", "folder", "seed", "options"}
-    extra = {"reader": {"base", "settings", "steps"}, "warm_start": {"steps"}}.get(kind, set(TRAINER_OPTIONS))
-    extra = extra | ({"head"} if kind == "alignment" else set())
+    extra = {"reader": {"base", "settings", "steps"}, "warm_start": {"steps"}, "calibration": set()}
+    extra |= {"alignment": {"head", *TRAINER_OPTIONS}}
+    extra = extra.get(kind, set(TRAINER_OPTIONS))
     check_keys(place, stage, {"kind", *own, *extra, *arguments} - taken)
-    needed = {"reader": ["base"], "warm_start": []}.get(kind, ["parts", "seconds_per_batch"])
+    needed = {"reader": ["base"], "warm_start": [], "calibration": []}.get(kind, ["parts", "seconds_per_batch"])
     for name in needed:
         if name not in stage:
             raise ValueError(f"{place}: a stage of kind {kind} needs `{name}`")
@@ -569,17 +576,17 @@ def check_stage(place: str, stage: dict, streamed: bool):
     known = isinstance(parts, list) and all(isinstance(part, str) and part in PARTS for part in parts)
     if not known or "parts" in stage and not parts:
         raise ValueError(f"{place}.parts: unknown parts {parts!r}; a list of some of {', '.join(PARTS)} is needed")
+    kinds = {"base": str, "steps": int, "seconds_per_batch": float, "state_noise": float, "max_new_tokens": int}
     kinds = {
-        "base": str,
-        "steps": int,
-        "seconds_per_batch": float,
-        "state_noise": float,
-        "max_new_tokens": int,
+        **arguments,
         "head": str,
+        **{name: type(value) for name, value in defaults_of(STAGES[kind]).items()},
+        **kinds,
     }
-    kinds = {**arguments, **{name: type(value) for name, value in defaults_of(STAGES[kind]).items()}, **kinds}
     for name, value in stage.items():
         check_value(f"{place}.{name}", value, kinds.get(name))
+    if stage.get("head", HEADS[0]) not in HEADS:
+        raise ValueError(f"{place}.head: unknown alignment head {stage['head']!r}; known are {', '.join(HEADS)}")
     if "report_to" in stage:
         check_report_to(f"{place}.report_to", stage["report_to"])
     if streamed and kind in ("transcription", "alignment") and stage.get("max_steps", 0) < 1:
