@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from voxlm_training.aligners import agreed_words, original_words, sphinx_words
+from voxlm_training import aligners
+from voxlm_training.aligners import agreed_words, original_words, own_words, spelt_phones, sphinx_words
 from voxlm_training.label_words import agreeing_words
 
 
@@ -21,7 +22,31 @@ def test_pocketsphinx_finds_the_words_of_a_recording():
     # Read off a spectrogram: "he" begins at 0.1 s, "young" is between 1.4 and 2.2 s.
     assert 0 <= words[0]["start"] < 0.3 and 1.2 < words[6]["start"] < words[6]["end"] < 2.6
     assert all(one["end"] <= two["start"] for one, two in zip(words, words[1:]))
-    assert sphinx_words(waveform, "he was not qwrtzx") is None and sphinx_words(waveform, "...") is None
+    assert sphinx_words(waveform, "...") is None
+
+
+@pytest.mark.parametrize("printed, known", [("pau y ah ng g ax pau \n", True), ("pau \n", False), (None, False)])
+def test_words_outside_pocketsphinxs_dictionary_are_pronounced_by_flite(printed, known, monkeypatch):
+    """A stand-in for flite, which need not be installed (`None`)."""
+    monkeypatch.setattr(aligners.shutil, "which", lambda name: None if printed is None else name)
+    monkeypatch.setattr(aligners.subprocess, "run", lambda *args, **options: SimpleNamespace(stdout=printed))
+    waveform = tiny.model().processor.load_audio(DATA / "austen-0880.flac")
+    # A word of its own for each case, since the decoder keeps what it has learnt.
+    word = f"qwrtz{'abc'[len(printed or '') % 3]}{'x' if known else ''}"
+    words = sphinx_words(waveform, f"he was not an ill disposed {word} man")
+    assert (words is not None) == known
+    if known:
+        assert spelt_phones(word) == "Y AH NG G AH"
+        assert words[6]["word"] == word and 1.2 < words[6]["start"] < words[6]["end"] < 2.6
+
+
+def test_a_head_that_reads_the_spelling_aligns_without_the_llm(monkeypatch):
+    toy = tiny.model(alignment_kind="spelling")
+    monkeypatch.setattr(toy.language_model, "forward", None)
+    words = own_words(toy, tiny.noise(2.0), "the quick brown fox")
+    assert [word["word"] for word in words] == "the quick brown fox".split()
+    assert 0 <= words[0]["start"] and words[-1]["end"] <= 2.0
+    assert all(one["start"] < one["end"] <= two["start"] for one, two in zip(words, words[1:]))
 
 
 def test_only_words_on_which_two_agree_are_kept():
@@ -45,8 +70,12 @@ def test_labels_are_made_where_the_model_agrees_with_pocketsphinx():
     text = "He was not an ill-disposed young man"
     theirs = sphinx_words(processor.load_audio(path), text)
     ours = [{**word, "start": word["start"] + (0.2 if word["word"] == "young" else 0.02)} for word in theirs]
-    model = SimpleNamespace(get_processor=lambda: processor, align=lambda waveform, text: SimpleNamespace(words=ours))
+    model = SimpleNamespace(
+        get_processor=lambda: processor,
+        align=lambda waveform, text: SimpleNamespace(words=ours),
+        alignment=SimpleNamespace(from_spelling=False),
+    )
     found = agreeing_words(model, path, text)
     assert [word["word"] for word in found] == "he was not an ill disposed man".split()
     assert found[0]["start"] == pytest.approx(theirs[0]["start"] + 0.01)
-    assert agreeing_words(model, path, "he was not qwrtzx") is None
+    assert agreeing_words(model, path, "...") is None

@@ -169,6 +169,11 @@ def test_each_text_token_has_its_word(processor, timed):
     assert (words[labels == -100] == -100).all() and words[-1] == -100  # neither prompt nor eos is a word
 
 
+def test_each_letter_has_its_word_and_neither_spaces_nor_padding_has_one(timed):
+    assert [bytes(row.tolist()) for row in timed["spelling"]] == [b"the fox", b"dog\0\0\0\0"]
+    assert timed["spelling_words"].tolist() == [[0, 0, 0, -100, 1, 1, 1], [0, 0, 0] + [-100] * 4]
+
+
 def test_words_have_their_times_and_padding_has_none(timed):
     torch.testing.assert_close(timed["word_times"][0], torch.tensor([[0.2, 0.4], [0.4, 0.9]]))
     assert timed["word_times"][1].isnan().all() and timed["frame_times"][1].isnan().all()

@@ -88,6 +88,7 @@ BAD_VALUES = {
         {**BOTH, "more": 1.0},
         {**BOTH, "scale": -1.0},
         {**BOTH, "reader": -1},
+        {**BOTH, "posterior": "x"},
     ]
     + [{**BOTH, name: value} for name in BOTH for value in ("x", None, NAN, INF, True)],
     "reader_config": [

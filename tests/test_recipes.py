@@ -128,6 +128,11 @@ BAD_RECIPES = {
     "stages.0.parts=[lora, head]": "stages.0.parts: unknown parts",
     "stages.0.parts=[]": "stages.0.parts: unknown parts []",
     "stages.0={kind: alignment}": "stages.0: a stage of kind alignment needs `parts`",
+    "stages.0={kind: alignment, parts: [alignment], seconds_per_batch: 2, head: x}": "stages.0.head: unknown alignment head 'x'; "
+    "known are spelling, frames",
+    "stages.0.head=spelling": "stages.0 has no option 'head'",
+    "stages.0={kind: calibration, max_steps: 3}": "stages.0 has no option 'max_steps'",
+    "stages.0={kind: calibration, recordings: 0}": "stages.0.recordings must be above 0, got 0",
     "stages.0={kind: reader, recordings: 3}": "stages.0: a stage of kind reader needs `base`",
     "stages.0={kind: warm_start, merge: 3}": "stages.0 has no option 'merge'; did you mean 'merges'?",
     "stages.0=transcription": "not a valid recipe",

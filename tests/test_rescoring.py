@@ -338,7 +338,7 @@ def test_words_are_those_of_the_text_in_order(talkative):
 
 def test_words_have_the_scores_of_both_models(talkative):
     for result in talkative[2]:
-        assert all({"logprob", "entropy", "reader"} == set(score) for score in result.word_scores)
+        assert all({"logprob", "entropy", "reader", "posterior"} == set(score) for score in result.word_scores)
 
 
 def test_the_empty_text_is_one_of_the_hypotheses():

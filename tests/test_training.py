@@ -600,7 +600,8 @@ def test_a_recipe_runs_all_stages_resumes_and_its_model_loads(tmp_path, manifest
         "stages": [
             {"kind": "warm_start", "merges": 5, "steps": 2, "eval_steps": 1},
             {"kind": "transcription", "parts": ["lora"], "seconds_per_batch": 4, "max_steps": 2, "max_new_tokens": 3, "eval_steps": 2},
-            {"kind": "alignment", "parts": ["alignment"], "seconds_per_batch": 4, "max_steps": 9, "bf16": True},
+            {"kind": "alignment", "parts": ["alignment"], "seconds_per_batch": 4, "max_steps": 9, "bf16": True,
+             "head": "spelling", "state_noise": 0.2, "eval_steps": 2},
         ],
     }  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -611,6 +612,9 @@ def test_a_recipe_runs_all_stages_resumes_and_its_model_loads(tmp_path, manifest
     assert "left out" in shown and "trained:" in shown
     trained = VoxLMForSpeechSeq2Seq.from_pretrained(final)
     assert trained.config.projector_vocab_size == len(trained.projector.token_ids)
+    assert trained.config.alignment_kind == "spelling"
+    logs = json.loads((tmp_path / "out" / "3-alignment" / "log.json").read_text())
+    assert any(log.get("eval_word_start_error_ms", 0) > 0 for log in logs)
     shutil.rmtree(tmp_path / "out" / "3-alignment")
     again = VoxLMForSpeechSeq2Seq.from_pretrained(run(recipe))
     assert capsys.readouterr().out.count("finished before") == 2

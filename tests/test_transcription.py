@@ -13,16 +13,15 @@ import torch
 
 from tests import tiny
 from voxlm_hf import audio_voxlm
+from voxlm_hf.confidence_voxlm import probability_logit, word_confidence
 from voxlm_hf.decoding_voxlm import DecodedText
 from voxlm_hf.transcription_voxlm import (
     Segment,
     join_point,
     join_segments,
     merge_segments,
-    probability_logit,
     shift_into_order,
     trim_overlap,
-    word_confidence,
     word_scores,
 )
 
@@ -397,7 +396,7 @@ def test_rejected_segments_do_not_count_unless_all_are():
 # Confidence
 
 PLAIN = {"scale": 1.0, "entropy": 0.0, "bias": 0.0}
-CALIBRATED = {"scale": 0.6, "entropy": 0.2, "bias": -0.5, "reader": 0.3}
+CALIBRATED = {"scale": 0.6, "entropy": 0.2, "bias": -0.5, "reader": 0.3, "posterior": 0.4}
 PROBABILITIES = [1e-4, 0.01, 0.3, 0.5, 0.99, 1 - 1e-4]
 
 
@@ -414,10 +413,11 @@ def test_word_scores_are_sums_and_maxima_over_a_words_tokens():
         words=["ab", "c"],
         token_words=np.array([0, 0, 1]),
         reader_logprobs=[-4.0, -5.0],
+        posteriors=[0.75, 1.0],
     )
     assert word_scores(text) == [
-        {"logprob": -1.5, "entropy": 2.0, "reader": -4.0},
-        {"logprob": -0.25, "entropy": pytest.approx(0.3), "reader": -5.0},
+        {"logprob": -1.5, "entropy": 2.0, "reader": -4.0, "posterior": 0.75},
+        {"logprob": -0.25, "entropy": pytest.approx(0.3), "reader": -5.0, "posterior": 1.0},
     ]
 
 
@@ -442,8 +442,14 @@ def test_confidence_falls_with_entropy():
 
 @pytest.mark.parametrize(
     "reader, log_odds",
-    [({}, 0.6 * math.log(4) - 0.1 - 0.5), ({"reader": math.log(0.99)}, 0.6 * math.log(4) + 0.3 * math.log(99) - 0.6)],
-    ids=["LLM", "LLM and reader"],
+    [
+        ({}, 0.6 * math.log(4) - 0.1 - 0.5),
+        ({"reader": math.log(0.99)}, 0.6 * math.log(4) + 0.3 * math.log(99) - 0.6),
+        ({"reader": math.log(0.99), "posterior": 0.8}, 1.0 * math.log(4) + 0.3 * math.log(99) - 0.6),
+        ({"posterior": 0.0}, 0.6 * math.log(4) - 0.4 * math.log(9999) - 0.6),
+        ({"posterior": 1.0}, 0.6 * math.log(4) + 0.4 * math.log(9999) - 0.6),
+    ],
+    ids=["LLM", "LLM and reader", "and list", "impossible", "certain"],
 )
 def test_confidence_by_hand(reader, log_odds):
     """p = 0.8, so odds of 4; q = 0.99, so odds of 99; entropy 0.5."""

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from voxlm_hf.alignment_voxlm import VoxLMSpellingAlignmentHead, spell_words
 from voxlm_hf.timing_voxlm import (
     RAMP_S,
     AlignmentScores,
@@ -28,6 +29,27 @@ def scores_from(path, num_words, margin=5.0):
     for frame, word in enumerate(path):
         scores[word, frame] = margin
     return scores - np.logaddexp.reduce(scores, axis=0)
+
+
+def test_words_are_spelt_without_what_nobody_says():
+    ids, owners = spell_words(["“Well-known,", "café?"])
+    assert bytes(ids).decode() == "well known café"
+    assert owners == [0] * 10 + [-1] + [1] * 5  # "é" is two bytes
+    assert spell_words([]) == ([], [])
+
+
+def test_padding_of_text_and_audio_does_not_change_the_scores_of_a_spelling_head():
+    torch.manual_seed(0)
+    head = VoxLMSpellingAlignmentHead(8, 16, 2)
+    text, frames = torch.tensor([list(b"the fox")]), torch.randn(1, 12, 8)
+    alone = head(text, frames, torch.ones(1, 12))
+    padded_frames = torch.cat([frames, torch.randn(1, 5, 8)], dim=1)
+    mask = (torch.arange(17) < 12).long().unsqueeze(0)
+    padded = head(torch.nn.functional.pad(text, (0, 3)), padded_frames, mask)
+    assert alone.tokens.shape == (1, 7, 12) and alone.tokens.std() > 0.01
+    torch.testing.assert_close(padded.tokens[:, :7, :12], alone.tokens)
+    torch.testing.assert_close(padded.pause[:, :12], alone.pause)
+    torch.testing.assert_close(padded.onset[:, :12], alone.onset)
 
 
 def test_words_pauses_and_edges_are_found():

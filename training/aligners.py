@@ -2,13 +2,17 @@
 
 import functools
 import re
+import shutil
+import subprocess
 
 import numpy as np
 import torch
 from pocketsphinx import Decoder
 
+from voxlm_hf.decoding_voxlm import DecodedText
 from voxlm_hf.forced_alignment_voxlm import known_text, score_text
 from voxlm_hf.legacy_voxlm import dtw_word_times
+from voxlm_hf.transcription_voxlm import find_times, score_texts
 
 from .text import normalise
 
@@ -24,6 +28,21 @@ def _sphinx():
     return Decoder(lm=None, samprate=SPHINX_RATE, loglevel="FATAL")
 
 
+def spelt_phones(word: str) -> str | None:
+    """
+    A word's phones by flite's letter-to-sound rules, as PocketSphinx's dictionary writes them; `None` where flite is not
+    installed or knows none.
+    """
+    if shutil.which("flite") is None:
+        return None
+    printed = subprocess.run(
+        ["flite", "-ps", "-t", word, "-o", "none"], capture_output=True, text=True, check=True
+    ).stdout
+    # Flite's schwa is a phone of its own, CMU's dictionary writes it as an unstressed "AH".
+    phones = [{"ax": "ah"}.get(phone, phone).upper() for phone in printed.split() if phone != "pau"]
+    return " ".join(phones) or None
+
+
 def sphinx_words(waveform: np.ndarray, text: str) -> list[dict] | None:
     """
     Word times by PocketSphinx's forced alignment (PyPI `pocketsphinx`, which ships its English model).
@@ -32,10 +51,17 @@ def sphinx_words(waveform: np.ndarray, text: str) -> list[dict] | None:
         waveform: `(samples,)` float32 at 16 kHz; text: its transcript.
 
     Returns:
-        `{"word", "start", "end"}` in seconds, or `None` where its dictionary lacks a word or it finds no alignment.
+        `{"word", "start", "end"}` in seconds, or `None` where its dictionary lacks a word that flite cannot pronounce
+        either, or it finds no alignment.
     """
     decoder, words = _sphinx(), normalise(text).split()
-    if not words or any(decoder.lookup_word(word) is None for word in words):
+    for word in words:
+        if decoder.lookup_word(word) is None:
+            phones = spelt_phones(word)
+            if phones is None:
+                return None
+            decoder.add_word(word, phones, True)
+    if not words:
         return None
     decoder.set_align_text(" ".join(words))
     decoder.start_utt()
@@ -54,6 +80,28 @@ def sphinx_words(waveform: np.ndarray, text: str) -> list[dict] | None:
 
 
 @torch.no_grad()
+def own_words(model, waveform: np.ndarray, text: str) -> list[dict]:
+    """
+    Word times by a VoxLM model's alignment head, without a pass through the LLM where the head reads the spelling.
+
+    Args:
+        model ([`VoxLMForSpeechSeq2Seq`]); waveform: `(samples,)` at the model's rate, of at most its window; text: its
+            transcript.
+
+    Returns:
+        `{"word", "start", "end"}` in seconds.
+    """
+    if not model.alignment.from_spelling:
+        return model.align(waveform, text).words
+    processor = model.get_processor()
+    features = processor.extract_features([waveform])
+    audio = model.encode_audio(**{name: value.to(model.device) for name, value in features.items()})
+    decoded = DecodedText([], True, words=text.split())
+    (times,) = find_times(model, processor, [decoded], audio, [len(waveform) / processor.sampling_rate])
+    return [{"word": word, "start": start, "end": end} for word, (start, end) in zip(decoded.words, times)]
+
+
+@torch.no_grad()
 def original_words(model, waveform: np.ndarray, text: str) -> list[dict]:
     """
     Word times by the original VoxLM's method from our alignment head's scores: attention over frames of 80 ms, median
@@ -68,14 +116,13 @@ def original_words(model, waveform: np.ndarray, text: str) -> list[dict]:
     """
     processor = model.get_processor()
     scored = score_text(model, processor, waveform, known_text(processor, text))
-    ids = torch.tensor([scored.decoded.ids], device=model.device)
-    tokens = model.align_scores(scored.decoded.states.unsqueeze(0), ids, scored.audio).tokens
-    scores = tokens[0, :, : scored.num_frames].cpu().numpy()
+    found, (owners,) = score_texts(model, [scored.decoded], scored.audio)
+    scores = found.tokens[0, :, : scored.num_frames].cpu().numpy()
     weights = np.exp(scores - np.logaddexp.reduce(scores, axis=1, keepdims=True))
     together = round(ORIGINAL_FRAME_S / (processor.frame_s * model.alignment.frames_per_key))
     weights = np.add.reduceat(weights, np.arange(0, weights.shape[1], together), axis=1)
     duration_s = len(waveform) / processor.sampling_rate
-    times = dtw_word_times(weights, scored.decoded.token_words, ORIGINAL_FRAME_S, duration_s, ORIGINAL_MEDIAN)
+    times = dtw_word_times(weights, owners, ORIGINAL_FRAME_S, duration_s, ORIGINAL_MEDIAN)
     return [{"word": word, "start": start, "end": end} for word, (start, end) in zip(scored.decoded.words, times)]
 
 

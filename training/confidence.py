@@ -1,9 +1,10 @@
 """
 Word confidences: measures of their quality, and the map that calibrates them.
 
-    python -m voxlm_training.confidence MODEL --manifest FILE [--speakers A B ...]
+    python -m voxlm_training.confidence MODEL --manifest FILE ... [--speakers A B ...]
 
-fits the map and saves it in MODEL/config.json. Fit it on speech that is neither in the training data nor in the data that results are reported on.
+fits the map and saves it in MODEL/config.json. Fit it on speech that is neither in the training data nor in the data that
+results are reported on. A recipe does the same by a stage of kind "calibration".
 """
 
 import argparse
@@ -13,20 +14,24 @@ from pathlib import Path
 
 import jiwer
 import numpy as np
+from accelerate import PartialState
 from matplotlib.figure import Figure
 from scipy.optimize import minimize
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from voxlm_hf import VoxLMForSpeechSeq2Seq
 from voxlm_hf.app.files import write_atomically
-from voxlm_hf.transcription_voxlm import probability_logit
+from voxlm_hf.confidence_voxlm import CONFIDENCE_TERMS as TERMS
+from voxlm_hf.confidence_voxlm import word_confidence
 
-from .data import read_rows
+from .data import Row, SpeechDataset, read_rows
 from .text import normalise, whisper_normaliser
 
 
 # Of the expected calibration error, which depends on their number. Chosen by hand, not tuned.
 BINS = 10
+# Longest recording in seconds that a stage calibrates on. Chosen by hand, not tuned.
+LONGEST_S = 60.0
 # Confidences of exactly 0 or 1 would have an infinite cross-entropy. Chosen by hand, not tuned.
 SMALLEST = 1e-6
 
@@ -123,28 +128,23 @@ def score_confidences(confidences: np.ndarray, right: np.ndarray) -> ConfidenceS
 def fit_calibration(scores: list[dict], right: np.ndarray) -> dict[str, float]:
     """
     Fit `config.confidence_calibration` by logistic regression with all weights at 0 or above, so that the map is
-    monotone.
+    monotone. What no word has, as without a reader, has no weight.
 
     Args:
         scores: `word_scores` of transcriptions; right: `(words,)` of bool.
     """
-    logits = np.array([probability_logit(score["logprob"]) for score in scores])
-    # Without a reader there is nothing to fit its weight to, so it stays at 0.
-    by_reader = np.array([probability_logit(score["reader"]) if "reader" in score else 0.0 for score in scores])
-    entropies = np.array([score["entropy"] for score in scores])
+    kept = [name for name in TERMS if name in ("scale", "entropy") or any(name in score for score in scores)]
+    terms = np.array([[TERMS[name](score) for name in kept] for score in scores])
     signs = np.where(right, 1.0, -1.0)
 
     def loss(parameters):
-        scale, reader, entropy, bias = parameters
-        return np.logaddexp(0, -signs * (scale * logits + reader * by_reader - entropy * entropies + bias)).mean()
+        return np.logaddexp(0, -signs * (terms @ parameters[:-1] + parameters[-1])).mean()
 
-    bounds = [(0, None), (0, None if by_reader.any() else 0), (0, None), (None, None)]
+    bounds = [*[(0, None)] * len(kept), (None, None)]
     # Starts as the raw logit with a small weight on the entropy; the problem is convex, so the start does not matter.
-    fitted = minimize(loss, [1.0, 0.0, 0.1, 0.0], bounds=bounds, method="L-BFGS-B")
-    calibration = dict(zip(("scale", "reader", "entropy", "bias"), (round(float(value), 4) for value in fitted.x)))
-    if not by_reader.any():
-        del calibration["reader"]
-    return calibration
+    start = [{"scale": 1.0, "entropy": 0.1}.get(name, 0.0) for name in kept]
+    fitted = minimize(loss, [*start, 0.0], bounds=bounds, method="L-BFGS-B")
+    return {name: round(float(value), 4) for name, value in zip([*kept, "bias"], fitted.x)}
 
 
 def raw_confidences(scores: list[dict]) -> np.ndarray:
@@ -171,28 +171,77 @@ def plot_reliability(curves: dict[str, tuple[np.ndarray, np.ndarray]], path: Pat
     figure.savefig(path, dpi=120)
 
 
+def cross_fitted(scores: list[dict], right: np.ndarray, speakers: list[str]) -> np.ndarray:
+    """Confidences `(words,)` of each speaker's words, calibrated on those of the others: what new speakers will get."""
+    confidences = np.zeros(len(right))
+    for speaker in sorted(set(speakers)):
+        own = np.array([other == speaker for other in speakers])
+        fitted = fit_calibration([score for score, kept in zip(scores, ~own) if kept], right[~own])
+        confidences[own] = [word_confidence(score, fitted) for score, kept in zip(scores, own) if kept]
+    return confidences
+
+
+def calibrate(model, rows: list[Row], batch_size: int = 8) -> dict[str, float]:
+    """
+    Fit `config.confidence_calibration` on recordings, and set it. Prints the measures before and after, the latter
+    on speakers that the map was not fitted on.
+
+    Raises:
+        ValueError: when all words of the transcriptions are right, or all are wrong.
+    """
+    results = model.transcribe([row.audio for row in rows], batch_size=batch_size)
+    right = all_right_words([row.text for row in rows], [result.words or [] for result in results])
+    scores = [score for result in results for score in result.word_scores or []]
+    speakers = [row.speaker or row.id for row, result in zip(rows, results) for _ in result.word_scores or []]
+    print("raw:", score_confidences(raw_confidences(scores), right))
+    print("calibrated on other speakers:", score_confidences(cross_fitted(scores, right, speakers), right))
+    calibration = fit_calibration(scores, right)
+    model.config.confidence_calibration = calibration
+    print(f"{len(scores)} words, {right.mean():.3f} right: {calibration}")
+    return calibration
+
+
+def calibrate_stage(
+    model, dev: SpeechDataset | None, folder: Path, seed: int, recordings: int = 300, use_cpu: bool = False
+):
+    """
+    A stage of kind "calibration": `calibrate` on recordings of `data.dev`; what `folder` has from an earlier run is set.
+
+    Args:
+        recordings (`int`): how many to draw.
+        use_cpu (`bool`): leave an accelerator alone, as in [`TrainingArguments`].
+
+    Raises:
+        ValueError: without recordings to calibrate on, and as `calibrate`.
+    """
+    if dev is None:
+        raise ValueError(
+            "confidences are calibrated on `data.dev`: add recordings of speakers that are not in `data.train`"
+        )
+    result, processes = folder / "calibration.json", PartialState()
+    if processes.is_main_process and not result.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        model.to("cpu" if use_cpu else processes.device).eval()
+        calibration = calibrate(model, dev.draw(recordings, seed, LONGEST_S))
+        write_atomically(result, json.dumps(calibration).encode())
+    processes.wait_for_everyone()
+    model.config.confidence_calibration = json.loads(result.read_text())
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="folder of a checkpoint")
-    parser.add_argument("--manifest", type=Path, required=True)
+    parser.add_argument("--manifest", type=Path, nargs="+", required=True)
     parser.add_argument("--speakers", nargs="*", help="only these speakers")
     parser.add_argument("--batch-size", type=int, default=8)
     arguments = parser.parse_args()
-    source = {"manifest": arguments.manifest}
-    if arguments.speakers:
-        source["only_speakers"] = arguments.speakers
-    rows, report = read_rows([source])
+    chosen = {"only_speakers": arguments.speakers} if arguments.speakers else {}
+    rows, report = read_rows([{"manifest": manifest, **chosen} for manifest in arguments.manifest])
     print(report)
-    model = VoxLMForSpeechSeq2Seq.from_pretrained(arguments.model)
-    results = model.transcribe([row.audio for row in rows], batch_size=arguments.batch_size)
-    right = all_right_words([row.text for row in rows], [result.words for result in results])
-    scores = [score for result in results for score in result.word_scores]
-    print("raw:", score_confidences(raw_confidences(scores), right))
-    calibration = fit_calibration(scores, right)
+    calibration = calibrate(VoxLMForSpeechSeq2Seq.from_pretrained(arguments.model), rows, arguments.batch_size)
     config = json.loads((arguments.model / "config.json").read_text())
     config["confidence_calibration"] = calibration
     write_atomically(arguments.model / "config.json", f"{json.dumps(config, indent=2)}\n".encode())
-    print(f"{len(scores)} words, {right.mean():.3f} right; saved {calibration}")
 
 
 if __name__ == "__main__":

@@ -301,7 +301,7 @@ def usable_rows(
     Args:
         share: number of this process and of all, which deal the rows out among them.
     """
-    for number, raw in _slice(source, report, share):
+    for number, raw in sliced_rows(source, report, share):
         raw.setdefault("where", str(raw["id"]))
         reason = unusable(raw, limits)
         if reason:
@@ -351,7 +351,7 @@ def kind_of(source: dict) -> str:
     return kinds[0]
 
 
-def _slice(source: dict, report: Report, share: tuple[int, int]) -> Iterator[tuple[int, dict]]:
+def sliced_rows(source: dict, report: Report, share: tuple[int, int] = (0, 1)) -> Iterator[tuple[int, dict]]:
     """
     The rows of one source that its "first", "count", "every" and speaker options select, and of those the share of this
     process, each with its number.

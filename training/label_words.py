@@ -8,11 +8,12 @@ Add word times to a manifest for training: `python -m voxlm_training.label_words
     --original FILE     from the original VoxLM's timestamps_manifest.json, by id
 
 Manifests of synthetic speech already have exact times in "words". Training matches the words to the transcript by
-alignment, so spelling and punctuation may differ.
+alignment, so spelling and punctuation may differ. An interrupted run resumes and skips the recordings in OUTPUT.
 """
 
 import argparse
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -25,8 +26,8 @@ from transformers import pipeline
 
 from voxlm_hf import VoxLMForSpeechSeq2Seq
 
-from .aligners import agreed_words, sphinx_words
-from .data import Report, manifest_rows
+from .aligners import agreed_words, own_words, sphinx_words
+from .data import Report, sliced_rows
 from .text import normalise
 
 
@@ -124,7 +125,7 @@ def agreeing_words(model, audio: str, text: str) -> list[dict] | None:
     theirs = sphinx_words(waveform, text)
     if theirs is None:
         return None
-    return agreed_words(model.align(waveform, normalise(text)).words, theirs) or None
+    return agreed_words(own_words(model, waveform, normalise(text)), theirs) or None
 
 
 def make_source(arguments: argparse.Namespace) -> Callable[[dict], list[dict] | None]:
@@ -151,9 +152,9 @@ def _grid_words(path: Path) -> list[dict] | None:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("manifest", type=Path)
-    parser.add_argument(
-        "output", type=Path, help="the manifest with words, in the same folder, because paths in it stay relative"
-    )
+    parser.add_argument("output", type=Path, help="the manifest with words; its paths are relative to its own folder")
+    parser.add_argument("--every", type=int, default=1, help="label only every N-th recording")
+    parser.add_argument("--exclude-speakers", nargs="+", default=[], help="leave out these speakers")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--agree", help="folder or Hub id of a VoxLM checkpoint")
     source.add_argument("--teacher", help="folder or Hub id of a Whisper model")
@@ -167,19 +168,31 @@ def main():
         help="skip recordings where the teacher's text has a higher word error rate",
     )
     arguments = parser.parse_args()
-    words_of = make_source(arguments)
-    report = Report()
-    with arguments.output.open("w") as file:
-        for row in tqdm(list(manifest_rows(arguments.manifest, report)), unit="recording"):
+    words_of, done, report = make_source(arguments), finished_ids(arguments.output), Report()
+    chosen = {"every": arguments.every, "exclude_speakers": arguments.exclude_speakers}
+    rows = [row for _, row in sliced_rows({"manifest": arguments.manifest, **chosen}, report)]
+    rows = [row for row in rows if str(row["id"]) not in done]
+    with arguments.output.open("a") as file:
+        for row in tqdm(rows, unit="recording"):
             words = words_of(row)
             if words is None:
-                report.leave_out("no word times (row kept without them)", str(row["id"]))
+                report.leave_out("no word times (row kept without them)", row["where"])
             else:
                 row["words"] = words
-            row["audio"] = str(Path(row["audio"]).relative_to(arguments.manifest.parent))
-            file.write(json.dumps(row) + "\n")
+            row["audio"] = os.path.relpath(row["audio"], arguments.output.parent)
+            print(json.dumps({name: value for name, value in row.items() if name != "where"}), file=file, flush=True)
             report.kept += 1
     print(report)
+
+
+def finished_ids(output: Path) -> set[str]:
+    """The ids of the recordings that an earlier run wrote to `output`; what it left of a line is removed."""
+    if not output.exists():
+        return set()
+    whole = output.read_bytes()
+    whole = whole[: whole.rfind(b"\n") + 1]
+    output.write_bytes(whole)
+    return {str(json.loads(line)["id"]) for line in whole.splitlines()}
 
 
 if __name__ == "__main__":

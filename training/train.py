@@ -31,7 +31,8 @@ from yaml import YAMLError
 from voxlm_hf import VoxLMConfig, VoxLMForSpeechSeq2Seq
 from voxlm_hf.app.files import UNFINISHED, move_into_place, tidy, unfinished_folder, write_atomically
 
-from . import reader, reader_tuning, rescoring, warm_start
+from . import confidence, reader, reader_tuning, rescoring, warm_start
+from .alignment import AlignmentTrainer
 from .augment import Augmentation
 from .checkpoints import WriteError, check_shapes, naming_unwritten_files, written_whole
 from .data import Limits, SpeechDataset, error_line, kind_of, read_rows
@@ -46,6 +47,8 @@ from .values import check_report_to, check_value
 WARM_START_DEV_ROWS = 100
 # Parts of the model that a stage can train, and what tells their parameters' names from all others.
 PARTS = {"projector": "projector.", "alignment": "alignment.", "lora": ".lora_"}
+# Kinds of alignment heads that can be trained.
+HEADS = ("spelling", "frames")
 # Options of `VoxLMTrainer` that a stage may set; all others are for `TrainingArguments`.
 TRAINER_OPTIONS = ("seconds_per_batch", "state_noise", "max_new_tokens")
 # Kinds of sources whose place is a file or a folder.
@@ -281,7 +284,7 @@ def reader_tuning_trainer(
 
 def transcription_trainer(model, train, dev, folder: Path, seed: int, parts: list[str], **options):
     """
-    The trainer of a stage of kind "transcription" or "alignment".
+    The trainer of a stage of kind "transcription".
 
     Args:
         parts: of the `PARTS`, those to train; options: `TRAINER_OPTIONS` of [`VoxLMTrainer`] and, all others, of
@@ -302,6 +305,22 @@ def transcription_trainer(model, train, dev, folder: Path, seed: int, parts: lis
         data_collator=model.processor.collate,
         processor=model.processor,
         **own,
+    )
+
+
+def alignment_trainer(model, train, dev, folder: Path, seed: int, parts: list[str], **options):
+    """
+    The trainer of a stage of kind "alignment": of the head alone where it reads the spelling, else that of
+    `transcription_trainer`; arguments and errors as there.
+    """
+    if not model.alignment.from_spelling or set(parts) != {"alignment"}:
+        return transcription_trainer(model, train, dev, folder, seed, parts, **options)
+    check_parts(parts, train)
+    own = {name: options.pop(name) for name in TRAINER_OPTIONS if name in options}
+    own.pop("max_new_tokens", None)  # no text is generated
+    arguments = training_arguments(folder, seed, bool(dev), **options)
+    return AlignmentTrainer(
+        voxlm=model.to(arguments.device), args=arguments, train_dataset=train, eval_dataset=dev, **own
     )
 
 
@@ -348,15 +367,18 @@ def training_arguments(folder: Path, seed: int, evaluates: bool, **options) -> T
     return TrainingArguments(output_dir=str(folder), remove_unused_columns=False, seed=seed, **{**defaults, **options})
 
 
-# What makes the trainer of each kind of stage; "rescoring" has none.
+# What makes the trainer of each kind of stage; those of `WITHOUT_TRAINER` have none.
 STAGES: dict[str, Callable[..., StageTrainer | None]] = {
     "warm_start": warm_start_trainer,
     "transcription": transcription_trainer,
-    "alignment": transcription_trainer,
+    "alignment": alignment_trainer,
     "reader": reader_trainer,
     "reader_tuning": reader_tuning_trainer,
     "rescoring": rescoring.tune_stage,
+    "calibration": confidence.calibrate_stage,
 }
+# Kinds of stages that train nothing.
+WITHOUT_TRAINER = ("rescoring", "calibration")
 
 
 def run(recipe: dict) -> Path:
@@ -440,8 +462,9 @@ def run_stage(model, train, dev, folder: Path, seed: int, kind: str, **options):
     Run one stage and save what it trained in `folder`; if it is there from an earlier run, load it instead.
 
     Args:
-        kind (`str`): a key of `STAGES`; options: of that kind, and for "reader" those of `add_reader`, "base" and
-            "settings". A stage of kind "rescoring" trains nothing and returns at once what it found.
+        kind (`str`): a key of `STAGES`; options: of that kind; for "reader" also those of `add_reader`, "base" and
+            "settings", and for "alignment" the "head" to train, a `VoxLMConfig.alignment_kind`. Stages of
+            `WITHOUT_TRAINER` train nothing and return at once what they found.
 
     Raises:
         RecipeError: when the stage cannot begin or go on.
@@ -450,12 +473,14 @@ def run_stage(model, train, dev, folder: Path, seed: int, kind: str, **options):
     if "steps" in options:
         options["max_steps"] = options.pop("steps")
     try:
-        if kind == "rescoring":
-            return rescoring.tune_stage(model, dev, folder, seed, **options)
+        if kind in WITHOUT_TRAINER:
+            return STAGES[kind](model, dev, folder, seed, **options)
         if kind == "reader":
             base, settings = options.pop("base"), options.pop("settings", {})
             if model.reader is None:
                 model.add_reader(base, **settings)
+        if kind == "alignment" and "head" in options:
+            model.set_alignment_head(options.pop("head"))
         finished = load_trained(model, result, kind)
         processes.wait_for_everyone()  # nobody may see a result that this run is about to write
         if processes.is_main_process:
@@ -573,19 +598,21 @@ def check_stage(place: str, stage: dict, streamed: bool):
     if not isinstance(kind, str) or kind not in STAGES:
         raise ValueError(f"{place}: unknown kind of stage {kind!r}; known are {', '.join(STAGES)}")
     arguments = get_type_hints(TrainingArguments)
-    arguments = {field.name: arguments[field.name] for field in fields(TrainingArguments) if kind != "rescoring"}
+    trains = kind not in WITHOUT_TRAINER
+    arguments = {field.name: arguments[field.name] for field in fields(TrainingArguments) if trains}
     taken = {"output_dir", "remove_unused_columns", "seed"}
     own = options_of(STAGES[kind]) - {"model", "train", "dev", "folder", "seed", "options"}
-    steps = {"steps"}
     extra = {
-        "reader": {"base", "settings", *steps},
-        "reader_tuning": steps,
-        "warm_start": steps,
-        "rescoring": set(),
-    }.get(kind, set(TRAINER_OPTIONS))
+        "reader": {"base", "settings", "steps"},
+        "reader_tuning": {"steps"},
+        "warm_start": {"steps"},
+        "alignment": {"head", *TRAINER_OPTIONS},
+        "transcription": set(TRAINER_OPTIONS),
+    }.get(kind, set())
     check_keys(place, stage, {"kind", *own, *extra, *arguments} - taken)
-    needed = {"reader": ["base"], "reader_tuning": ["base"], "warm_start": [], "rescoring": []}
-    needed = needed.get(kind, ["parts", "seconds_per_batch"])
+    needed = {"reader": ["base"], "reader_tuning": ["base"]}
+    needed |= dict.fromkeys(("transcription", "alignment"), ["parts", "seconds_per_batch"])
+    needed = needed.get(kind, [])
     for name in needed:
         if name not in stage:
             raise ValueError(f"{place}: a stage of kind {kind} needs `{name}`")
@@ -594,9 +621,16 @@ def check_stage(place: str, stage: dict, streamed: bool):
     if not known or "parts" in stage and not parts:
         raise ValueError(f"{place}.parts: unknown parts {parts!r}; a list of some of {', '.join(PARTS)} is needed")
     kinds = {"base": str, "steps": int, "seconds_per_batch": float, "state_noise": float, "max_new_tokens": int}
-    kinds = {**arguments, **{name: type(value) for name, value in defaults_of(STAGES[kind]).items()}, **kinds}
+    kinds = {
+        **arguments,
+        "head": str,
+        **{name: type(value) for name, value in defaults_of(STAGES[kind]).items()},
+        **kinds,
+    }
     for name, value in stage.items():
         check_value(f"{place}.{name}", value, kinds.get(name))
+    if stage.get("head", HEADS[0]) not in HEADS:
+        raise ValueError(f"{place}.head: unknown alignment head {stage['head']!r}; known are {', '.join(HEADS)}")
     if "report_to" in stage:
         check_report_to(f"{place}.report_to", stage["report_to"])
     if streamed and kind in ("transcription", "alignment") and stage.get("max_steps", 0) < 1:

@@ -14,6 +14,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from voxlm_hf.decoding_voxlm import pack_inputs
 from voxlm_hf.generation_voxlm import FEATURES
+from voxlm_hf.outputs_voxlm import VoxLMAudioOutput
 from voxlm_hf.timing_voxlm import word_times
 
 from .checkpoints import (
@@ -319,7 +320,7 @@ def word_time_errors(model, inputs: dict, frame_s: float) -> torch.Tensor:
     Errors of the alignment head's word times, given the reference text.
 
     Args:
-        inputs: a training batch; frame_s: seconds per encoder frame.
+        inputs: a training batch, for a head that reads the spelling with `audio_states`; frame_s: seconds per encoder frame.
 
     Returns:
         `(batch, 2)` mean absolute errors of word starts and ends in seconds, NaN for rows without word times.
@@ -327,17 +328,22 @@ def word_time_errors(model, inputs: dict, frame_s: float) -> torch.Tensor:
     errors = inputs["labels"].new_full((len(inputs["labels"]), 2), torch.nan, dtype=torch.float)
     if "word_times" not in inputs:
         return errors
-    output = model(**inputs, output_hidden_states=True, use_cache=False)
-    first = max(1, int((inputs["labels"] != -100).any(0).int().argmax()))
-    states = model.text_states(output.hidden_states[-1], first)
-    scores = model.align_scores(states, inputs["input_ids"][:, first:], output.audio)
+    if model.alignment.from_spelling:
+        audio = VoxLMAudioOutput(last_hidden_state=inputs["audio_states"], frame_mask=inputs["audio_states_mask"])
+        scores, owners = model.align_spelling(inputs["spelling"], audio), inputs["spelling_words"]
+    else:
+        output = model(**inputs, output_hidden_states=True, use_cache=False)
+        audio = output.audio
+        first = max(1, int((inputs["labels"] != -100).any(0).int().argmax()))
+        states, owners = model.text_states(output.hidden_states[-1], first), inputs["token_words"][:, first:]
+        scores = model.align_scores(states, inputs["input_ids"][:, first:], audio)
     frame_s = frame_s * model.alignment.frames_per_key
-    for row, frames in enumerate(model.alignment.keys_of(output.audio)[1].sum(-1).tolist()):
+    for row, frames in enumerate(model.alignment.keys_of(audio)[1].sum(-1).tolist()):
         targets = inputs["word_times"][row].cpu().numpy()
         known = np.flatnonzero(~np.isnan(targets[:, 0]))
         if not len(known):
             continue
-        found = word_times(scores, row, inputs["token_words"][row, first:].cpu().numpy(), frames, frame_s)
+        found = word_times(scores, row, owners[row].cpu().numpy(), frames, frame_s)
         errors[row] = errors.new_tensor(np.abs(np.array(found)[known] - targets[known]).mean(0))
     return errors
 

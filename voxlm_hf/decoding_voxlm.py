@@ -84,6 +84,8 @@ class DecodedText:
         token_words (`np.ndarray` of shape `(tokens,)`, *optional*): index of each token's word, -1 for tokens of no word.
         mean_logprob (`float`, *optional*): mean log-probability of the tokens, by the model that proposed the text.
         reader_logprobs (`list[float]`, *optional*): the reader's log-probability of each word, where it proposed the text.
+        posteriors (`list[float]`, *optional*): of each word, among the hypotheses that the text was chosen from; see
+            `confidence_voxlm.word_posteriors`.
         fallback (`str`, *optional*): "window" where the reader decoded the audio with silence behind it.
     """
 
@@ -97,6 +99,7 @@ class DecodedText:
     token_words: np.ndarray | None = None
     mean_logprob: float | None = None
     reader_logprobs: list[float] | None = None
+    posteriors: list[float] | None = None
     fallback: str | None = None
 
 

@@ -46,7 +46,7 @@ BAR_AFTER_S = 5.0
 SHORTEST_CHUNK_S = 1.0
 # The encoder's inputs, and the targets of training batches that `Seq2SeqTrainer` hands to `generate` with the rest.
 FEATURES = ("input_features", "input_features_mask", "input_values", "input_values_mask")
-TARGETS = ("token_words", "word_times", "frame_times")
+TARGETS = ("token_words", "spelling", "spelling_words", "word_times", "frame_times")
 
 
 @dataclass

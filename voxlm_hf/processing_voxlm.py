@@ -614,7 +614,7 @@ class VoxLMProcessor(ProcessorMixin):
 
         Returns:
             `input_ids`, `attention_mask` and `labels` of shape `(batch, length)`, the audio as the encoder's inputs or as
-            `audio_states` with their mask and, when a row has words, `token_words`, `word_times` and `frame_times`; see
+            `audio_states` with their mask and, when a row has words, `token_words`, `spelling`, `spelling_words`, `word_times` and `frame_times`; see
             the model's `forward`.
 
         Raises:

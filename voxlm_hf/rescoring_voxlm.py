@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
+from .confidence_voxlm import word_posteriors
 from .ctc_voxlm import ANYTHING, CTCFrames, ctc_frames, text_logprobs
 from .decoding_voxlm import (
     DecodedText,
@@ -204,7 +205,7 @@ def rescore(
     settings = model.config.reader_config
     hypotheses = propose(model, processor, budgets, batch, look_twice, in_window)
     judged = judge(model, prompt, batch, hypotheses, with_ctc=bool(settings["ctc_weight"]))
-    return [texts[int(np.argmax(known @ weights_of(settings)))].decoded for texts, known in zip(hypotheses, judged)]
+    return [best_text(texts, known @ weights_of(settings)) for texts, known in zip(hypotheses, judged)]
 
 
 def judge(
@@ -225,6 +226,14 @@ def judge(
     embeddings = model.get_input_embeddings().weight
     score_hypotheses(model, prompt, hypotheses)
     return [evidence(texts, row, embeddings) for texts, row in zip(hypotheses, frames)]
+
+
+def best_text(texts: list[Hypothesis], scores: np.ndarray) -> DecodedText:
+    """The hypothesis with the highest score, with the posteriors of its words among all of them."""
+    best = int(np.argmax(scores))
+    decoded = texts[best].decoded
+    decoded.posteriors = word_posteriors([text.decoded.words for text in texts], scores, best)
+    return decoded
 
 
 def propose(
