@@ -203,7 +203,10 @@ def something_left_out(monkeypatch):
     gates = iter([["left_out"], [], []])
     monkeypatch.setattr(fallback_voxlm, "fired_gates", lambda *inputs: next(gates))
     monkeypatch.setattr(rescoring_voxlm, "in_doubt", lambda *inputs: False)
-    longest = lambda texts, scores: max((text.decoded for text in texts), key=lambda text: len(text.ids))
+
+    def longest(texts, scores):
+        return max((text.decoded for text in texts), key=lambda text: len(text.ids))
+
     monkeypatch.setattr(rescoring_voxlm, "best_text", longest)
     return tiny.with_reader()
 

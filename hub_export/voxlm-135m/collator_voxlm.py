@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from .alignment_voxlm import NO_BYTE, spell_words
 from .timing_voxlm import close_gaps
 from .words_voxlm import Word, match_words, word_indices
 
@@ -36,7 +37,8 @@ def word_time_targets(
     words: list[list[Word]], timed: list[list[dict] | None], labels: torch.Tensor, frame_s: float
 ) -> dict[str, torch.Tensor]:
     """
-    `token_words`, `word_times` and `frame_times` of a batch, as the model's `forward` takes them.
+    `token_words`, `spelling`, `spelling_words`, `word_times` and `frame_times` of a batch, as the model's `forward` takes
+    them.
 
     Args:
         words (`list[list[Word]]`): of each row's answer, by position among its labels.
@@ -44,16 +46,27 @@ def word_time_targets(
         labels (`torch.LongTensor` of shape `(batch, length)`): -100 outside the answers.
         frame_s (`float`): seconds per encoder frame.
     """
-    token_words, targets = torch.full_like(labels, -100), []
+    token_words, spelt, targets = torch.full_like(labels, -100), [], []
     for number, (row_words, row_timed) in enumerate(zip(words, timed)):
         positions = torch.nonzero(labels[number] != -100)[:, 0]
         indices = torch.from_numpy(word_indices(row_words, len(positions)))
         token_words[number, positions] = indices.masked_fill(indices < 0, -100)
+        spelt.append([torch.tensor(part) for part in spell_words([word.text for word in row_words])])
         targets.append(word_targets(row_timed, [word.text for word in row_words], frame_s))
     word_times, frame_times = (
         pad_sequence(tensors, batch_first=True, padding_value=float("nan")) for tensors in zip(*targets)
     )
-    return {"token_words": token_words, "word_times": word_times, "frame_times": frame_times}
+    spelling, owners = (
+        pad_sequence(parts, batch_first=True, padding_value=padding)
+        for parts, padding in zip(zip(*spelt), (NO_BYTE, -1))
+    )
+    return {
+        "token_words": token_words,
+        "spelling": spelling,
+        "spelling_words": owners.masked_fill(owners < 0, -100),
+        "word_times": word_times,
+        "frame_times": frame_times,
+    }
 
 
 def word_targets(timed: list[dict] | None, words: list[str], frame_s: float) -> tuple[torch.Tensor, torch.Tensor]:

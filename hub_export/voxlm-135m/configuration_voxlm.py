@@ -67,6 +67,7 @@ DEFAULT_READER = {
     "llm_weight": 0.3,
     "ctc_weight": 0.0,
     "word_bonus": 1.0,
+    "llm_prompt": "audio",
     "plain_text": False,
 }
 
@@ -206,6 +207,7 @@ READER_FIELDS = {
     "llm_weight": (is_number, "a finite number"),
     "ctc_weight": (is_number, "a finite number"),
     "word_bonus": (is_number, "a finite number"),
+    "llm_prompt": (lambda value: value in ("audio", "none"), '"audio" or "none"'),
     "plain_text": (lambda value: isinstance(value, bool), "true or false"),
 }
 
@@ -354,13 +356,16 @@ class VoxLMConfig(PreTrainedConfig):
             "prompt_ids" and "eos_token_id": tokens that its texts begin and end with. "end_frames": number of learned frames
             behind the audio. "spelling_size": length of the table of the LLM's tokens for its own. "num_beams". How `transcribe`
             rescores its hypotheses (see `rescoring_voxlm`): "llm_weight" and "ctc_weight", weights of the log-probabilities
-            beside the reader's; "word_bonus" for each word; "plain_text", whether the LLM was trained on texts without
-            capitals and punctuation.
-        alignment_kind (`"frames"` or `"cross_attention"`, defaults to `"frames"`):
-            `"frames"`: scores on the encoder's own frames. `"cross_attention"`: the original VoxLM's, for converted checkpoints:
+            beside the reader's; "word_bonus" for each word; "llm_prompt", "audio" for the LLM with LoRA behind audio and prompt,
+            "none" for the base LLM as a plain language model, which never hears anything; "plain_text", whether the LLM with
+            LoRA was trained on texts without capitals and punctuation.
+        alignment_kind (`"frames"`, `"spelling"` or `"cross_attention"`, defaults to `"frames"`):
+            `"frames"`: scores of the LLM's text states on the encoder's own frames. `"spelling"`: scores of the text's letters on
+            the same frames, independent of the LLM. `"cross_attention"`: the original VoxLM's, for converted checkpoints:
             the attention weights of post-norm cross-attention layers from text states to projected frames.
-        alignment_hidden_size (`int`, defaults to 192): Width of the alignment head of kind `"frames"`.
-        alignment_num_blocks (`int`, defaults to 2): Convolution blocks over the frames, or cross-attention layers.
+        alignment_hidden_size (`int`, defaults to 192): Width of the alignment head, but for kind `"cross_attention"`.
+        alignment_num_blocks (`int`, defaults to 2): Convolution blocks over the frames, and over the spelling, or
+            cross-attention layers.
         alignment_num_heads (`int`, defaults to 8): Attention heads of kind `"cross_attention"`.
         alignment_median_width (`int`, *optional*):
             For kind `"cross_attention"` only: compute word times as the original VoxLM did, by a median filter of this many
@@ -378,8 +383,8 @@ class VoxLMConfig(PreTrainedConfig):
         fallback_temperatures (`list[float]`): Temperatures at which `transcribe` samples a text anew when a gate fires, in order.
         confidence_calibration (`dict`):
             Word confidences from the LLM's probability p of a word, the highest entropy h among its tokens and, with a reader,
-            its probability q: `sigmoid(scale * logit(p) + reader * logit(q) - entropy * h + bias)`. The LLM's probability itself
-            by default.
+            its probability q and the word's posterior r among the hypotheses (see `confidence_voxlm`): `sigmoid(scale * logit(p)
+            + reader * logit(q) + posterior * logit(r) - entropy * h + bias)`. The LLM's probability itself by default.
     """
 
     model_type = "voxlm"
@@ -406,7 +411,7 @@ class VoxLMConfig(PreTrainedConfig):
     frame_gate_threshold: int | float | None = None
     ctc_weight: int | float = 0.0
     reader_config: dict | None = None
-    alignment_kind: Literal["frames", "cross_attention"] = "frames"
+    alignment_kind: Literal["frames", "spelling", "cross_attention"] = "frames"
     alignment_hidden_size: int = 192
     alignment_num_blocks: int = 2
     alignment_num_heads: int = 8
@@ -555,10 +560,10 @@ class VoxLMConfig(PreTrainedConfig):
         """Raise a `ValueError` for a `confidence_calibration` that is no curve, or one that falls."""
         calibration = self.confidence_calibration
         message = (
-            "`confidence_calibration` needs exactly 'scale', 'entropy' and 'bias', and may have 'reader', got "
+            "`confidence_calibration` needs exactly 'scale', 'entropy' and 'bias', and may have 'reader' and 'posterior', got "
             f"{list(calibration)}"
         )
-        _require(set(calibration) - {"reader"} == {"scale", "entropy", "bias"}, message)
+        _require(set(calibration) - {"reader", "posterior"} == {"scale", "entropy", "bias"}, message)
         fields = dict.fromkeys(
             calibration,
             (
@@ -598,6 +603,11 @@ class VoxLMConfig(PreTrainedConfig):
     def audio_hidden_size(self) -> int:
         """Width of the encoder's output frames."""
         return getattr(self.audio_config, "output_hidden_size", None) or self.audio_config.hidden_size
+
+    @property
+    def judges_without_audio(self) -> bool:
+        """Whether the base LLM judges the reader's texts as a plain language model."""
+        return (self.reader_config or {}).get("llm_prompt") == "none"
 
     @classmethod
     def preset(cls, name: str, **overrides) -> "VoxLMConfig":

@@ -10,16 +10,13 @@ from .outputs_voxlm import VoxLMAudioOutput
 from .processing_voxlm import VoxLMProcessor, check_text
 from .segmentation_voxlm import AudioSegment
 from .transcription_voxlm import Segment, VoxLMTranscription, frame_counts, timed_words
-from .words_voxlm import match_in_order, plain_words
+from .words_voxlm import EXTRA_WORD, OTHER_WORD, match_in_order, plain_words
 
 
 # A word is taken to be in the recording when the LLM's log-probability of it, given audio and the words before, is at least
 # this. Of words inserted or exchanged at random 91 % are found and 91 % of the right words kept, with voices that were not
 # trained on. (The frames' posteriors divide all frames among the given words and tell them apart far worse.)
 SPOKEN_FROM = -8.0
-# Costs of matching a given text to a transcript: another word in the same place, a word on one side only. Chosen by hand so
-# that two unlike words are matched rather than both left out.
-OTHER_WORD, EXTRA_WORD = 1.0, 0.7
 
 
 @dataclass

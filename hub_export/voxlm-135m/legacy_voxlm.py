@@ -94,6 +94,7 @@ class VoxLMCrossAttentionHead(nn.Module):
     """The alignment head of the original VoxLM: mean attention weights of cross-attention layers over projected frames."""
 
     states_at_tokens = True
+    from_spelling = False
 
     def __init__(self, text_size: int, num_layers: int, num_heads: int, frames_per_key: int):
         super().__init__()

@@ -1,7 +1,6 @@
 """The network: audio encoder, projector, causal LLM with LoRA, alignment head."""
 
 import copy
-import math
 
 import torch
 from torch import nn
@@ -12,6 +11,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, is_torchdynamo_compiling
 
+from .alignment_voxlm import VoxLMAlignmentHead, VoxLMConvNeXtBlock, VoxLMSpellingAlignmentHead
 from .configuration_voxlm import VoxLMConfig
 from .cpu_voxlm import VoxLMInferenceMixin
 from .encoders_voxlm import WINDOWED_ENCODERS, encoder_output_lengths, run_encoder, run_last_layers
@@ -21,28 +21,12 @@ from .loading_voxlm import VoxLMLoadingMixin
 from .outputs_voxlm import VoxLMAudioOutput, VoxLMCausalLMOutputWithPast
 from .placeholders_voxlm import append_answers, cache_of, check_placeholders, gated_mask, marks_tokens, real_frames
 from .reader_voxlm import VoxLMReader
-from .timing_voxlm import AlignmentScores, alignment_loss
+from .timing_voxlm import AlignmentScores, alignment_loss, key_times
 
 
 # Projected frames that are scored against the whole vocabulary at once: a row of scores is as long as the vocabulary, so
 # 64 rows of 50,000 take 13 MB.
 FRAMES_AT_ONCE = 64
-
-
-class VoxLMConvNeXtBlock(nn.Module):
-    """Residual depthwise convolution over time and feed-forward layer (Liu et al. 2022, in one dimension)."""
-
-    def __init__(self, hidden_size: int, kernel_size: int = 7, expansion: int = 3):
-        super().__init__()
-        self.conv = nn.Conv1d(hidden_size, hidden_size, kernel_size, padding=kernel_size // 2, groups=hidden_size)
-        self.norm = nn.LayerNorm(hidden_size)
-        self.up = nn.Linear(hidden_size, expansion * hidden_size)
-        self.down = nn.Linear(expansion * hidden_size, hidden_size)
-
-    def forward(self, hidden_states, mask):
-        """`hidden_states` `(batch, frames, hidden_size)`, `mask` `(batch, frames, 1)`; padding never reaches real frames."""
-        mixed = self.conv((hidden_states * mask).transpose(1, 2)).transpose(1, 2)
-        return hidden_states + self.down(nn.functional.gelu(self.up(self.norm(mixed))))
 
 
 class VoxLMProjector(nn.Module):
@@ -169,58 +153,6 @@ class VoxLMProjector(nn.Module):
         return mixtures, tokens.masked_fill(repeats, -1)
 
 
-class VoxLMAlignmentHead(nn.Module):
-    """
-    Scores every encoder frame against every text token, for being a pause, and for being the first of a word.
-
-    A token's query is the LLM's hidden state that predicted it, so the pass that generated the text can be used, plus the
-    embedding of the token itself. Keys are the encoder's own frames (50 Hz for Whisper, whose states encode their
-    position), with convolutions over neighbouring frames.
-    """
-
-    frames_per_key = 1
-    # A token's state is the one that predicted it, not the one at it.
-    states_at_tokens = False
-
-    def __init__(self, text_size: int, audio_size: int, hidden_size: int, num_blocks: int):
-        super().__init__()
-        self.state_norm = nn.LayerNorm(text_size)
-        self.state_proj = nn.Linear(text_size, hidden_size)
-        self.token_proj = nn.Linear(text_size, hidden_size, bias=False)
-        self.frame_norm = nn.LayerNorm(audio_size)
-        self.frame_proj = nn.Linear(audio_size, hidden_size)
-        self.blocks = nn.ModuleList([VoxLMConvNeXtBlock(hidden_size, 9, 2) for _ in range(num_blocks)])
-        self.key_norm = nn.LayerNorm(hidden_size)
-        self.frame_scores = nn.Linear(hidden_size, 2)
-
-    def keys_of(self, audio: VoxLMAudioOutput) -> tuple[torch.Tensor, torch.Tensor]:
-        """The frames that `forward` takes and their mask: the encoder's."""
-        return audio.last_hidden_state, audio.frame_mask
-
-    def forward(self, text_states, token_embeds, frames, frame_mask) -> AlignmentScores:
-        """
-        Args:
-            text_states (`torch.Tensor` of shape `(batch, tokens, text_size)`): last hidden states that predicted the tokens.
-            token_embeds (`torch.Tensor` of shape `(batch, tokens, text_size)`): input embeddings of the tokens.
-            frames (`torch.Tensor` of shape `(batch, frames, audio_size)`): encoder states.
-            frame_mask (`torch.Tensor` of shape `(batch, frames)`): 1 for real frames.
-
-        Returns:
-            [`AlignmentScores`], unnormalised and in float32.
-        """
-        dtype = self.state_proj.weight.dtype
-        queries = self.state_proj(self.state_norm(text_states.to(dtype)))
-        queries = queries + self.token_proj(nn.functional.normalize(token_embeds.to(dtype), dim=-1))
-        mask = frame_mask.unsqueeze(-1).to(dtype)
-        keys = self.frame_proj(self.frame_norm(frames.to(dtype)))
-        for block in self.blocks:
-            keys = block(keys, mask)
-        keys = self.key_norm(keys)
-        tokens = queries @ keys.transpose(1, 2) / math.sqrt(keys.shape[-1])
-        pause, onset = self.frame_scores(keys).float().unbind(-1)
-        return AlignmentScores(tokens.float(), pause, onset)
-
-
 def make_projector(config: VoxLMConfig, encoder: PreTrainedModel | None = None) -> nn.Module:
     """The projector that `config.projector_kind` names."""
     return VoxLMConvProjector(config) if config.projector_kind == "conv" else VoxLMProjector(config, encoder)
@@ -229,6 +161,8 @@ def make_projector(config: VoxLMConfig, encoder: PreTrainedModel | None = None) 
 def make_alignment_head(config: VoxLMConfig) -> nn.Module:
     """The alignment head that `config.alignment_kind` names."""
     text_size, num_blocks = config.text_config.hidden_size, config.alignment_num_blocks
+    if config.alignment_kind == "spelling":
+        return VoxLMSpellingAlignmentHead(config.audio_hidden_size, config.alignment_hidden_size, num_blocks)
     if config.alignment_kind == "cross_attention":
         return VoxLMCrossAttentionHead(text_size, num_blocks, config.alignment_num_heads, config.projector_stride)
     return VoxLMAlignmentHead(text_size, config.audio_hidden_size, config.alignment_hidden_size, num_blocks)
@@ -252,6 +186,7 @@ class VoxLMPreTrainedModel(VoxLMLoadingMixin, PreTrainedModel):
         "VoxLMProjector",
         "VoxLMConvProjector",
         "VoxLMAlignmentHead",
+        "VoxLMSpellingAlignmentHead",
         "VoxLMCrossAttentionHead",
         "VoxLMReader",
     ]
@@ -339,6 +274,11 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, VoxLMGenerationMixin, VoxLMInf
             self.encoder.eval()
         return self
 
+    @property
+    def time_axis(self) -> int:
+        """Axis of time in the encoder's inputs `(batch, mels, time)` or `(batch, time, ...)`."""
+        return 2 if self.config.audio_config.model_type in WINDOWED_ENCODERS else 1
+
     def audio_lengths(self, lengths: torch.Tensor) -> torch.Tensor:
         """Number of placeholders for `lengths` input features (or samples), a tensor of integers."""
         return self.projector.output_lengths(encoder_output_lengths(self.encoder, lengths))
@@ -350,6 +290,16 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, VoxLMGenerationMixin, VoxLMInf
         """
         self.config.projector_vocab_size, self.config.projector_merges = len(token_ids), merges
         self.projector.token_ids = torch.tensor(token_ids, device=self.projector.linear_in.weight.device)
+
+    def set_alignment_head(self, kind: str):
+        """Start a new alignment head of this `config.alignment_kind`, unless the model's is one."""
+        if kind == self.config.alignment_kind:
+            return
+        self.config.alignment_kind = kind
+        self.config.validate()
+        head = make_alignment_head(self.config).to(next(self.projector.parameters()))
+        head.apply(self._init_weights)
+        self.alignment = head
 
     def encode_audio(
         self,
@@ -380,9 +330,8 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, VoxLMGenerationMixin, VoxLMInf
         )
         if inputs is None:
             raise ValueError("Audio is missing: pass `input_features`, or `input_values` for encoders of raw audio")
-        time_axis = 2 if self.config.audio_config.model_type in WINDOWED_ENCODERS else 1
         if mask is None:
-            mask = torch.ones(inputs.shape[0], inputs.shape[time_axis], dtype=torch.long, device=inputs.device)
+            mask = torch.ones(inputs.shape[0], inputs.shape[self.time_axis], dtype=torch.long, device=inputs.device)
         mask = mask.long()
         parameter = next(self.encoder.parameters())
         inputs, mask = inputs.to(parameter.device, parameter.dtype), mask.to(parameter.device)
@@ -520,6 +469,8 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, VoxLMGenerationMixin, VoxLMInf
         audio_embeds_mask: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         token_words: torch.LongTensor | None = None,
+        spelling: torch.LongTensor | None = None,
+        spelling_words: torch.LongTensor | None = None,
         word_times: torch.Tensor | None = None,
         frame_times: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -543,6 +494,9 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, VoxLMGenerationMixin, VoxLMInf
                 `VoxLMProcessor.collate`).
             token_words (`torch.LongTensor` of shape `(batch, length)`): with `labels`, the index of the word that each
                 token of `input_ids` belongs to, -100 for tokens of no word.
+            spelling (`torch.LongTensor` of shape `(batch, bytes)`), spelling_words (same shape): the bytes of the text for an
+                alignment head of kind `"spelling"` (`alignment_voxlm.spell_words`), padded with 0, and the index of each one's
+                word, -100 for bytes of no word.
             word_times (`torch.Tensor` of shape `(batch, words, 2)`): starts and ends of the words in seconds, NaN where
                 unknown. Adds the alignment head's loss to `loss`; only the head learns from it.
             frame_times (`torch.Tensor` of shape `(batch, frames)`): with `word_times`, the centres of the encoder frames in
@@ -603,9 +557,9 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, VoxLMGenerationMixin, VoxLMInf
             vocab_size = self.config.text_config.vocab_size
             loss = self.loss_function(logits=outputs.logits, labels=kept, vocab_size=vocab_size, **kwargs)
             if word_times is not None:
-                timing_loss = self._alignment_loss(
-                    outputs.hidden_states[-1], input_ids, labels, token_words, word_times, frame_times, audio, **kwargs
-                )
+                text = (spelling, spelling_words) if self.alignment.from_spelling else (input_ids, token_words)
+                states = None if self.alignment.from_spelling else outputs.hidden_states[-1]
+                timing_loss = self._alignment_loss(states, *text, labels, word_times, frame_times, audio, **kwargs)
                 loss = loss + timing_loss
         return VoxLMCausalLMOutputWithPast(
             loss=loss,
@@ -618,41 +572,31 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, VoxLMGenerationMixin, VoxLMInf
         )
 
     def _alignment_loss(
-        self,
-        hidden_states,
-        input_ids,
-        labels,
-        token_words,
-        word_times,
-        frame_times,
-        audio,
-        num_items_in_batch=None,
-        **kwargs,
+        self, hidden_states, ids, words, labels, word_times, frame_times, audio, num_items_in_batch=None, **kwargs
     ):
         """
         The alignment head's loss, with each row weighted by its text tokens as in the LLM's loss, so that both add up in the
         same way over the parts of a batch.
+
+        Args:
+            hidden_states: of the LLM; `None` for a head that reads the spelling.
+            ids, words: `input_ids` and `token_words`, or `spelling` and `spelling_words`; see `forward`.
         """
-        if (
-            audio is None
-            or audio.last_hidden_state.shape[0] != len(labels)
-            or token_words is None
-            or frame_times is None
-        ):
+        if audio is None or audio.last_hidden_state.shape[0] != len(labels) or words is None or frame_times is None:
+            needed = "`spelling`, `spelling_words`" if self.alignment.from_spelling else "`token_words`"
             raise ValueError(
-                "With `word_times`, the alignment head's loss also needs `token_words`, `frame_times` and, for each row, the "
+                f"With `word_times`, the alignment head's loss also needs {needed}, `frame_times` and, for each row, the "
                 "audio as features or `audio_states`; `audio_embeds` have lost the encoder's frames"
             )
-        # Only the columns that contain text in some row.
-        first = max(1, int((token_words != -100).any(0).int().argmax()))
-        states = self.text_states(hidden_states, first).detach()
-        scores = self.align_scores(states, input_ids[:, first:], audio)
-        # The target is unknown for frames behind the last known one, and for padding.
+        if self.alignment.from_spelling:
+            scores = self.align_spelling(ids, audio)
+        else:
+            # Only the columns that contain text in some row.
+            first = max(1, int((words != -100).any(0).int().argmax()))
+            states, words = self.text_states(hidden_states, first).detach(), words[:, first:]
+            scores = self.align_scores(states, ids[:, first:], audio)
         mask, stride = self.alignment.keys_of(audio)[1], self.alignment.frames_per_key
-        missing = mask.shape[1] * stride - frame_times.shape[1]
-        frame_times = nn.functional.pad(frame_times, (0, missing), value=torch.nan).unflatten(-1, (-1, stride)).mean(-1)
-        frame_times = frame_times.masked_fill(mask == 0, torch.nan)
-        losses = alignment_loss(scores, token_words[:, first:], word_times, frame_times)
+        losses = alignment_loss(scores, words, word_times, key_times(frame_times, mask, stride))
         weights = (labels != -100).sum(-1)
         return (losses * weights).sum() / (weights.sum() if num_items_in_batch is None else num_items_in_batch)
 
@@ -672,6 +616,16 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, VoxLMGenerationMixin, VoxLMInf
         # Detached, so that the alignment loss trains the head alone.
         token_embeds = self.get_input_embeddings()(token_ids).detach()
         return self.alignment(text_states, token_embeds, *self.alignment.keys_of(audio))
+
+    def align_spelling(self, spelling, audio: VoxLMAudioOutput) -> AlignmentScores:
+        """
+        Scores of an alignment head of kind `"spelling"`.
+
+        Args:
+            spelling (`torch.LongTensor` of shape `(batch, bytes)`): see `alignment_voxlm.spell_words`, padded with 0.
+            audio ([`VoxLMAudioOutput`]): of the same batch.
+        """
+        return self.alignment(spelling, *self.alignment.keys_of(audio))
 
 
 __all__ = ["VoxLMForSpeechSeq2Seq", "VoxLMPreTrainedModel"]

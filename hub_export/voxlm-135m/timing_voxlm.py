@@ -82,6 +82,21 @@ def alignment_targets(word_times: torch.Tensor, frame_times: torch.Tensor) -> tu
     return shares.nan_to_num(), onsets.nan_to_num().amax(1)
 
 
+def key_times(frame_times: torch.Tensor, key_mask: torch.Tensor, frames_per_key: int) -> torch.Tensor:
+    """
+    The centres of the alignment head's frames in seconds, `(batch, keys)`, NaN where the target is unknown: behind the last
+    known encoder frame, and for padding.
+
+    Args:
+        frame_times (`torch.Tensor` of shape `(batch, frames)`): of the encoder's frames; see `alignment_loss`.
+        key_mask (`torch.Tensor` of shape `(batch, keys)`): 1 for the head's real frames, each of `frames_per_key` of the
+            encoder's.
+    """
+    missing = key_mask.shape[1] * frames_per_key - frame_times.shape[1]
+    padded = nn.functional.pad(frame_times, (0, missing), value=torch.nan)
+    return padded.unflatten(-1, (-1, frames_per_key)).mean(-1).masked_fill(key_mask == 0, torch.nan)
+
+
 def alignment_loss(
     scores: AlignmentScores, token_words: torch.Tensor, word_times: torch.Tensor, frame_times: torch.Tensor
 ) -> torch.Tensor:

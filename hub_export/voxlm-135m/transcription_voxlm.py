@@ -1,7 +1,6 @@
 """Results: the segments of a transcription, words with times and confidences, and joining segments to recordings."""
 
 import difflib
-import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,11 +8,13 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import ModelOutput
 
+from .alignment_voxlm import NO_BYTE, spell_words
+from .confidence_voxlm import word_confidence
 from .decoding_voxlm import DecodedText, pad_ids
 from .legacy_voxlm import dtw_word_times
 from .outputs_voxlm import VoxLMAudioOutput
 from .processing_voxlm import VoxLMProcessor
-from .timing_voxlm import word_times
+from .timing_voxlm import AlignmentScores, word_times
 from .words_voxlm import join_texts
 
 
@@ -22,8 +23,6 @@ from .words_voxlm import join_texts
 SAME_WORD_S = 0.5
 # What is left, at least, of a word that has to make room for the one before it: one frame of Whisper.
 SHORTEST_WORD_S = 0.02
-# Probabilities are kept this far from 0 and 1, where their log-odds would be infinite. Chosen by hand.
-LEAST_PROBABILITY = 1e-4
 
 
 @dataclass
@@ -42,6 +41,7 @@ class Segment:
             `fallback_voxlm.with_fallback`) or the reader's list was in doubt (see `rescoring_voxlm.propose`): "window",
             "halves", "projector", or the temperature of a sample.
         rejected (`str`, *optional*): a text that was taken for music or noise, and is not part of the result.
+        ids (`list[int]`, *optional*): the tokens of the text, where the LLM wrote it by itself.
     """
 
     start: float
@@ -54,6 +54,7 @@ class Segment:
     gates: list[str] = field(default_factory=list)
     fallback: str | float | None = None
     rejected: str | None = None
+    ids: list[int] | None = None
 
     def summary(self) -> dict:
         """The segment as an item of `VoxLMTranscription.segments`."""
@@ -73,8 +74,8 @@ class VoxLMTranscription(ModelOutput):
         duration (`float`): length of the recording in seconds.
         truncated (`bool`): whether the token budget ended the text of a segment before the model did.
         word_scores (`list[dict]`): what the confidence of each word is computed from: `{"logprob", "entropy"}`, the LLM's raw
-            log-probability of its tokens together and the highest entropy among them, in nats; and "reader", the reader's
-            log-probability, where the reader proposed the text.
+            log-probability of its tokens together and the highest entropy among them, in nats; where the reader proposed the
+            text also "reader", its log-probability, and "posterior", see `confidence_voxlm.word_posteriors`.
         segments (`list[dict]`): the segments that the recording was split into: `{"start", "end", "text", "mean_logprob",
             "gates", "fallback", "rejected"}`, see [`Segment`].
         error (`str`, *optional*): why one recording of several could not be transcribed; a key of the dict in any case.
@@ -195,19 +196,8 @@ def timed_words(
     Returns:
         for each text its `words` (times in seconds from the start of `audio`) and `word_scores`, see [`VoxLMTranscription`].
     """
-    # A text without tokens has no states.
-    empty = torch.zeros(0, model.config.text_config.hidden_size, device=model.device)
-    states = pad_sequence([text.states if text.ids else empty for text in texts], batch_first=True)
-    scores = model.align_scores(states, pad_ids([text.ids for text in texts], states.device), audio)
-    frame_s, median_width = processor.frame_s * model.alignment.frames_per_key, model.config.alignment_median_width
     results = []
-    for row, (text, num_frames) in enumerate(zip(texts, frame_counts(model, processor, audio, durations_s))):
-        if median_width is None:
-            times = word_times(scores, row, text.token_words, num_frames, frame_s, durations_s[row], text.words)
-        else:
-            weights = scores.tokens[row, : len(text.ids), :num_frames].exp().cpu().numpy()
-            duration_s = min(durations_s[row], num_frames * frame_s)
-            times = dtw_word_times(weights, text.token_words, frame_s, duration_s, median_width)
+    for text, times in zip(texts, find_times(model, processor, texts, audio, durations_s)):
         raw = word_scores(text)
         words = [
             {"word": word, "start": start, "end": end, "confidence": round(confidence, 4)}
@@ -217,6 +207,43 @@ def timed_words(
         ]
         results.append((words, raw))
     return results
+
+
+def find_times(
+    model, processor: VoxLMProcessor, texts: list[DecodedText], audio: VoxLMAudioOutput, durations_s: list[float]
+) -> list[list[tuple[float, float]]]:
+    """
+    `(start, end)` of each word of a batch of texts, in seconds from the start of `audio`; arguments as of `timed_words`. A head
+    that reads the spelling needs no more of a text than its words.
+    """
+    scores, owners = score_texts(model, texts, audio)
+    frame_s, median_width = processor.frame_s * model.alignment.frames_per_key, model.config.alignment_median_width
+    results = []
+    for row, (text, num_frames) in enumerate(zip(texts, frame_counts(model, processor, audio, durations_s))):
+        if median_width is None:
+            times = word_times(scores, row, owners[row], num_frames, frame_s, durations_s[row], text.words)
+        else:
+            weights = scores.tokens[row, : len(text.ids), :num_frames].exp().cpu().numpy()
+            duration_s = min(durations_s[row], num_frames * frame_s)
+            times = dtw_word_times(weights, text.token_words, frame_s, duration_s, median_width)
+        results.append(times)
+    return results
+
+
+def score_texts(model, texts: list[DecodedText], audio: VoxLMAudioOutput) -> tuple[AlignmentScores, list[np.ndarray]]:
+    """
+    The alignment head's scores of a batch of texts, and for each text the index of the word of each row of `scores.tokens`,
+    negative for rows of no word; arguments as in `timed_words`.
+    """
+    if model.alignment.from_spelling:
+        spelt = [spell_words(text.words or []) for text in texts]
+        spelling = pad_ids([ids or [NO_BYTE] for ids, _ in spelt], model.device)
+        return model.align_spelling(spelling, audio), [np.array(owners, dtype=int) for _, owners in spelt]
+    # A text without tokens has no states.
+    empty = torch.zeros(0, model.config.text_config.hidden_size, device=model.device)
+    states = pad_sequence([text.states if text.ids else empty for text in texts], batch_first=True)
+    scores = model.align_scores(states, pad_ids([text.ids for text in texts], states.device), audio)
+    return scores, [text.token_words for text in texts]
 
 
 def frame_counts(model, processor: VoxLMProcessor, audio: VoxLMAudioOutput, durations_s: list[float]) -> list[int]:
@@ -241,29 +268,6 @@ def word_scores(text: DecodedText) -> list[dict]:
         scores.append({"logprob": round(float(logprob), 4), "entropy": round(float(entropy), 4)})
     for score, logprob in zip(scores, text.reader_logprobs or []):
         score["reader"] = round(logprob, 4)
+    for score, posterior in zip(scores, text.posteriors or []):
+        score["posterior"] = round(posterior, 4)
     return scores
-
-
-def word_confidence(score: dict, calibration: dict) -> float:
-    """
-    How likely a word is to be right: `sigmoid(scale * logit(p) + reader * logit(q) - entropy * h + bias)`.
-
-    Platt scaling of the LLM's probability p of the word, of the reader's q if there is a reader and, since a distribution that
-    is spread out says more about errors than its maximum does (Laptev and Ginsburg 2023), of the highest entropy h among the
-    word's tokens. Monotone in each.
-
-    Args:
-        score (`dict`): one of `word_scores` of [`VoxLMTranscription`].
-        calibration (`dict`): `config.confidence_calibration`.
-    """
-    total = calibration["scale"] * probability_logit(score["logprob"]) + calibration["bias"]
-    total -= calibration["entropy"] * score["entropy"]
-    if "reader" in score:
-        total += calibration.get("reader", 0.0) * probability_logit(score["reader"])
-    return 1 / (1 + math.exp(-total))
-
-
-def probability_logit(logprob: float) -> float:
-    """Log-odds of a probability given by its logarithm, with the probability kept within `LEAST_PROBABILITY` of 0 and 1."""
-    probability = min(max(math.exp(logprob), LEAST_PROBABILITY), 1 - LEAST_PROBABILITY)
-    return math.log(probability / (1 - probability))

@@ -20,6 +20,9 @@ NO_SPACE_SCRIPTS = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYAN
 # Costs of `match_words`: a substitution costs at most this, by how differently the words are spelt, and a word on one
 # side only costs GAP. Chosen by hand so that two unlike words are matched rather than both left out (1.2 < 2 x 0.7).
 SUBSTITUTION, GAP = 1.2, 0.7
+# Costs of matching two texts of a recording word by word: another word in the same place, a word on one side only. Chosen by
+# hand so that two unlike words are matched rather than both left out.
+OTHER_WORD, EXTRA_WORD = 1.0, 0.7
 
 
 @dataclass
