@@ -100,7 +100,9 @@ def judged(text="you", frames=30, start=16000, **facts):
     audio = AudioSegment(np.zeros(10 * 16000), 16000, start, active_s=10.0)
     decoded = DecodedText([5], facts.pop("ended", True), text=text, mean_logprob=-0.25)
     words = [{"word": text, "start": 0.5, "end": 0.7, "confidence": 1.0}]
-    return judged_segment(audio, decoded, words, [{"logprob": 0.0}], frames, False, {"heard_per_second": 0.8})
+    return judged_segment(
+        audio, decoded, words, [{"logprob": 0.0}], frames, len(decoded.ids), False, {"heard_per_second": 0.8}
+    )
 
 
 def test_words_move_to_their_place_in_the_recording():

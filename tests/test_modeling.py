@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 
 from tests import tiny
 from voxlm_hf import VoxLMForSpeechSeq2Seq
-from voxlm_hf.encoders_voxlm import encoder_output_lengths
+from voxlm_hf.encoders_voxlm import encoder_output_lengths, run_last_layers
 
 
 PAIRS = [(encoder, "qwen2") for encoder in tiny.ENCODERS] + [("whisper", llm) for llm in tiny.LLMS if llm != "qwen2"]
@@ -364,6 +364,64 @@ def test_encoder_states_may_be_given_instead_of_features():
     text = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
     output = model(**text, audio_states=encoded.last_hidden_state, audio_states_mask=encoded.frame_mask)
     assert float(output.loss) == pytest.approx(float(model(**inputs).loss), abs=1e-6)
+
+
+# A projector with copies of the encoder's last layers
+
+COPIES = {"projector_encoder_layers": 1, "projector_readout": "token_mixture", "frame_gate_threshold": 0.3}
+
+
+@torch.no_grad()
+def test_copied_layers_start_as_the_encoders_and_leave_it_alone():
+    model, plain = tiny.model(**COPIES), tiny.model()
+    plain.encoder.load_state_dict(model.encoder.state_dict())
+    model.projector.start_from(model.encoder)
+    encoded = model.encode_audio(**features_of(inputs_of(model)))
+    reference = plain.encode_audio(**features_of(inputs_of(model)))
+    real = encoded.frame_mask.bool()
+    torch.testing.assert_close(encoded.last_hidden_state, reference.last_hidden_state)
+    assert not torch.allclose(encoded.projector_states[real], encoded.last_hidden_state[real], atol=0.1)
+    projector = model.projector
+    copied = run_last_layers(
+        projector.encoder_layers,
+        projector.encoder_norm,
+        projector.encoder_config,
+        encoded.projector_states,
+        encoded.frame_mask,
+    )
+    torch.testing.assert_close(copied[real], encoded.last_hidden_state[real])
+    finished = model.finish_encoding(encoded.projector_states, encoded.frame_mask)
+    torch.testing.assert_close(finished[real], encoded.last_hidden_state[real])
+
+
+def test_copied_layers_are_trained_and_the_encoders_are_not():
+    model = tiny.model(**COPIES)
+    inputs = inputs_of(model, texts=TEXTS)
+    model(**inputs).loss.backward()
+    assert model.projector.encoder_layers[0].fc1.weight.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in model.encoder.parameters())
+
+
+@torch.no_grad()
+def test_a_projector_with_copied_layers_takes_states_computed_before(tmp_path):
+    model = tiny.model(**COPIES)
+    inputs = inputs_of(model, texts=TEXTS)
+    encoded = model.encode_audio(**features_of(inputs))
+    text = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
+    output = model(**text, audio_states=encoded.projector_states, audio_states_mask=encoded.frame_mask)
+    assert float(output.loss) == pytest.approx(float(model(**inputs).loss), abs=1e-6)
+    model.save_pretrained(tmp_path)
+    loaded = VoxLMForSpeechSeq2Seq.from_pretrained(tmp_path)
+    assert float(loaded(**inputs).loss) == pytest.approx(float(output.loss), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "encoder, fields, found",
+    [("whisper", {"projector_encoder_layers": 3}, "3, but .*whisper. has 2"), ("wav2vec2", COPIES, "1, but .* has 0")],
+)
+def test_only_layers_that_the_encoder_has_can_be_copied(encoder, fields, found):
+    with pytest.raises(ValueError, match=found):
+        tiny.config(encoder, **fields)
 
 
 # Convenience

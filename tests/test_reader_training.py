@@ -13,7 +13,7 @@ from voxlm_hf import VoxLMForSpeechSeq2Seq
 from voxlm_hub_export.export import export
 from voxlm_training.data import Row, SpeechDataset
 from voxlm_training.reader import make_examples
-from voxlm_training.train import reader_trainer, run
+from voxlm_training.train import reader_trainer, reader_tuning_trainer, run
 
 
 @pytest.fixture
@@ -83,6 +83,38 @@ def test_a_recipe_adds_and_trains_a_reader_and_resumes_after_it(tmp_path, bases)
     again = VoxLMForSpeechSeq2Seq.from_pretrained(run(recipe))  # the finished stage is loaded
     for name in ("end", "spelling", "spelling_offsets"):
         torch.testing.assert_close(getattr(first.reader, name), getattr(again.reader, name))
+
+
+def test_tuning_learns_transcripts_with_the_decoders_layers_alone(model, bases, tmp_path):
+    texts = ["the lazy dog", "a brown fox", ""]
+    rows = [Row(str(n), tiny.noise(0.6 + 0.2 * n, n), text) for n, text in enumerate(texts)]
+    data, before = SpeechDataset(rows, model.processor), {n: t.clone() for n, t in model.state_dict().items()}
+    options = {"max_steps": 25, "learning_rate": 0.01, "warmup_steps": 0, "bf16": False, "noise": 0.0, **QUIET}
+    made = reader_tuning_trainer(model, data, None, tmp_path, 0, base=bases[0], **options)
+    batch = made.collate([{"audio": row.audio, "text": row.text} for row in rows])
+    prompt, end = model.reader.prompt_ids, model.reader.eos_token_id
+    assert batch["decoder_input_ids"][2, : len(prompt)].tolist() == prompt
+    assert [row[row != -100][-1] for row in batch["labels"]] == [end] * 3, "every text ends, the empty one at once"
+    assert (batch["labels"][2] != -100).sum() == 1
+    made.resume()
+    losses = [log["loss"] for log in made.state.log_history if "loss" in log]
+    assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
+    after = model.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert "reader.end" in changed and all(name.startswith(("reader.end", "reader.decoder.layer")) for name in changed)
+
+
+def test_tuning_may_keep_a_share_of_the_old_weights(model, bases, tmp_path):
+    data = SpeechDataset([Row("0", tiny.noise(0.6, 0), "the lazy dog")], model.processor)
+    options = {"max_steps": 2, "learning_rate": 0.01, "warmup_steps": 0, "bf16": False, "noise": 0.0, **QUIET}
+    name, found = "reader.decoder.layers.0.fc1.weight", []
+    old = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for keep in (0.0, 0.5):
+        model.load_state_dict(old)
+        torch.manual_seed(0)
+        reader_tuning_trainer(model, data, None, tmp_path / str(keep), 0, base=bases[0], keep=keep, **options).resume()
+        found.append(model.state_dict()[name].clone())
+    torch.testing.assert_close(found[1], (found[0] + old[name]) / 2)
 
 
 @pytest.mark.parametrize("mode, has_decoder", [("lora", True), ("delta", False)])

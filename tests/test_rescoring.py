@@ -1,6 +1,7 @@
 """Rescoring: the reader's hypotheses, scored by LLM, CTC frames and reader, and the best of them."""
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -352,7 +353,7 @@ def test_the_empty_text_is_one_of_the_hypotheses():
 def doubted(tokens, frames, empty=-9.0):
     first, nothing = hypothesis(list(range(tokens))), hypothesis([])
     nothing.reader_logprob = empty
-    return in_doubt([first, nothing], frames)
+    return in_doubt(SimpleNamespace(projector_merges=None), [first, nothing], frames)
 
 
 @pytest.mark.parametrize(

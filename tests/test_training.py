@@ -341,7 +341,7 @@ def tones():
             {"states": states + 0.1 * torch.randn_like(states), "text": " ".join(words[word] for word in chosen)}
         )
     dataset = Rows(rows)
-    dataset.lengths, dataset.texts = [len(row["states"]) for row in rows], [row["text"] for row in rows]
+    dataset.lengths, dataset.spoken_texts = [len(row["states"]) for row in rows], [row["text"] for row in rows]
     return rows, dataset
 
 

@@ -114,9 +114,9 @@ def _rewrite(words: list[str], surfaces: list[str]) -> tuple[list[str], bool]:
     """
     Words on which transcript and reader differ, and whether they say the same after all, as "twenty five" and "25" do.
     """
-    normaliser = whisper_normaliser()
-    said, written = normaliser(" ".join(words)), normaliser(" ".join(surfaces))
-    if surfaces and said == written:
+    has_figures = any(char.isdigit() for surface in surfaces for char in surface)
+    said, written = (whisper_normaliser()(" ".join(part)) for part in (words, surfaces))
+    if has_figures and said == written:
         return surfaces, True
     words = list(words)
     if len(surfaces) == len(words):

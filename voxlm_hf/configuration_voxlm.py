@@ -472,6 +472,7 @@ class VoxLMConfig(PreTrainedConfig):
         """Raise a `ValueError` for fields of the projector that do not go together."""
         kind, mixes = self.projector_kind, self.projector_readout == "token_mixture"
         gated, whole_vocabulary = self.frame_gate_threshold is not None, not self.projector_vocab_size
+        spells = whole_vocabulary or self.projector_merges is not None
         message = "`projector_readout='token_mixture'` needs a `frame_gate_threshold`: not every frame is a token"
         _require(gated or not mixes, message)
         copied, audio = self.projector_encoder_layers, self.audio_config
@@ -488,10 +489,11 @@ class VoxLMConfig(PreTrainedConfig):
             ("reader_config['ctc_weight']", (self.reader_config or {}).get("ctc_weight")),
         ):
             message = (
-                f"`{name}` above 0 needs `projector_readout='token_mixture'` without a `projector_vocab_size`: only then can "
+                f"`{name}` above 0 needs `projector_readout='token_mixture'`, and with a `projector_vocab_size` also "
+                "`projector_merges`: only then can "
                 "frames be scored as any of the LLM's tokens"
             )
-            _require(not weight or mixes and whole_vocabulary, message)
+            _require(not weight or mixes and spells, message)
 
     def validate_alignment(self):
         """Raise a `ValueError` for fields of the alignment head that do not go together."""

@@ -21,7 +21,7 @@ from .outputs_voxlm import VoxLMAudioOutput
 from .placeholders_voxlm import marks_tokens, with_placeholders
 from .processing_voxlm import VoxLMProcessor, check_context, context_length
 from .segmentation_voxlm import AudioSegment, SegmentSpan
-from .words_voxlm import word_indices
+from .words_voxlm import plain_words, word_indices
 
 
 # Token budget of a segment. English speech has about 4 tokens a second; generous for fast speech and for scripts that need
@@ -525,30 +525,48 @@ def greedy_decode(
 def draft_and_decode(
     model, processor: VoxLMProcessor, prompt: dict, budgets: list[int], batch: EncodedBatch
 ) -> list[DecodedText]:
-    """`greedy_decode` with the drafts and, with a `config.ctc_weight`, the CTC scores of the projector."""
+    """
+    `greedy_decode` with the drafts and, with a `config.ctc_weight`, the CTC scores of a projector that scores the LLM's own
+    tokens.
+    """
     prefixes = None
-    if model.config.ctc_weight:
+    if model.config.ctc_weight and model.config.projector_merges is None:
         embeddings = model.get_input_embeddings().weight
         prefixes = [CTCPrefix(frames, embeddings) for frames in ctc_frames(model, batch.audio)]
     return greedy_decode(model, prompt, budgets, draft_texts(model, processor, batch.audio), prefixes)
 
 
 def generate_text(model, prompt: dict, budgets: list[int], generate_kwargs: dict) -> list[DecodedText]:
+    """The best of `generate_texts`."""
+    return [texts[0][0] for texts in generate_texts(model, prompt, budgets, generate_kwargs)]
+
+
+def generate_texts(
+    model, prompt: dict, budgets: list[int], generate_kwargs: dict, count: int = 1
+) -> list[list[tuple[DecodedText, float]]]:
     """
     Decode with the library's `generate`, for beams, sampling and whatever else its options ask for.
 
     The prompt is passed as embeddings, so that penalties on repetition apply to the text alone.
+
+    Returns:
+        for each row the best `count` texts with, where beams give them, their log-probabilities.
     """
     options = {"do_sample": False, **generate_kwargs, "max_new_tokens": max(budgets)}
     options.pop("return_dict_in_generate", None)  # what this function returns does not depend on it
+    if count > 1:
+        options |= {"num_return_sequences": count, "length_penalty": 0.0, "output_scores": True}
     embeds = model.merge_audio(prompt["input_ids"], None, prompt["audio_embeds"], prompt["audio_embeds_mask"])
     inputs = {"inputs_embeds": embeds, "attention_mask": prompt["attention_mask"], "return_dict_in_generate": True}
     output = GenerationMixin.generate(
         model, **inputs, **options
     )  # the library's own: audio and prompt are merged already
     # Each row at its own budget, so that its text does not depend on the rest of the batch.
-    stops = stop_tokens(model.generation_config.eos_token_id)
-    return [_until_stop(row[:budget], stops) for row, budget in zip(output.sequences.tolist(), budgets)]
+    stops, rows = stop_tokens(model.generation_config.eos_token_id), output.sequences.tolist()
+    logprobs = output.sequences_scores.tolist() if count > 1 else [0.0] * len(rows)
+    texts = [_until_stop(row[: budgets[number // count]], stops) for number, row in enumerate(rows)]
+    pairs = list(zip(texts, logprobs))
+    return [pairs[first : first + count] for first in range(0, len(pairs), count)]
 
 
 def _until_stop(ids: list[int], stops: set[int]) -> DecodedText:
@@ -605,6 +623,13 @@ def split_decoded(processor: VoxLMProcessor, text: DecodedText):
         text.words, text.token_words = [word.text for word in words], word_indices(words, len(text.ids))
     if text.mean_logprob is None and text.ids and text.logprobs is not None:
         text.mean_logprob = float(text.logprobs.mean())
+
+
+def spoken_tokens(processor: VoxLMProcessor, text: DecodedText) -> int:
+    """How many tokens the projector's frames would need for a split text."""
+    if processor.projector_merges is None:
+        return len(text.ids)
+    return sum(map(len, processor.spell(plain_words(text.words))))
 
 
 def pad_ids(rows: list[list[int]], device) -> torch.Tensor:

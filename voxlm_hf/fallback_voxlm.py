@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from transformers.utils import logging
 
+from .beams_voxlm import decode_with_ctc
 from .decoding_voxlm import (
     DecodedText,
     EncodedBatch,
@@ -19,6 +20,7 @@ from .decoding_voxlm import (
     pack_prompt,
     search_options,
     split_decoded,
+    spoken_tokens,
     teacher_force,
     token_budget,
     token_budgets,
@@ -79,7 +81,7 @@ def fired_gates(
         mean_logprob (`float`, *optional*): of its tokens, raw, in nats.
         active_s (`float`): seconds in which voice activity was found.
         visible_frames (`float`, *optional*): number of frames that carry a token, for models with a frame gate.
-        num_tokens (`int`): of the text.
+        num_tokens (`int`): of the text, as the frames spell it (see `decoding_voxlm.spoken_tokens`).
         out_of_tokens (`bool`): whether the budget ended the text.
         gates (`dict`): thresholds, `config.quality_gates`. A gate without one never fires; without any, none does.
     """
@@ -196,6 +198,8 @@ def transcribe_encoded(
         return results
 
     def default(prompt, budgets, batch):
+        if not use_reader and model.config.ctc_weight and model.config.projector_merges is not None:
+            return decode_with_ctc(model, processor, prompt, budgets, batch)
         if not use_reader:
             return draft_and_decode(model, processor, prompt, budgets, batch)
         look_twice = budget is None and batch.clips is not None
@@ -238,7 +242,9 @@ def decode_segments(
     visible = batch.visible_frames or [None] * len(texts)
     gates = model.config.quality_gates
     return [
-        judged_segment(segment, text, *timed, frames, not text.ended and budget is None, gates)
+        judged_segment(
+            segment, text, *timed, frames, spoken_tokens(processor, text), not text.ended and budget is None, gates
+        )
         for segment, text, timed, frames in zip(batch.segments, texts, words, visible)
     ]
 
@@ -249,6 +255,7 @@ def judged_segment(
     words: list[dict],
     word_scores: list[dict],
     visible_frames: int | None,
+    num_tokens: int,
     out_of_tokens: bool,
     gates: dict[str, float],
 ) -> Segment:
@@ -258,11 +265,9 @@ def judged_segment(
     Args:
         span ([`SegmentSpan`]), text ([`DecodedText`])
         words, word_scores (`list[dict]`): of `timed_words`.
-        visible_frames, out_of_tokens, gates: see `fired_gates`.
+        visible_frames, num_tokens, out_of_tokens, gates: see `fired_gates`.
     """
-    fired = fired_gates(
-        text.text, text.mean_logprob, span.active_s, visible_frames, len(text.ids), out_of_tokens, gates
-    )
+    fired = fired_gates(text.text, text.mean_logprob, span.active_s, visible_frames, num_tokens, out_of_tokens, gates)
     segment = Segment(
         start=round(span.start_s, 3),
         end=round(span.start_s + span.duration_s, 3),

@@ -344,6 +344,7 @@ class VoxLMLoadingMixin:
             options["revision"] = commit or options.get("revision") or "main"
             self.processor = VoxLMProcessor.from_pretrained(source, trust_remote_code=self.is_remote_code(), **options)
             self.processor.context_length = context_length(self.config)
+            self.processor.projector_merges = self.config.projector_merges
         return self.processor
 
 

@@ -289,6 +289,8 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, VoxLMGenerationMixin, VoxLMInf
         trained projector.
         """
         self.config.projector_vocab_size, self.config.projector_merges = len(token_ids), merges
+        if self.processor is not None:
+            self.processor.projector_merges = merges
         self.projector.token_ids = torch.tensor(token_ids, device=self.projector.linear_in.weight.device)
 
     def set_alignment_head(self, kind: str):

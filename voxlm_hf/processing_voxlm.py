@@ -13,6 +13,7 @@ from .audio_voxlm import is_batch, read_audio, to_waveform
 from .checkpoint_voxlm import TOKENIZER_FILE, check_side_files, read_object
 from .collator_voxlm import check_rows, word_time_targets
 from .configuration_voxlm import saved_with_code
+from .subwords_voxlm import encode_subwords, subword_tokenizer
 from .words_voxlm import Word, decode_tokens, encode_words, split_words
 
 
@@ -202,7 +203,7 @@ class VoxLMProcessor(ProcessorMixin):
         self.audio_token_stride = audio_token_stride
         self.audio_token_offset = audio_token_offset
         # Most tokens that the LLM can see, where the model is known; not saved.
-        self.context_length = None
+        self.context_length, self.projector_merges, self._spelling = None, None, None
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
 
     @classmethod
@@ -240,7 +241,7 @@ class VoxLMProcessor(ProcessorMixin):
         config = model.config
         self.prompt, self.prompt_template = config.prompt, config.prompt_template
         self.audio_window_s, self.pad_audio_to_window = config.audio_window_s, config.pad_audio_to_window
-        self.context_length = context_length(config)
+        self.context_length, self.projector_merges = context_length(config), config.projector_merges
         rate = self.sampling_rate
         silence = np.zeros(2 * rate, dtype=np.float32)
         one, two = (self._extract(silence[: seconds * rate]).shape[self.time_axis] for seconds in (1, 2))
@@ -643,6 +644,12 @@ class VoxLMProcessor(ProcessorMixin):
             words, timed = [self.split_words(ids) for ids in answers], [row.get("words") for row in rows]
             batch |= word_time_targets(words, timed, batch["labels"], self.frame_s)
         return {**batch, **audio}
+
+    def spell(self, words: list[str]) -> list[list[int]]:
+        """The tokens in which a projector with `projector_merges` spells each of some plain words."""
+        if self._spelling is None or self._spelling[0] != self.projector_merges:
+            self._spelling = self.projector_merges, subword_tokenizer(self.tokenizer, self.projector_merges)
+        return [encode_subwords(self._spelling[1], word) for word in words]
 
     def decode_text(self, token_ids) -> str:
         """The text of token ids, without special tokens and with white space as it is."""

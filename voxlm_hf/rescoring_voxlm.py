@@ -24,6 +24,7 @@ from .decoding_voxlm import (
     encode_with_silence,
     pad_ids,
     padded_batches,
+    spoken_tokens,
     stop_tokens,
     token_entropies,
 )
@@ -129,7 +130,11 @@ def hypotheses_of(model, processor: VoxLMProcessor, n_best: list, budget: float 
         )
         # A word that comes again earns nothing, so that loops do not.
         novel = {word: len(parts) - 1 for word, parts in zip(surface, owners) if is_unjudged(word)}
-        ctc_ids = _with_wildcards(plain_ids, unjudged[plain_token_words])
+        if processor.projector_merges is None:
+            ctc_ids = _with_wildcards(plain_ids, unjudged[plain_token_words])
+        else:
+            spelt = [(token, word) for word, ids in enumerate(processor.spell(plain_words(surface))) for token in ids]
+            ctc_ids = _with_wildcards([token for token, _ in spelt], unjudged[[word for _, word in spelt]])
         hypotheses[key] = Hypothesis(decoded, known, ctc_ids, proposed.logprob, sum(novel.values()))
     return list(hypotheses.values())
 
@@ -259,7 +264,7 @@ def propose(
     doubtful = [
         row
         for row, (segment, texts, frames) in enumerate(zip(batch.segments, hypotheses, visible))
-        if look_twice and segment.duration_s <= longest_s and in_doubt(texts, frames)
+        if look_twice and segment.duration_s <= longest_s and in_doubt(processor, texts, frames)
     ]
     if doubtful:
         audio = encode_with_silence(model, processor, [batch.clips[row] for row in doubtful], SILENCE_S)
@@ -270,12 +275,13 @@ def propose(
     return hypotheses
 
 
-def in_doubt(texts: list[Hypothesis], visible_frames: int | None) -> bool:
+def in_doubt(processor: VoxLMProcessor, texts: list[Hypothesis], visible_frames: int | None) -> bool:
     """
     Whether the reader's list suggests that it left out or repeated something: the empty text is likely although something was
     said, or the first text has far fewer or far more tokens than there are frames that carry one.
 
     Args:
+        processor ([`VoxLMProcessor`])
         texts (`list[Hypothesis]`): of one segment, the reader's best first.
         visible_frames (`int`, *optional*): number of frames that carry a token, for models with a frame gate.
     """
@@ -285,7 +291,7 @@ def in_doubt(texts: list[Hypothesis], visible_frames: int | None) -> bool:
     if visible_frames == 0:
         return False
     fewest, most = (share * visible_frames for share in DOUBTFUL_TOKENS_PER_FRAME)
-    tokens = len(texts[0].decoded.ids)
+    tokens = spoken_tokens(processor, texts[0].decoded)
     too_few = visible_frames >= DOUBT_FROM_FRAMES and (empty > DOUBTFUL_EMPTY or tokens < fewest)
     return too_few or tokens > most
 
