@@ -203,15 +203,16 @@ def make_dataset(
 
 def trained_state(model, kind: str) -> dict[str, torch.Tensor]:
     """
-    Every weight that training may change: projector, alignment head, LoRA, and the reader, of whose decoder only a stage of
-    kind "reader_tuning" trains the layers.
+    Every weight that a stage of some kind may change: of "reader_tuning" the reader's without the decoder's embeddings, of
+    all others projector, alignment head, LoRA, and the reader's without its decoder.
     """
-    parts = ("projector.", "alignment.", "reader.")
-    frozen = ("reader.decoder.embed_",) if kind == "reader_tuning" else ("reader.decoder.",)
+    tunes = kind == "reader_tuning"
+    parts = ("reader.",) if tunes else ("projector.", "alignment.", "reader.")
+    frozen = ("reader.decoder.embed_",) if tunes else ("reader.decoder.",)
     return {
         name: tensor.contiguous()
         for name, tensor in model.state_dict().items()
-        if name.startswith(parts) and not name.startswith(frozen) or ".lora_" in name
+        if name.startswith(parts) and not name.startswith(frozen) or ".lora_" in name and not tunes
     }
 
 
@@ -462,8 +463,8 @@ def run_stage(model, train, dev, folder: Path, seed: int, kind: str, **options):
     Run one stage and save what it trained in `folder`; if it is there from an earlier run, load it instead.
 
     Args:
-        kind (`str`): a key of `STAGES`; options: of that kind; for "reader" also those of `add_reader`, "base" and
-            "settings", and for "alignment" the "head" to train, a `VoxLMConfig.alignment_kind`. Stages of
+        kind (`str`): a key of `STAGES`; options: of that kind; for "reader" and "reader_tuning" also the "settings" of
+            `add_reader`, and for "alignment" the "head" to train, a `VoxLMConfig.alignment_kind`. Stages of
             `WITHOUT_TRAINER` train nothing and return at once what they found.
 
     Raises:
@@ -475,8 +476,10 @@ def run_stage(model, train, dev, folder: Path, seed: int, kind: str, **options):
     try:
         if kind in WITHOUT_TRAINER:
             return STAGES[kind](model, dev, folder, seed, **options)
-        if kind == "reader":
-            base, settings = options.pop("base"), options.pop("settings", {})
+        if kind in ("reader", "reader_tuning"):
+            base, settings = options["base"], options.pop("settings", {})
+            if kind == "reader":
+                del options["base"]
             if model.reader is None:
                 model.add_reader(base, **settings)
         if kind == "alignment" and "head" in options:
@@ -605,7 +608,7 @@ def check_stage(place: str, stage: dict, streamed: bool):
     own = options_of(STAGES[kind]) - {"model", "train", "dev", "folder", "seed", "options"}
     extra = {
         "reader": {"base", "settings", "steps"},
-        "reader_tuning": {"steps"},
+        "reader_tuning": {"settings", "steps"},
         "warm_start": {"steps"},
         "alignment": {"head", *TRAINER_OPTIONS},
         "transcription": set(TRAINER_OPTIONS),
