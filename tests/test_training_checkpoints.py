@@ -25,6 +25,7 @@ KINDS = {
     "warm_start": {"merges": 5, "steps": 6, "frames_per_batch": 60, "learning_rate": 1e-2},
     "transcription": {"parts": ["projector", "lora"], "seconds_per_batch": 1.0, "max_steps": 6, "state_noise": 0.5},
     "reader": {"base": None, "settings": {"end_frames": 4}, "recordings": 3, "steps": 6, "frames_per_batch": 60},
+    "reader_tuning": {"base": None, "settings": {"end_frames": 4}, "steps": 6, "frames_per_batch": 60, "bf16": False},
 }
 
 
@@ -44,7 +45,7 @@ def train(bases, folder, kind, fields=None, **changes):
     )
     rows = [Row(str(n), tiny.noise(0.5 + n / 10, n), text, 0.5 + n / 10) for n, text in enumerate(("fox", "dog", "he"))]
     options = {**COMMON, **KINDS[kind], **changes}
-    if kind == "reader":
+    if kind in ("reader", "reader_tuning"):
         options["base"] = str(bases / "audio")
     run_stage(model, SpeechDataset(rows, model.processor), None, folder, 3, kind, **options)
     return load_file(folder / "trained.safetensors")

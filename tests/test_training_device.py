@@ -35,13 +35,13 @@ def second(arguments):
 TrainingArguments.device = property(second)
 # safetensors reads the memory of a tensor, which those of this device do not have.
 devices = []
-train.save_file = lambda state, path: devices.append({tensor.device.type for tensor in state.values()}) or path.touch()
+train.save_file = lambda state, path, metadata: devices.append({tensor.device.type for tensor in state.values()}) or path.touch()
 train.save_model = lambda model, folder: None
 with second_device():
     for path in sys.argv[1:]:
         train.run(yaml.safe_load(open(path)))
 # What the stages train was trained there.
-assert devices == [{"second"}] * 8, devices
+assert devices == [{"second"}] * 10, devices
 """
 
 
@@ -66,6 +66,7 @@ def recipe(tmp_path_factory):
             "projector_readout": "token_mixture",
             "frame_gate_threshold": 0.3,
             "projector_kind": "convnext",
+            "projector_encoder_layers": 1,
             "lora_config": {"r": 2},
         },
         "output": None,
@@ -75,6 +76,7 @@ def recipe(tmp_path_factory):
             {"kind": "transcription", "parts": ["projector", "lora"], **trained, **common},
             {"kind": "alignment", "parts": ["alignment"], **trained, **common},
             {"kind": "reader", "base": str(folder / "audio"), "settings": {"end_frames": 4}, "steps": 2, **common},
+            {"kind": "reader_tuning", "base": str(folder / "audio"), "steps": 2, "bf16": False, **common},
         ],
     }
 
@@ -109,7 +111,7 @@ def test_all_stages_run_on_another_device_as_on_the_cpu(recipe):
         timeout=HANGS_AFTER_S,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert [len(values) > 2 for values in on_cpu.values()] == [True, True, True, False] and len(on_cpu) == 4
+    assert [len(values) > 2 for values in on_cpu.values()] == [True, True, True, False, False] and len(on_cpu) == 5
     for name in ("fresh", "cached"):
         for stage, values in losses(folder / name).items():
             assert values == pytest.approx(on_cpu[stage], rel=5e-3), (name, stage)

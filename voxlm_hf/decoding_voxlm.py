@@ -482,7 +482,7 @@ def greedy_decode(
             together, the latter with weight `config.ctc_weight`.
     """
     stops = stop_tokens(model.generation_config.eos_token_id)
-    suppressed = model.generation_config.suppress_tokens or []
+    suppressed = torch.tensor(model.generation_config.suppress_tokens or [], dtype=torch.long, device=model.device)
     rows = [_GreedyRow(*parts) for parts in zip(budgets, drafts, prefixes or [None] * len(budgets))]
     mask, device = prompt["attention_mask"], prompt["input_ids"].device
     pending, cache = prompt["input_ids"], None
@@ -508,7 +508,7 @@ def greedy_decode(
         logprobs = output.logits.float().log_softmax(-1)
         del output  # the logits are as large as all hidden states together
         entropies = torch.stack([token_entropies(row) for row in logprobs])  # row by row, to save memory
-        logprobs[..., suppressed] = -torch.inf
+        logprobs.index_fill_(-1, suppressed, -torch.inf)
         likeliest = logprobs.argmax(-1).tolist()
         for number, row in enumerate(rows):
             if not row.finished:
