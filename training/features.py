@@ -4,6 +4,7 @@ import hashlib
 import os
 import socket
 import zlib
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -268,7 +269,7 @@ def encode(
     lengths = {number: len(waveform) for number, waveform in waveforms.items()}
     for batch in length_batches(lengths, seconds_per_batch * processor.sampling_rate):
         features = processor.extract_features([waveforms[number] for number in batch])
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(model.device.type, torch.bfloat16) if bf16 else nullcontext():
             audio = model.encode_audio(**features)
         for number, frames, mask in zip(batch, audio[states_of], audio.frame_mask):
             states[number] = frames[mask.bool()].float().cpu()

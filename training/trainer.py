@@ -365,4 +365,5 @@ def add_noise(frames: torch.Tensor, mask: torch.Tensor, noise: float) -> torch.T
     """
     deviations = frames[mask.bool()].float().std(0, correction=0).to(frames.dtype)
     strength = noise * torch.rand(len(frames), 1, 1, device=frames.device)
-    return frames + strength * deviations * torch.randn_like(frames)
+    # By shape, since like the frames it would depend on their layout in memory, which a cache changes.
+    return frames + strength * deviations * torch.randn(frames.shape, device=frames.device, dtype=frames.dtype)
