@@ -215,7 +215,9 @@ def test_whether_to_use_the_reader_is_a_bool(model):
 
 
 @pytest.mark.parametrize(
-    "audio", [CLIPS[0], CLIPS[0].tolist(), torch.from_numpy(CLIPS[0]), [CLIPS[0]], {"array": CLIPS[0], "sampling_rate": 16000}], ids=type
+    "audio",
+    [CLIPS[0], CLIPS[0].tolist(), torch.from_numpy(CLIPS[0]), [CLIPS[0]], {"array": CLIPS[0], "sampling_rate": 16000}],
+    ids=type,
 )
 def test_audio_may_be_the_processors_first_argument(model, audio):
     named = model.processor(audio=CLIPS[0], sampling_rate=16000)

@@ -84,6 +84,8 @@ class DecodedText:
         token_words (`np.ndarray` of shape `(tokens,)`, *optional*): index of each token's word, -1 for tokens of no word.
         mean_logprob (`float`, *optional*): mean log-probability of the tokens, by the model that proposed the text.
         reader_logprobs (`list[float]`, *optional*): the reader's log-probability of each word, where it proposed the text.
+        reader_ids (`list[int]`, *optional*), reader_words (`np.ndarray`, *optional*): the reader's tokens and the index of each
+            one's word, -1 for tokens of no word, where it proposed the text.
         fallback (`str`, *optional*): "window" where the reader decoded the audio with silence behind it.
     """
 
@@ -97,6 +99,8 @@ class DecodedText:
     token_words: np.ndarray | None = None
     mean_logprob: float | None = None
     reader_logprobs: list[float] | None = None
+    reader_ids: list[int] | None = None
+    reader_words: np.ndarray | None = None
     fallback: str | None = None
 
 
@@ -112,6 +116,7 @@ class EncodedBatch:
         audio ([`VoxLMAudioOutput`])
         clips (`list[np.ndarray]`, *optional*): input features of each segment without padding, of which more can be encoded;
             `None` where the encoder's states alone were given.
+        gated (`bool`): whether the frame gate says which frames carry a token.
     """
 
     segments: list[SegmentSpan]
@@ -119,11 +124,13 @@ class EncodedBatch:
     attention_mask: torch.Tensor
     audio: VoxLMAudioOutput
     clips: list[np.ndarray] | None = None
+    gated: bool = True
 
     @functools.cached_property
     def visible_frames(self) -> list[int] | None:
-        """Number of frames of each segment that pass the frame gate; `None` for models without one."""
-        return None if self.audio.gate_logits is None else self.audio.visible_mask.sum(-1).tolist()
+        """Number of frames of each segment that pass the frame gate; `None` for models without a trained one."""
+        gated = self.gated and self.audio.gate_logits is not None
+        return self.audio.visible_mask.sum(-1).tolist() if gated else None
 
     def row(self, number: int) -> "EncodedBatch":
         """One segment by itself, without padding."""
@@ -141,6 +148,7 @@ class EncodedBatch:
             self.attention_mask[number][kept].unsqueeze(0),
             VoxLMAudioOutput(**fields),
             None if self.clips is None else [self.clips[number]],
+            self.gated,
         )
 
 
@@ -168,9 +176,10 @@ def encoded_batch(
     model, segments: list[SegmentSpan], input_ids, attention_mask, audio: VoxLMAudioOutput, clips=None
 ) -> EncodedBatch:
     """[`EncodedBatch`] of what is encoded already, checked as in `encode`."""
-    visible = model.visible_positions(input_ids, attention_mask, audio)
-    check_prompt_length(model.config, visible, new_tokens=MIN_TOKENS)
-    return EncodedBatch(segments, input_ids, attention_mask, audio, clips)
+    if not model.leaves_projector_out:
+        visible = model.visible_positions(input_ids, attention_mask, audio)
+        check_prompt_length(model.config, visible, new_tokens=MIN_TOKENS)
+    return EncodedBatch(segments, input_ids, attention_mask, audio, clips, gated=not model.leaves_projector_out)
 
 
 def encode_halves(model, processor: VoxLMProcessor, batch: EncodedBatch) -> EncodedBatch:

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from .audio_voxlm import RATES, check_rate, file_duration_s, is_batch, stream_audio
 from .decoding_voxlm import MIN_TOKENS, check_prompt_length, pack_left, padded_batches, token_budget
-from .fallback_voxlm import transcribe_batch
+from .fallback_voxlm import check_llm_can_write, transcribe_batch
 from .forced_alignment_voxlm import align_segments, align_text, known_text
 from .pipeline_voxlm import VoxLMASRPipeline, check_timestamps
 from .placeholders_voxlm import audio_by_prompt, cache_of, feature_mask, gated_mask, hidden_in_cache, past_length
@@ -188,6 +188,8 @@ class VoxLMGenerationMixin(GenerationMixin):
 
     def _generate_by_llm(self, inputs, audio, only_new: bool, *args, **kwargs):
         """`generate` by the library's loops; the audio is encoded once, before the first step."""
+        if audio is not None:
+            check_llm_can_write(self)
         if only_new and audio is not None:
             kwargs["max_new_tokens"] = self._new_tokens(audio, kwargs)
         hidden = self._place_audio(inputs, audio, kwargs)
@@ -404,6 +406,11 @@ class VoxLMGenerationMixin(GenerationMixin):
                 recording also for a text without words or that is no string, and for audio that cannot be read, is long and
                 without speech, or has fewer frames than the text has words; of a list, such a recording has an `error`.
         """
+        if not self.config.alignment_trained and self.reader is not None:
+            raise ValueError(
+                "`align` needs a trained alignment head, which this model lacks; `transcribe` gives word times by the reader's "
+                "cross-attention"
+            )
         processor, many = self.get_processor(), is_batch(audio)
         items, texts = (list(audio), text) if many else ([audio], [text])
         if not items:
