@@ -68,6 +68,10 @@ DEFAULT_READER = {
     "ctc_weight": 0.0,
     "word_bonus": 1.0,
     "plain_text": False,
+    "previous_id": None,
+    "language": "en",
+    "languages": {},
+    "llm_weights": {},
 }
 
 # Temperatures at which a text that fires a gate is sampled anew, at most. Chosen by hand within Whisper's range of 0 to 1.
@@ -139,6 +143,13 @@ def _is_pattern(valid: Callable) -> Callable:
     return lambda value: isinstance(value, dict) and all(_is_expression(k) and valid(v) for k, v in value.items())
 
 
+def _is_by_language(valid: Callable) -> Callable:
+    """A check for a dict from codes of languages to values that are `valid`."""
+    return lambda value: (
+        isinstance(value, dict) and all(isinstance(k, str) and k and valid(v) for k, v in value.items())
+    )
+
+
 # The fields of `lora_config`: those of `peft.LoraConfig` that change nothing but LoRA's own weights, so that a checkpoint
 # holds the base's weights and LoRA's, and merging is exact. Of each its check and what it must be.
 LORA_FIELDS = {
@@ -205,6 +216,10 @@ READER_FIELDS = {
     "ctc_weight": (is_number, "a finite number"),
     "word_bonus": (is_number, "a finite number"),
     "plain_text": (lambda value: isinstance(value, bool), "true or false"),
+    "previous_id": (lambda value: value is None or _is_count(value, 0, MOST_TOKENS), "a token id or null"),
+    "language": (lambda value: isinstance(value, str) and bool(value), "the code of a language"),
+    "languages": (_is_by_language(lambda value: _is_count(value, 0, MOST_TOKENS)), "token ids by code of language"),
+    "llm_weights": (_is_by_language(is_number), "finite numbers by code of language"),
 }
 
 REFERENCE_FIELDS = {

@@ -19,6 +19,7 @@ from .ctc_voxlm import CTCPrefix, choose, ctc_frames
 from .outputs_voxlm import VoxLMAudioOutput
 from .placeholders_voxlm import marks_tokens
 from .processing_voxlm import VoxLMProcessor, check_context, context_length
+from .request_voxlm import Request
 from .segmentation_voxlm import AudioSegment
 from .words_voxlm import word_indices
 
@@ -26,6 +27,8 @@ from .words_voxlm import word_indices
 # Token budget of a segment. English speech has about 4 tokens a second; generous for fast speech and for scripts that need
 # a token or more per character. Chosen by hand.
 TOKENS_PER_SECOND, MIN_TOKENS = 15, 16
+# The same in languages that the LLM does not know: its vocabulary spells many scripts byte by byte. Chosen by hand.
+FOREIGN_TOKENS_PER_SECOND = 60
 # With a frame gate the number of visible frames bounds the text more tightly: what is this much longer is a loop. Chosen by
 # hand: most tokens have a frame of their own, since CTC merges repeats.
 TOKENS_PER_VISIBLE_FRAME = 1.25
@@ -106,22 +109,28 @@ class EncodedBatch:
 
     Args:
         segments (`list[AudioSegment]`)
-        prompts (`list[str]`): as `VoxLMProcessor.render_prompt` returns them.
+        requests (`list[Request]`): with prompts as `VoxLMProcessor.render_prompt` returns them.
         input_ids, attention_mask (`torch.LongTensor` of shape `(batch, length)`): the prompts with one placeholder per
             projected frame, padded on the left.
         audio ([`VoxLMAudioOutput`])
     """
 
     segments: list[AudioSegment]
-    prompts: list[str]
+    requests: list[Request]
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     audio: VoxLMAudioOutput
 
     @functools.cached_property
-    def visible_frames(self) -> list[int] | None:
-        """Number of frames of each segment that pass the frame gate; `None` for models without one."""
-        return None if self.audio.gate_logits is None else self.audio.visible_mask.sum(-1).tolist()
+    def visible_frames(self) -> list[int | None]:
+        """
+        Number of frames of each segment that pass the frame gate; `None` without one, and in languages that the projector does
+        not know.
+        """
+        if self.audio.gate_logits is None:
+            return [None] * len(self.segments)
+        counts = self.audio.visible_mask.sum(-1).tolist()
+        return [count if request.own_language else None for count, request in zip(counts, self.requests)]
 
     def row(self, number: int) -> "EncodedBatch":
         """One segment by itself, without padding."""
@@ -135,32 +144,33 @@ class EncodedBatch:
         }
         return EncodedBatch(
             [self.segments[number]],
-            [self.prompts[number]],
+            [self.requests[number]],
             self.input_ids[number][kept].unsqueeze(0),
             self.attention_mask[number][kept].unsqueeze(0),
             VoxLMAudioOutput(**fields),
         )
 
 
-def encode(model, processor: VoxLMProcessor, segments: list[AudioSegment], prompts: list[str]) -> EncodedBatch:
+def encode(model, processor: VoxLMProcessor, segments: list[AudioSegment], requests: list[Request]) -> EncodedBatch:
     """
     Extract features, encode and project, once.
 
     Args:
         model ([`VoxLMForSpeechSeq2Seq`])
         processor ([`VoxLMProcessor`])
-        segments (`list[AudioSegment]`), prompts (`list[str]`): see [`EncodedBatch`].
+        segments (`list[AudioSegment]`), requests (`list[Request]`): see [`EncodedBatch`].
 
     Raises:
         ValueError: for prompt and audio that leave no room in the LLM's context for a short text.
     """
     features = processor.extract_features([segment.waveform for segment in segments])
-    inputs = processor.prompt_ids(prompts, processor.count_audio_tokens(features))
+    prompts, counts = [request.prompt for request in requests], processor.count_audio_tokens(features)
+    inputs = processor.prompt_ids(prompts, counts)
     features, inputs = ({name: value.to(model.device) for name, value in part.items()} for part in (features, inputs))
     audio = model.get_audio_features(**features)
     visible = model.visible_positions(**inputs, audio=audio)
     check_prompt_length(model.config, visible, new_tokens=MIN_TOKENS)
-    return EncodedBatch(segments, prompts, **inputs, audio=audio)
+    return EncodedBatch(segments, requests, **inputs, audio=audio)
 
 
 def check_prompt_length(config, attention_mask, input_ids=None, new_tokens: int = 1):
@@ -248,17 +258,22 @@ def token_budgets(batch: EncodedBatch, max_new_tokens: int | None, context: int 
     """
     if max_new_tokens is not None:
         budgets = [max_new_tokens] * len(batch.segments)
-    elif batch.visible_frames is not None:
-        budgets = [int(TOKENS_PER_VISIBLE_FRAME * count) + MIN_TOKENS for count in batch.visible_frames]
     else:
-        budgets = [int(TOKENS_PER_SECOND * segment.duration_s) + MIN_TOKENS for segment in batch.segments]
+        rows = zip(batch.segments, batch.requests, batch.visible_frames)
+        budgets = [int(most_tokens(*row)) + MIN_TOKENS for row in rows]
     if context is None:
         return budgets
-    hidden = (
-        0 if batch.visible_frames is None else batch.audio.audio_embeds_mask.sum(-1) - batch.audio.visible_mask.sum(-1)
-    )
+    audio = batch.audio
+    hidden = 0 if audio.gate_logits is None else audio.audio_embeds_mask.sum(-1) - audio.visible_mask.sum(-1)
     room = context - (batch.attention_mask.sum(-1) - hidden)
     return [min(budget, most) for budget, most in zip(budgets, room.tolist())]
+
+
+def most_tokens(segment: AudioSegment, request: Request, visible_frames: int | None) -> float:
+    """A generous bound of the tokens of a segment's text, from its audio."""
+    if visible_frames is not None:
+        return TOKENS_PER_VISIBLE_FRAME * visible_frames
+    return (TOKENS_PER_SECOND if request.own_language else FOREIGN_TOKENS_PER_SECOND) * segment.duration_s
 
 
 def search_options(generation_config, options: dict) -> dict:

@@ -23,6 +23,7 @@ from .decoding_voxlm import (
     token_budgets,
 )
 from .processing_voxlm import VoxLMProcessor, context_length
+from .request_voxlm import Request
 from .rescoring_voxlm import SILENCE_S, rescore
 from .segmentation_voxlm import AudioSegment
 from .transcription_voxlm import Segment, merge_segments, timed_words
@@ -139,7 +140,7 @@ def transcribe_batch(
     model,
     processor: VoxLMProcessor,
     segments: list[AudioSegment],
-    prompts: list[str],
+    requests: list[Request],
     with_words: bool,
     generate_kwargs: dict,
 ) -> list[Segment]:
@@ -151,14 +152,14 @@ def transcribe_batch(
         model ([`VoxLMForSpeechSeq2Seq`])
         processor ([`VoxLMProcessor`])
         segments (`list[AudioSegment]`)
-        prompts (`list[str]`): of each segment, as `VoxLMProcessor.render_prompt` returns them.
+        requests (`list[Request]`): of each segment.
         with_words (`bool`): whether to compute words with times and confidences; overlapping segments get them anyway, to be
             joined by.
         generate_kwargs (`dict`): for `generate`.
     """
     with_words = with_words or any(segment.overlap or segment.continues for segment in segments)
     generate_kwargs = given_options(generate_kwargs)
-    budget, batch = token_budget(generate_kwargs), encode(model, processor, segments, prompts)
+    budget, batch = token_budget(generate_kwargs), encode(model, processor, segments, requests)
     searching = search_options(model.generation_config, generate_kwargs)
     if searching:
 
@@ -209,11 +210,10 @@ def decode_segments(
     if with_words and has_text:
         durations_s = [segment.duration_s for segment in batch.segments]
         words = timed_words(model, processor, texts, batch.audio, durations_s)
-    visible = batch.visible_frames or [None] * len(texts)
     gates = model.config.quality_gates
     return [
         judged_segment(segment, text, *timed, frames, not text.ended and budget is None, gates)
-        for segment, text, timed, frames in zip(batch.segments, texts, words, visible)
+        for segment, text, timed, frames in zip(batch.segments, texts, words, batch.visible_frames)
     ]
 
 
@@ -261,8 +261,8 @@ def with_fallback(
     - "window": the reader decodes the segment padded with silence to the encoder's window, as it was trained to. (Where its
       list was in doubt, it has already decoded the segment with a second of silence; see `rescoring_voxlm.propose`.)
     - "halves": if something was left out, the text of each half by itself.
-    - "projector": greedy CTC.
-    - samples at the temperatures of the config, the same every time.
+    - "projector": greedy CTC, in the language that the projector was trained on.
+    - samples at the temperatures of the config, the same every time, in that language too.
 
     If all fire a gate, the text that fires the fewest and, of these, the likeliest.
 
@@ -293,15 +293,16 @@ def with_fallback(
         fallbacks["window"] = in_window
     if "left_out" in first.gates and seconds >= SHORTEST_TO_HALVE_S:
         fallbacks["halves"] = default
-    fallbacks["projector"] = greedy_ctc
-    fallbacks.update((value, sample(value)) for value in model.config.fallback_temperatures)
+    if batch.requests[0].own_language:  # in others the LLM and its projector would write nonsense
+        fallbacks["projector"] = greedy_ctc
+        fallbacks.update((value, sample(value)) for value in model.config.fallback_temperatures)
     attempts = [first]
     for name, decode in fallbacks.items():
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(FALLBACK_SEED)
             tried = batch
             if name == "halves":
-                tried = encode(model, processor, batch.segments[0].halves(), batch.prompts * 2)
+                tried = encode(model, processor, batch.segments[0].halves(), batch.requests * 2)
             attempt = merge_segments(decode_segments(model, processor, tried, decode, None, with_words=True))
         if attempt.text:
             attempt.fallback = name

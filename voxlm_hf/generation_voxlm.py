@@ -14,12 +14,14 @@ from transformers.generation import GenerationMixin
 from transformers.utils import logging
 
 from .audio_voxlm import RATES, check_rate, file_duration_s, is_batch, stream_audio
-from .decoding_voxlm import MIN_TOKENS, check_prompt_length, pack_left, padded_batches, token_budget
+from .decoding_voxlm import MIN_TOKENS, check_prompt_length, pack_left, padded_batches, search_options, token_budget
 from .fallback_voxlm import transcribe_batch
 from .forced_alignment_voxlm import align_segments, align_text, known_text
+from .language_voxlm import detect_language
 from .pipeline_voxlm import VoxLMASRPipeline, check_timestamps
 from .placeholders_voxlm import audio_by_prompt, cache_of, gated_mask, hidden_in_cache, past_length
 from .processing_voxlm import VoxLMProcessor, one_for_each
+from .request_voxlm import OWN_LANGUAGE, Request, make_requests
 from .segmentation_voxlm import DETECTORS, AudioSegment, segment_audio
 from .transcription_voxlm import Segment, VoxLMTranscription, error_line, join_segments, trim_overlap
 
@@ -244,6 +246,9 @@ class VoxLMGenerationMixin(GenerationMixin):
         audio,
         prompt=None,
         sampling_rate: int | None = None,
+        context=None,
+        hotwords=None,
+        language: str | list | None = OWN_LANGUAGE,
         return_timestamps: bool | str = "word",
         batch_size: int = 8,
         chunk_length_s: float | None = None,
@@ -294,12 +299,18 @@ class VoxLMGenerationMixin(GenerationMixin):
             generate_kwargs=generate_kwargs,
         )
         by_segment = stream and not many
-        tasks = transcribe_recordings(self, items, one_for_each(prompt, len(items)), options, at_once=by_segment)
+        processor = self.get_processor()
+        requests = make_requests(self, processor, len(items), prompt, context, hotwords, language)
+        tasks = transcribe_recordings(self, items, requests, options, at_once=by_segment)
         if not many:
             tasks = raise_errors(tasks)
         if by_segment:
-            return (join_segments([task.result], task.audio.duration_s) for task in tasks if task.result is not None)
-        results = join_recordings(tasks)
+            return (
+                join_segments([task.result], task.audio.duration_s, spoken=requests[0].spoken)
+                for task in tasks
+                if task.result is not None
+            )
+        results = join_recordings(tasks, requests)
         if stream:
             return results
         return list(results) if many else next(results)
@@ -357,7 +368,8 @@ class VoxLMGenerationMixin(GenerationMixin):
         if len(waveform) <= int(self.config.audio_window_s * processor.sampling_rate):
             result = align_text(self, processor, waveform, known, prompt)
         else:
-            tasks = raise_errors(transcribe_recordings(self, [waveform], [prompt], options, at_once=True))
+            requests = make_requests(self, processor, 1, prompt)
+            tasks = raise_errors(transcribe_recordings(self, [waveform], requests, options, at_once=True))
             segments = [task.result for task in tasks if task.result is not None]
             result = align_segments(self, processor, waveform, known, prompt, segments)
         result.text = text
@@ -402,7 +414,7 @@ def longest_segment(config, chunk_length_s: float | None) -> float:
 
 
 def transcribe_recordings(
-    model, items: list, prompts: list[str | None], options: TranscriptionOptions, at_once: bool
+    model, items: list, requests: list[Request], options: TranscriptionOptions, at_once: bool
 ) -> Iterator[SegmentTask]:
     """
     The transcribed segments of all recordings, in order, each recording followed by its end.
@@ -410,7 +422,7 @@ def transcribe_recordings(
     Args:
         model ([`VoxLMForSpeechSeq2Seq`])
         items (`list`): recordings, of any kind `audio_voxlm.read_audio` takes.
-        prompts (`list[str]`): of each recording, `None` for the trained prompt.
+        requests (`list[Request]`): of each recording.
         options ([`TranscriptionOptions`])
         at_once (`bool`): prefer an early first result to full batches.
 
@@ -419,13 +431,20 @@ def transcribe_recordings(
     """
     processor = model.get_processor()
     token_budget(options.generate_kwargs)
-    prompts = [processor.render_prompt(prompt) for prompt in prompts]
-    for prompt in set(prompts):
+    searching = search_options(model.generation_config, options.generate_kwargs)
+    reading = model.reader is not None and any(
+        request.hotwords is not None or request.language is None or not request.own_language for request in requests
+    )
+    if searching and reading:
+        raise ValueError(
+            f"`hotwords` and `language` are for the reader, which cannot search with {', '.join(sorted(searching))}"
+        )
+    for prompt in {request.prompt for request in requests}:
         check_prompt_length(model.config, **processor.prompt_ids([prompt], [1]), new_tokens=MIN_TOKENS)
     DETECTORS[options.vad](processor.sampling_rate)
     seconds = known_seconds(items, options.sampling_rate or processor.sampling_rate)
-    tasks = segment_recordings(processor, items, options)
-    return finish_segments(transcribe_tasks(model, processor, tasks, prompts, options, seconds, at_once), options)
+    tasks = with_languages(model, processor, segment_recordings(processor, items, options), requests)
+    return finish_segments(transcribe_tasks(model, processor, tasks, requests, options, seconds, at_once), options)
 
 
 def segment_recordings(processor: VoxLMProcessor, items: list, options: TranscriptionOptions) -> Iterator[SegmentTask]:
@@ -454,12 +473,36 @@ def segment_recordings(processor: VoxLMProcessor, items: list, options: Transcri
             yield SegmentTask(number, duration_s=samples / rate, error=error)
 
 
+def with_languages(
+    model, processor: VoxLMProcessor, tasks: Iterable[SegmentTask], requests: list[Request]
+) -> Iterator[SegmentTask]:
+    """
+    The tasks in the same order. Those of a recording whose language has to be detected wait until there is a window of speech,
+    or its end, so that the language does not depend on where the recording is split.
+
+    Args:
+        tasks: of `segment_recordings`.
+        requests (`list[Request]`): of each recording; the languages are set in place.
+    """
+    waiting: list[SegmentTask] = []
+    for task in tasks:
+        waiting.append(task)
+        request, heard = requests[task.recording], [item.audio for item in waiting if item.audio is not None]
+        if model.reader is not None and request.language is None and heard:
+            if task.audio is not None and sum(audio.duration_s for audio in heard) < processor.audio_window_s:
+                continue
+            spoken = detect_language(model, processor, np.concatenate([audio.waveform for audio in heard]))
+            request.set_language(spoken[0], model.config.reader_config, spoken[1])
+        yield from waiting
+        waiting = []
+
+
 @torch.no_grad()
 def transcribe_tasks(
     model,
     processor: VoxLMProcessor,
     tasks: Iterable[SegmentTask],
-    prompts: list[str],
+    requests: list[Request],
     options: TranscriptionOptions,
     seconds: float | None,
     at_once: bool,
@@ -470,7 +513,7 @@ def transcribe_tasks(
     Args:
         model ([`VoxLMForSpeechSeq2Seq`])
         tasks: of `segment_recordings`.
-        prompts (`list[str]`): of each recording, rendered.
+        requests (`list[Request]`): of each recording.
         seconds (`float`, *optional*): length of all recordings, for the progress bar.
         at_once (`bool`): prefer an early first result to full batches.
     """
@@ -486,9 +529,9 @@ def transcribe_tasks(
         for group in task_groups(tasks, options.batch_size, at_once):
             open_tasks = sorted((task for task in group if task.audio is not None), key=task_seconds)
             for batch in padded_batches(open_tasks, task_seconds, limit_s, options.batch_size):
-                segments, requests = [task.audio for task in batch], [prompts[task.recording] for task in batch]
+                segments, asked = [task.audio for task in batch], [requests[task.recording] for task in batch]
                 words, kwargs = options.with_words, options.generate_kwargs
-                results = transcribe_batch(model, processor, segments, requests, words, kwargs)
+                results = transcribe_batch(model, processor, segments, asked, words, kwargs)
                 for task, result in zip(batch, results):
                     task.result = result
                     bar.update(round(task.audio.duration_s))
@@ -538,8 +581,8 @@ def raise_errors(tasks: Iterable[SegmentTask]) -> Iterator[SegmentTask]:
         yield task
 
 
-def join_recordings(tasks: Iterable[SegmentTask]) -> Iterator[VoxLMTranscription]:
-    """One result for each recording."""
+def join_recordings(tasks: Iterable[SegmentTask], requests: list[Request]) -> Iterator[VoxLMTranscription]:
+    """One result for each recording, of which `requests` are."""
     segments: list[Segment] = []
     for task in tasks:
         if task.result is not None:
@@ -548,7 +591,7 @@ def join_recordings(tasks: Iterable[SegmentTask]) -> Iterator[VoxLMTranscription
         error = None
         if task.error is not None:
             error, segments = log_failure(task.recording, task.error, "transcribed"), []
-        yield join_segments(segments, task.duration_s, error)
+        yield join_segments(segments, task.duration_s, error, requests[task.recording].spoken)
         segments = []
 
 

@@ -13,6 +13,9 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+from .biasing_voxlm import BiasState, Hotwords, ReaderVocabulary
+from .language_voxlm import language_code
+
 
 # Audio models whose decoder can be driven step by step as below.
 READER_MODELS = ("whisper",)
@@ -39,6 +42,7 @@ class ReaderHypothesis:
         ended (`bool`): whether it ended by itself.
         novel_tokens (`int`): number of tokens outside runs that the text has had before.
         repeating (`bool`): whether the last token is inside such a run.
+        bias ([`BiasState`]), bonus (`float`): the hotwords in it and what they have earned, see `biasing_voxlm`.
     """
 
     ids: list[int]
@@ -47,6 +51,8 @@ class ReaderHypothesis:
     ended: bool = True
     novel_tokens: int = 0
     repeating: bool = False
+    bias: BiasState = BiasState()
+    bonus: float = 0.0
 
     @property
     def logprob(self) -> float:
@@ -56,7 +62,7 @@ class ReaderHypothesis:
     @property
     def score(self) -> float:
         """What hypotheses of unlike length are compared by."""
-        return self.logprob + LENGTH_REWARD * self.novel_tokens
+        return self.logprob + LENGTH_REWARD * self.novel_tokens + self.bonus
 
     def followed_by(self, token: int, logprob: float) -> "ReaderHypothesis":
         """The hypothesis with one more token."""
@@ -98,6 +104,7 @@ class VoxLMReader(nn.Module):
         # The LLM's tokens for the decoder's token i are spelling[offsets[i] : offsets[i + 1]].
         self.register_buffer("spelling", torch.zeros(settings["spelling_size"], dtype=torch.int32))
         self.register_buffer("spelling_offsets", torch.zeros(audio_config.vocab_size + 1, dtype=torch.int32))
+        self._vocabulary: ReaderVocabulary | None = None
 
     def init_own_tensors(self):
         """Initialise what is in no layer."""
@@ -110,8 +117,22 @@ class VoxLMReader(nn.Module):
         bounds = zip(self.spelling_offsets[tokens].tolist(), self.spelling_offsets[tokens + 1].tolist())
         return [self.spelling[first:end].tolist() for first, end in bounds]
 
+    def vocabulary(self, tokenizer) -> ReaderVocabulary:
+        """What the reader's tokens spell, made when it is first needed. `tokenizer` is the LLM's."""
+        if self._vocabulary is None:
+            self._vocabulary = ReaderVocabulary(self.spelling, self.spelling_offsets, tokenizer)
+        return self._vocabulary
+
     @torch.no_grad()
-    def forward(self, states, mask, budgets: list[int], padded: bool = False) -> list[list[ReaderHypothesis]]:
+    def forward(
+        self,
+        states,
+        mask,
+        budgets: list[int],
+        padded: bool = False,
+        prompts: list[list[int]] | None = None,
+        hotwords: list[Hotwords | None] | None = None,
+    ) -> list[list[ReaderHypothesis]]:
         """
         The n-best list of each recording of a batch, best first.
 
@@ -120,14 +141,36 @@ class VoxLMReader(nn.Module):
             mask (`torch.LongTensor` of shape `(batch, frames)`): 1 for real frames, which come first.
             budgets (`list[int]`): token budget of each recording.
             padded (`bool`): whether the audio was padded to the encoder's window with silence, as the decoder learnt it.
+            prompts (`list[list[int]]`, *optional*): what the decoder starts from, by default the config's prompt. Recordings
+                whose prompts are of the same length are searched together.
+            hotwords (`list[Hotwords]`, *optional*): of each recording, `None` for none.
         """
+        prompts = prompts or [self.prompt_ids] * len(budgets)
+        hotwords = hotwords or [None] * len(budgets)
         cross, mask = self._cross_attention_inputs(states, mask, self.end[:0] if padded else self.end)
-        room = self.decoder.embed_positions.weight.shape[0] - len(self.prompt_ids)
-        searches = [BeamSearch(self.num_beams, min(budget, room)) for budget in budgets]
-        rows = [number for number, search in enumerate(searches) if search.open]
+        room = self.decoder.embed_positions.weight.shape[0]
+        searches = [
+            make_search(self.num_beams, min(budget, room - len(prompt)), words)
+            for budget, prompt, words in zip(budgets, prompts, hotwords)
+        ]
+        for length in sorted(set(map(len, prompts))):
+            rows = [number for number, prompt in enumerate(prompts) if len(prompt) == length]
+            self._search(searches, rows, prompts, cross, mask)
+        return [search.n_best() for search in searches]
+
+    def _search(self, searches: list, rows: list[int], prompts: list[list[int]], cross, mask):
+        """
+        Run the searches of some recordings of a batch to their ends.
+
+        Args:
+            searches (`list[BeamSearch]`), prompts (`list[list[int]]`): of all recordings.
+            rows (`list[int]`): those that are meant; their prompts have the same length.
+            cross, mask: of `_cross_attention_inputs`, for all recordings.
+        """
+        rows = [number for number in rows if searches[number].open]
         cross, mask = _select_rows(cross, mask, rows)
         cache: list = [None] * len(self.decoder.layers)
-        tokens = torch.tensor([[self.prompt_ids]] * len(rows), device=states.device)
+        tokens = torch.tensor([[prompts[row]] for row in rows], device=mask.device)
         forbidden, position = self._forbidden_tokens(), 0
         while rows:
             hidden_states = self._hidden_states(tokens, position, cross, mask, cache)[:, :, -1]
@@ -144,15 +187,29 @@ class VoxLMReader(nn.Module):
                 for number in still_open
                 for place in chosen[number] + [chosen[number][0]] * (width - len(chosen[number]))
             ]
-            parents = torch.tensor(parents, device=states.device)
+            parents = torch.tensor(parents, device=mask.device)
             cache = [[part[parents] for part in pair] for pair in cache]
             if len(still_open) < len(rows):
                 rows = [rows[number] for number in still_open]
                 cross, mask = _select_rows(cross, mask, still_open)
             last = [[text.ids[-1] for text in searches[row].open] for row in rows]
             last = [ids + [ids[0]] * (width - len(ids)) for ids in last]
-            tokens = torch.tensor(last, device=states.device).unsqueeze(-1)
-        return [search.n_best() for search in searches]
+            tokens = torch.tensor(last, device=mask.device).unsqueeze(-1)
+
+    @torch.no_grad()
+    def language_probabilities(self, states, mask, languages: dict[str, int], padded: bool = False) -> torch.Tensor:
+        """
+        Probabilities `(batch, languages)` of the languages that may be spoken, by one step of the decoder.
+
+        Args:
+            states, mask, padded: as in `forward`.
+            languages (`dict[str, int]`): the decoder's token for each.
+        """
+        cross, mask = self._cross_attention_inputs(states, mask, self.end[:0] if padded else self.end)
+        start = torch.tensor([[self.prompt_ids[:1]]] * len(states), device=states.device)
+        hidden_states = self._hidden_states(start, 0, cross, mask, [None] * len(cross))[:, 0, -1]
+        nothing = torch.zeros_like(self._forbidden_tokens())
+        return self._logits(hidden_states, nothing)[:, list(languages.values())].softmax(-1)
 
     def teacher_force(self, states, mask, ids) -> torch.Tensor:
         """
@@ -248,10 +305,11 @@ class BeamSearch:
     Args:
         width (`int`): most hypotheses at a time.
         budget (`int`): most tokens.
+        hotwords ([`Hotwords`], *optional*): what earns a hypothesis a bonus.
     """
 
-    def __init__(self, width: int, budget: int):
-        self.width, self.budget = width, budget
+    def __init__(self, width: int, budget: int, hotwords: Hotwords | None = None):
+        self.width, self.budget, self.hotwords = width, budget, hotwords
         self.open = [ReaderHypothesis([], [])] if budget > 0 else []
         self.finished: list[ReaderHypothesis] = []
         self.empty: ReaderHypothesis | None = None
@@ -268,7 +326,11 @@ class BeamSearch:
             for each new open hypothesis, the index of the one that it extends.
         """
         logprobs = logprobs[: len(self.open)]
-        totals = logprobs + logprobs.new_tensor([text.logprob for text in self.open]).unsqueeze(1)
+        totals = logprobs + logprobs.new_tensor([text.logprob + text.bonus for text in self.open]).unsqueeze(1)
+        changes = None
+        if self.hotwords is not None:
+            changes = torch.stack([self.hotwords.changes(text.bias) for text in self.open]).to(totals)
+            totals = totals + changes
         best = totals.flatten().topk(min(2 * self.width, totals.numel())).indices.tolist()
         if self.empty is None:
             self.empty = ReaderHypothesis([], [], float(logprobs[0, eos_token_id]))
@@ -280,14 +342,17 @@ class BeamSearch:
         for index in best:
             parent, token = divmod(index, logprobs.shape[1])
             before, logprob = self.open[parent], float(logprobs[parent, token])
-            if before.logprob + logprob < likeliest - BEAM_MARGIN:
+            bonus = 0.0 if changes is None else before.bonus + float(changes[parent, token])
+            if before.logprob + logprob + bonus < likeliest - BEAM_MARGIN:
                 break
             if token == eos_token_id:
-                text = before.finished(logprob)
+                text = replace(before.finished(logprob), bonus=bonus)
                 if before.ids and text.score >= floor:
                     self.finished.append(text)
             elif len(grown) < self.width:
                 text = before.followed_by(token, logprob)
+                if self.hotwords is not None:
+                    text = replace(text, bias=self.hotwords.advance(before.bias, token), bonus=bonus)
                 if text.score >= floor:
                     grown.append(text)
                     parents.append(parent)
@@ -305,6 +370,55 @@ class BeamSearch:
         ranked = sorted(self.finished, key=lambda text: -text.score)[:MAX_HYPOTHESES]
         likely = [text for text in ranked if text.score >= ranked[0].score - BEAM_MARGIN]
         return [*likely, self.empty or ReaderHypothesis([], [], ended=False)]
+
+
+class PairedSearch:
+    """
+    Two searches side by side, one without and one with hotwords: what the first finds, no wrong hotword can push out.
+
+    Args:
+        width (`int`), budget (`int`), hotwords ([`Hotwords`]): see [`BeamSearch`].
+    """
+
+    def __init__(self, width: int, budget: int, hotwords: Hotwords):
+        self.hotwords = hotwords
+        self.plain, self.biased = BeamSearch(width, budget), BeamSearch(width, budget, hotwords)
+
+    @property
+    def open(self) -> list[ReaderHypothesis]:
+        """The hypotheses of both."""
+        return self.plain.open + self.biased.open
+
+    def advance(self, logprobs, eos_token_id: int) -> list[int]:
+        """See [`BeamSearch`]; the rows are those of the first search, followed by those of the second."""
+        border = len(self.plain.open)
+        if self.open and not self.open[0].ids:  # both begin with the same row
+            border = 0
+            parents = self.plain.advance(logprobs, eos_token_id)
+        else:
+            parents = self.plain.advance(logprobs[:border], eos_token_id) if border else []
+        if self.biased.open:
+            parents = parents + [border + place for place in self.biased.advance(logprobs[border:], eos_token_id)]
+        return parents
+
+    def n_best(self) -> list[ReaderHypothesis]:
+        """The hypotheses of the first search and those of the second with a hotword, each with its bonus; last the empty text."""
+        *plain, empty = self.plain.n_best()
+        known = {tuple(text.ids) for text in plain}
+        biased = [text for text in self.biased.n_best()[:-1] if tuple(text.ids) not in known]
+        texts = [with_hotwords(text, self.hotwords) for text in plain + biased]
+        return [*texts[: len(plain)], *(text for text in texts[len(plain) :] if text.bias.found), empty]
+
+
+def with_hotwords(text: ReaderHypothesis, hotwords: Hotwords) -> ReaderHypothesis:
+    """A finished hypothesis with the hotwords in it and their bonus."""
+    state = BiasState(found=hotwords.found_in(text.ids))
+    return replace(text, bias=state, bonus=hotwords.bonus(state))
+
+
+def make_search(width: int, budget: int, hotwords: Hotwords | None) -> BeamSearch | PairedSearch:
+    """The search for one recording."""
+    return BeamSearch(width, budget) if hotwords is None else PairedSearch(width, budget, hotwords)
 
 
 def token_table(audio_tokenizer, tokenizer, suppressed: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -342,21 +456,23 @@ def token_table(audio_tokenizer, tokenizer, suppressed: list[int]) -> tuple[torc
     return torch.tensor(flat, dtype=torch.int32), lengths.cumsum(0).to(torch.int32)
 
 
-def decoder_prompt(generation_config, language: str) -> list[int]:
+def decoder_prompt(generation_config, language: str) -> dict:
     """
-    The tokens that Whisper's decoder starts from: start, language, task, no timestamps.
+    Fields of `config.reader_config`: "prompt_ids", the tokens that Whisper's decoder starts from (start, language, task, no
+    timestamps), and the "language" and "languages" among them.
 
     Args:
         generation_config ([`GenerationConfig`]): of the audio model.
-        language (`str`): its code, such as "en".
+        language (`str`): see `language_voxlm.language_code`.
 
     Raises:
         ValueError: for a language that the model does not know.
     """
-    start = [generation_config.decoder_start_token_id]
+    start, languages = [generation_config.decoder_start_token_id], {}
     if getattr(generation_config, "is_multilingual", False):
-        languages = generation_config.lang_to_id
-        if f"<|{language}|>" not in languages:
-            raise ValueError(f"The audio model does not know the language {language!r}; it knows {' '.join(languages)}")
-        start += [languages[f"<|{language}|>"], generation_config.task_to_id["transcribe"]]
-    return [*start, generation_config.no_timestamps_token_id]
+        languages = {name.strip("<|>"): token for name, token in generation_config.lang_to_id.items()}
+    language = language_code(language, {"languages": languages, "language": "en"})
+    if languages:
+        start += [languages[language], generation_config.task_to_id["transcribe"]]
+    prompt = [*start, generation_config.no_timestamps_token_id]
+    return {"prompt_ids": prompt, "language": language, "languages": languages}

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from .biasing_voxlm import Hotwords
 from .ctc_voxlm import ANYTHING, CTCFrames, ctc_frames, text_logprobs
 from .decoding_voxlm import (
     DecodedText,
@@ -34,6 +35,8 @@ TOKENS_AT_ONCE = 160
 # CTC counts no more than this against a text, in nats for each token of the longest hypothesis: a projector knows fewer
 # words than a reader, but words that a short text leaves out count in full. Chosen by hand, not tuned.
 MIN_CTC_PER_TOKEN = -10.0
+# The weights of the models that judge what the reader proposes. Where none has any, the reader alone decides.
+JUDGES = ("llm_weight", "ctc_weight")
 # A word spelt letter by letter. LLM and frames cannot judge it, and its letters are no words that would earn a bonus, so it
 # would always lose against a shorter spelling ("DEREK"); the reader's own reward for length makes up for that.
 SPELT_OUT = re.compile(r"\W*\w(-\w)+\W*")
@@ -63,6 +66,8 @@ class Hypothesis:
         reader_logprob (`float`): the reader's log-probability of the whole text.
         unjudged_tokens (`int`): number of the reader's tokens in such words, without the first of each word.
         end_logprob (`float`): the LLM's log-probability of the text ending there.
+        reader_score (`float`): what the reader alone compares texts by.
+        hotword_bonus (`float`): of the hotwords in it, see `biasing_voxlm`.
     """
 
     decoded: DecodedText
@@ -71,6 +76,8 @@ class Hypothesis:
     reader_logprob: float
     unjudged_tokens: int = 0
     end_logprob: float = 0.0
+    reader_score: float = 0.0
+    hotword_bonus: float = 0.0
 
     @property
     def llm_logprob(self) -> float:
@@ -78,7 +85,9 @@ class Hypothesis:
         return float(self.decoded.logprobs[self.known].sum()) + self.end_logprob
 
 
-def hypotheses_of(model, processor: VoxLMProcessor, n_best: list, budget: float = math.inf) -> list[Hypothesis]:
+def hypotheses_of(
+    model, processor: VoxLMProcessor, n_best: list, budget: float = math.inf, hotwords: Hotwords | None = None
+) -> list[Hypothesis]:
     """
     The n-best list of one recording in the LLM's tokens; of texts that differ in capitals and punctuation only, the likeliest,
     with the probability of all of them.
@@ -88,10 +97,12 @@ def hypotheses_of(model, processor: VoxLMProcessor, n_best: list, budget: float 
         processor ([`VoxLMProcessor`])
         n_best (`list[ReaderHypothesis]`): likeliest first.
         budget (`float`): most tokens of the LLM.
+        hotwords ([`Hotwords`], *optional*): of the recording.
     """
     hypotheses: dict[tuple[int, ...], Hypothesis] = {}
     for proposed in n_best:
-        proposed, groups = _within_budget(proposed, model.reader.to_llm_tokens(proposed.ids), budget)
+        groups = model.reader.to_llm_tokens(proposed.ids)
+        proposed, groups = _within_budget(proposed, groups, budget)
         flat = [token for group in groups for token in group]
         text, words = processor.decode_text(flat).strip(), processor.split_words(flat)
         surface = [word.text for word in words]
@@ -101,7 +112,9 @@ def hypotheses_of(model, processor: VoxLMProcessor, n_best: list, budget: float 
             same = hypotheses[key]
             same.reader_logprob = float(np.logaddexp(same.reader_logprob, proposed.logprob))
             continue
-        unjudged = np.array([is_unjudged(word) for word in surface], dtype=bool)
+        hot = hotwords.plain_words(proposed.bias) if hotwords is not None else set()
+        unjudged = [is_unjudged(word) or plain in hot for word, plain in zip(surface, plain_words(surface))]
+        unjudged = np.array(unjudged, dtype=bool)
         if model.config.reader_config["plain_text"]:
             ids, token_words = plain_ids, plain_token_words
             known = torch.tensor([not unjudged[word] for word in token_words], dtype=torch.bool)
@@ -121,7 +134,15 @@ def hypotheses_of(model, processor: VoxLMProcessor, n_best: list, budget: float 
         # A word that comes again earns nothing, so that loops do not.
         novel = {word: len(parts) - 1 for word, parts in zip(surface, owners) if is_unjudged(word)}
         ctc_ids = _with_wildcards(plain_ids, unjudged[plain_token_words])
-        hypotheses[key] = Hypothesis(decoded, known, ctc_ids, proposed.logprob, sum(novel.values()))
+        hypotheses[key] = Hypothesis(
+            decoded,
+            known,
+            ctc_ids,
+            proposed.logprob,
+            sum(novel.values()),
+            reader_score=proposed.score,
+            hotword_bonus=proposed.bonus,
+        )
     return list(hypotheses.values())
 
 
@@ -198,8 +219,16 @@ def rescore(
     # A projector without token scores affects the text only through the LLM's prompt.
     frames = ctc_frames(model, batch.audio) if settings["ctc_weight"] else [None] * len(hypotheses)
     embeddings = model.get_input_embeddings().weight
+    weights = [request.judging(settings) for request in batch.requests]
+    hypotheses = [
+        texts if any(own[name] for name in JUDGES) else [max(texts, key=lambda text: text.reader_score)]
+        for texts, own in zip(hypotheses, weights)
+    ]
     score_hypotheses(model, prompt, hypotheses)
-    totals = [total_scores(texts, row, embeddings, settings) for texts, row in zip(hypotheses, frames)]
+    totals = [
+        total_scores(texts, row if own["ctc_weight"] else None, embeddings, own)
+        for texts, row, own in zip(hypotheses, frames, weights)
+    ]
     return [texts[int(np.argmax(scores))].decoded for texts, scores in zip(hypotheses, totals)]
 
 
@@ -214,23 +243,28 @@ def propose(
         model, processor, budgets, batch, look_twice, in_window: see `rescore`.
     """
 
-    def decode(audio, budgets, padded=False):
-        n_best = model.reader(audio.last_hidden_state, audio.frame_mask, budgets, padded)
-        return [hypotheses_of(model, processor, *row) for row in zip(n_best, budgets)]
+    settings = model.config.reader_config
+
+    def decode(audio, budgets, requests, padded=False):
+        prompts = [request.reader_prompt(settings) for request in requests]
+        hotwords = [request.hotwords for request in requests]
+        n_best = model.reader(audio.last_hidden_state, audio.frame_mask, budgets, padded, prompts, hotwords)
+        return [hypotheses_of(model, processor, *row) for row in zip(n_best, budgets, hotwords)]
 
     if in_window:
-        return decode(encode_with_silence(model, processor, batch.segments, None), budgets, padded=True)
-    hypotheses = decode(batch.audio, budgets)
-    visible = batch.visible_frames or [None] * len(budgets)
+        audio = encode_with_silence(model, processor, batch.segments, None)
+        return decode(audio, budgets, batch.requests, padded=True)
+    hypotheses = decode(batch.audio, budgets, batch.requests)
     longest_s = min(SHORT_S, processor.audio_window_s - SILENCE_S)
     doubtful = [
         row
-        for row, (segment, texts, frames) in enumerate(zip(batch.segments, hypotheses, visible))
+        for row, (segment, texts, frames) in enumerate(zip(batch.segments, hypotheses, batch.visible_frames))
         if look_twice and segment.duration_s <= longest_s and in_doubt(texts, frames)
     ]
     if doubtful:
         audio = encode_with_silence(model, processor, [batch.segments[row] for row in doubtful], SILENCE_S)
-        for row, texts in zip(doubtful, decode(audio, [budgets[row] for row in doubtful])):
+        again = decode(audio, [budgets[row] for row in doubtful], [batch.requests[row] for row in doubtful])
+        for row, texts in zip(doubtful, again):
             for text in texts:
                 text.decoded.fallback = "window"
             hypotheses[row] = texts
@@ -281,6 +315,7 @@ def total_scores(
         + settings["ctc_weight"] * ctc_score
         + settings["word_bonus"] * len(text.decoded.words)
         + LENGTH_REWARD * text.unjudged_tokens
+        + text.hotword_bonus
         for text, ctc_score in zip(texts, ctc)
     ]
     # The frames decide whether anything was said: a model that knows none of the words prefers the empty text.

@@ -1,0 +1,198 @@
+"""Requests: what the caller of `transcribe` says about each recording: prompt, context, hotwords, language."""
+
+from dataclasses import dataclass
+
+from transformers.utils import logging
+
+from .biasing_voxlm import Hotwords
+from .language_voxlm import language_code, language_prompt
+from .processing_voxlm import VoxLMProcessor, check_text, one_for_each
+
+
+logger = logging.get_logger(__name__)
+
+# What `transcribe` takes for the language of the checkpoint, since `None` stands for detection.
+OWN_LANGUAGE = "default"
+# Characters at the end of a context that are used: more than the half of Whisper's window can hold, and a few hundred tokens of
+# an LLM.
+CONTEXT_CHARACTERS = 1000
+# More hotwords than this for one recording are refused, and longer ones (characters): they are texts, and belong into `context`.
+MOST_HOTWORDS, LONGEST_HOTWORD = 2000, 100
+
+
+@dataclass
+class Request:
+    """
+    What is asked for one recording.
+
+    Args:
+        prompt (`str`): of `VoxLMProcessor.render_prompt`, with the context.
+        context (`str`): text before, names, subject; empty for none.
+        language (`str`, *optional*): code of the language; `None` while it has to be detected, and without a reader.
+        language_probability (`float`, *optional*): of the language, where it was detected.
+        own_language (`bool`): whether it is the language that LLM and projector were trained on.
+        previous_ids (`list[int]`): what the reader's prompt begins with: the token for previous text, and that text.
+        hotwords ([`Hotwords`], *optional*)
+    """
+
+    prompt: str
+    context: str = ""
+    language: str | None = None
+    language_probability: float | None = None
+    own_language: bool = True
+    previous_ids: list[int] | None = None
+    hotwords: Hotwords | None = None
+
+    def reader_prompt(self, settings: dict) -> list[int]:
+        """What the decoder of a reader with the `settings` of `config.reader_config` starts from."""
+        return [*(self.previous_ids or []), *language_prompt(settings, self.language)]
+
+    def set_language(self, code: str, settings: dict, probability: float | None = None):
+        """Set the language, in place; `settings` as above."""
+        self.language, self.language_probability = code, probability
+        self.own_language = code == settings["language"]
+
+    def judging(self, settings: dict) -> dict:
+        """The settings with the weights that LLM and projector have in this language; `settings` as above."""
+        if self.own_language:
+            return settings
+        return {**settings, "llm_weight": settings["llm_weights"].get(self.language, 0.0), "ctc_weight": 0.0}
+
+    @property
+    def spoken(self) -> dict:
+        """The language and its probability as results have them."""
+        probability = self.language_probability
+        rounded = None if probability is None else round(probability, 4)
+        return {"language": self.language, "language_probability": rounded}
+
+
+def make_requests(
+    model, processor: VoxLMProcessor, count: int, prompt=None, context=None, hotwords=None, language=OWN_LANGUAGE
+) -> list[Request]:
+    """
+    The requests for `count` recordings; one request object for each.
+
+    Args:
+        model ([`VoxLMForSpeechSeq2Seq`])
+        prompt, context, hotwords, language: see `transcribe`.
+
+    Raises:
+        ValueError: for what cannot be used.
+    """
+    prompts, contexts = one_for_each(prompt, count), one_for_each(context, count, "context")
+    languages = [language] * count if not isinstance(language, (list, tuple)) else list(language)
+    if len(languages) != count:
+        raise ValueError(f"Got {len(languages)} languages for {count} recordings")
+    lists = hotwords_for_each(hotwords, count)
+    if model.reader is None:
+        if any(lists) or any(item != OWN_LANGUAGE for item in languages):
+            raise ValueError(
+                "`hotwords` and `language` are for the reader, which this model does not have: the LLM alone writes the language "
+                "that it was trained on"
+            )
+        return [request_for(model, processor, *row) for row in zip(prompts, contexts)]
+    made: dict[tuple, Hotwords] = {}  # one tree for recordings with the same list
+    requests = []
+    for own_prompt, own_context, words, spoken in zip(prompts, contexts, lists, languages):
+        key = tuple(words)
+        if words and key not in made:
+            made[key] = Hotwords(words, model.reader.vocabulary(processor.tokenizer))
+        requests.append(request_for(model, processor, own_prompt, own_context, made.get(key), spoken))
+    return requests
+
+
+def request_for(
+    model, processor: VoxLMProcessor, prompt=None, context=None, hotwords: Hotwords | None = None, language=OWN_LANGUAGE
+) -> Request:
+    """The request for one recording, see `make_requests`."""
+    context = "" if context is None else checked_text(context, "The context")[-CONTEXT_CHARACTERS:]
+    rendered = processor.render_prompt(prompt, context)
+    request = Request(rendered, context, hotwords=hotwords)
+    if model.reader is None:
+        return request
+    settings = model.config.reader_config
+    if language == OWN_LANGUAGE or language is None and not settings["languages"]:
+        language = settings["language"]
+    if language is not None:
+        request.set_language(language_code(language, settings), settings)
+    if context or hotwords is not None:
+        request.previous_ids = previous_ids(model.reader, processor.tokenizer, context, hotwords, settings)
+    return request
+
+
+def previous_ids(reader, tokenizer, context: str, hotwords: Hotwords | None, settings: dict) -> list[int]:
+    """
+    The beginning of the reader's prompt: as many hotwords as fit into half of the room, and behind them the end of the context.
+
+    Args:
+        reader ([`VoxLMReader`])
+        tokenizer ([`PreTrainedTokenizerFast`]): of the LLM.
+        settings (`dict`): `config.reader_config`.
+    """
+    if settings["previous_id"] is None:
+        raise ValueError(
+            "`reader_config['previous_id']` is missing, the token that begins a text before; add the reader anew"
+        )
+    vocabulary = reader.vocabulary(tokenizer)
+    room = reader.decoder.embed_positions.weight.shape[0] // 2 - 1  # as in Whisper
+    glossary: list[int] = []
+    for word in hotwords.words if hotwords is not None else []:
+        ids = vocabulary.encode((", " if glossary else " ") + word)
+        if len(glossary) + len(ids) > (room // 2 if context else room):
+            break
+        glossary += ids
+    text = vocabulary.encode(" " + context)[-(room - len(glossary)) :] if context else []
+    return [settings["previous_id"], *glossary, *text]
+
+
+def checked_text(text, name: str) -> str:
+    """A text with single spaces for its white space.
+
+    Raises:
+        ValueError: for what is no string, or no text.
+    """
+    check_text(text, name)
+    return " ".join(text.split())
+
+
+def hotwords_for_each(hotwords, count: int) -> list[list[str]]:
+    """
+    The hotwords of each of `count` recordings, from one list for all or a list with a list (or `None`) for each.
+
+    Raises:
+        ValueError: for what is no list, has another length, or holds what is no word.
+    """
+    if hotwords is None:
+        return [[]] * count
+    if isinstance(hotwords, (str, bytes, dict)) or not isinstance(hotwords, (list, tuple, set)):
+        raise ValueError(f"`hotwords` must be a list of words or terms, got {hotwords!r:.100}")
+    if not any(item is None or isinstance(item, (list, tuple, set)) for item in hotwords):
+        return [checked_hotwords(hotwords)] * count
+    if len(hotwords) != count:
+        raise ValueError(f"Got {len(hotwords)} lists of hotwords for {count} recordings")
+    return [checked_hotwords(item or []) for item in hotwords]
+
+
+def checked_hotwords(words) -> list[str]:
+    """Hotwords without doubles and with single spaces for white space.
+
+    Raises:
+        ValueError: for an item that is no string, empty or longer than a term, and for too many of them.
+    """
+    if not isinstance(words, (list, tuple, set)):
+        raise ValueError(f"Each recording's `hotwords` must be a list of words or terms, got {words!r:.100}")
+    checked = list(
+        dict.fromkeys(checked_text(word, f"Hotword {place}").replace("’", "'") for place, word in enumerate(words))
+    )
+    if "" in checked:
+        raise ValueError("A hotword is empty; leave it out")
+    longest = max(map(len, checked), default=0)
+    if longest > LONGEST_HOTWORD:
+        raise ValueError(
+            f"A hotword has {longest} characters, more than {LONGEST_HOTWORD}; texts about the recording belong into `context`"
+        )
+    if len(checked) > MOST_HOTWORDS:
+        raise ValueError(
+            f"Got {len(checked)} hotwords for one recording, more than {MOST_HOTWORDS}; leave out the common ones"
+        )
+    return checked
