@@ -362,7 +362,10 @@ class VoxLMConfig(PreTrainedConfig):
             behind the audio. "spelling_size": length of the table of the LLM's tokens for its own. "num_beams". How `transcribe`
             rescores its hypotheses (see `rescoring_voxlm`): "llm_weight" and "ctc_weight", weights of the log-probabilities
             beside the reader's; "word_bonus" for each word; "plain_text", whether the LLM was trained on texts without
-            capitals and punctuation.
+            capitals and punctuation. "language": code of the language in which it decodes unless asked for another, and which
+            LLM and projector were trained on; "llm_weights": the LLM's weight by code of any other language, 0 where it is
+            missing: the reader alone decides there. "languages": the decoder's token by code of language, empty for a model of one
+            language; "previous_id": the token in front of a text before (context, hotwords).
         alignment_kind (`"frames"` or `"cross_attention"`, defaults to `"frames"`):
             `"frames"`: scores on the encoder's own frames. `"cross_attention"`: the original VoxLM's, for converted checkpoints:
             the attention weights of post-norm cross-attention layers from text states to projected frames.
@@ -523,12 +526,26 @@ class VoxLMConfig(PreTrainedConfig):
         _require_fields("quality_gates", self.quality_gates, gates)
         if self.reader_config is not None:
             _require_fields("reader_config", self.reader_config, READER_FIELDS)
+            self._validate_languages()
         temperatures = self.fallback_temperatures
         message = f"`fallback_temperatures` must be finite numbers above 0, got {temperatures}"
         _require(all(is_number(temperature) and temperature > 0 for temperature in temperatures), message)
         self._validate_lora()
         self._validate_calibration()
         self._validate_bases()
+
+    def _validate_languages(self):
+        """Raise a `ValueError` for languages of the reader that do not go together."""
+        reader = self.reader_config
+        own, languages = reader["language"], reader["languages"]
+        if languages:
+            message = f"`reader_config['language']` is {own!r}, which is none of `reader_config['languages']`"
+            _require(own in languages, message)
+            message = f"`reader_config['prompt_ids']` lacks the token of the language {own!r}, {languages[own]}"
+            _require(languages[own] in reader["prompt_ids"], message)
+        unknown = [code for code in reader["llm_weights"] if code not in languages]
+        message = f"`reader_config['llm_weights']` names {unknown}, which are none of `reader_config['languages']`"
+        _require(not unknown, message)
 
     def _validate_lora(self):
         """Raise a `ValueError` for a `lora_config` that peft would refuse, or with which saving or merging would not be exact."""

@@ -89,6 +89,7 @@ class SegmentTask:
         result ([`Segment`], *optional*): its transcription.
         duration_s (`float`): at the end of a recording, its length in seconds.
         error (`Exception`, *optional*): what ended the recording early.
+        spoken (`dict`): language and its probability, see [`Request`].
     """
 
     recording: int
@@ -96,6 +97,7 @@ class SegmentTask:
     result: Segment | None = None
     duration_s: float = 0.0
     error: Exception | None = None
+    spoken: dict = field(default_factory=dict)
 
 
 class VoxLMGenerationMixin(GenerationMixin):
@@ -265,8 +267,16 @@ class VoxLMGenerationMixin(GenerationMixin):
 
         Args:
             audio: one recording or a list of them, of any kind `audio_voxlm.read_audio` takes.
-            prompt (`str` or `list[str]`, *optional*): instruction or context; by default the trained prompt.
+            prompt (`str` or `list[str]`, *optional*): instruction; by default the trained prompt.
             sampling_rate (`int`, *optional*): rate of bare arrays in Hz, by default the model's.
+            context (`str` or `list[str]`, *optional*): what the recording is about, names, or the text before it. Its last 1000
+                characters are in the LLM's prompt, and of these the last tokens that fit into half of the reader's.
+            hotwords (`list[str]`, or a list with one for each recording, *optional*): up to 2000 words and terms to expect. All
+                of them earn a bonus where the reader spells them, see `biasing_voxlm`, and the first are in its prompt. Symbols
+                that it never writes, such as quotation marks, cannot be expected.
+            language (`str` or `list`, *optional*): name or code; by default that of the checkpoint. `None` lets the reader detect
+                it, once for each recording on its first 30 s of speech. In a language that is not the checkpoint's the
+                text is the reader's own, and word times and confidences are less exact.
             return_timestamps (`bool` or `"word"`): whether to compute word times and confidences. The text is the same.
             batch_size (`int`): most segments in one pass; on a CPU also at most a minute of audio.
             chunk_length_s (`float`, *optional*): longest segment in seconds; by default the config's, at most the model's
@@ -306,11 +316,11 @@ class VoxLMGenerationMixin(GenerationMixin):
             tasks = raise_errors(tasks)
         if by_segment:
             return (
-                join_segments([task.result], task.audio.duration_s, spoken=requests[0].spoken)
+                join_segments([task.result], task.audio.duration_s, spoken=task.spoken)
                 for task in tasks
                 if task.result is not None
             )
-        results = join_recordings(tasks, requests)
+        results = join_recordings(tasks)
         if stream:
             return results
         return list(results) if many else next(results)
@@ -480,6 +490,8 @@ def with_languages(
     The tasks in the same order. Those of a recording whose language has to be detected wait until there is a window of speech,
     or its end, so that the language does not depend on where the recording is split.
 
+    Each says what is spoken in its recording.
+
     Args:
         tasks: of `segment_recordings`.
         requests (`list[Request]`): of each recording; the languages are set in place.
@@ -493,7 +505,9 @@ def with_languages(
                 continue
             spoken = detect_language(model, processor, np.concatenate([audio.waveform for audio in heard]))
             request.set_language(spoken[0], model.config.reader_config, spoken[1])
-        yield from waiting
+        for item in waiting:
+            item.spoken = request.spoken
+            yield item
         waiting = []
 
 
@@ -581,8 +595,8 @@ def raise_errors(tasks: Iterable[SegmentTask]) -> Iterator[SegmentTask]:
         yield task
 
 
-def join_recordings(tasks: Iterable[SegmentTask], requests: list[Request]) -> Iterator[VoxLMTranscription]:
-    """One result for each recording, of which `requests` are."""
+def join_recordings(tasks: Iterable[SegmentTask]) -> Iterator[VoxLMTranscription]:
+    """One result for each recording."""
     segments: list[Segment] = []
     for task in tasks:
         if task.result is not None:
@@ -591,7 +605,7 @@ def join_recordings(tasks: Iterable[SegmentTask], requests: list[Request]) -> It
         error = None
         if task.error is not None:
             error, segments = log_failure(task.recording, task.error, "transcribed"), []
-        yield join_segments(segments, task.duration_s, error, requests[task.recording].spoken)
+        yield join_segments(segments, task.duration_s, error, task.spoken)
         segments = []
 
 

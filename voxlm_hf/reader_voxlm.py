@@ -43,6 +43,7 @@ class ReaderHypothesis:
         novel_tokens (`int`): number of tokens outside runs that the text has had before.
         repeating (`bool`): whether the last token is inside such a run.
         bias ([`BiasState`]), bonus (`float`): the hotwords in it and what they have earned, see `biasing_voxlm`.
+        shift (`float`): what makes its log-probability one behind the prompt of the others, see `with_hotword_texts`.
     """
 
     ids: list[int]
@@ -53,11 +54,12 @@ class ReaderHypothesis:
     repeating: bool = False
     bias: BiasState = BiasState()
     bonus: float = 0.0
+    shift: float = 0.0
 
     @property
     def logprob(self) -> float:
         """Log-probability of the whole text, its end included."""
-        return sum(self.logprobs) + self.end_logprob
+        return sum(self.logprobs) + self.end_logprob + self.shift
 
     @property
     def score(self) -> float:
@@ -131,7 +133,7 @@ class VoxLMReader(nn.Module):
         budgets: list[int],
         padded: bool = False,
         prompts: list[list[int]] | None = None,
-        hotwords: list[Hotwords | None] | None = None,
+        hotwords: list[tuple[Hotwords, list[int]] | None] | None = None,
     ) -> list[list[ReaderHypothesis]]:
         """
         The n-best list of each recording of a batch, best first.
@@ -143,34 +145,50 @@ class VoxLMReader(nn.Module):
             padded (`bool`): whether the audio was padded to the encoder's window with silence, as the decoder learnt it.
             prompts (`list[list[int]]`, *optional*): what the decoder starts from, by default the config's prompt. Recordings
                 whose prompts are of the same length are searched together.
-            hotwords (`list[Hotwords]`, *optional*): of each recording, `None` for none.
+            hotwords (`list[tuple[Hotwords, list[int]]]`, *optional*): of each recording, with the prompt of the search for them;
+                `None` for none. That search is a second one, so wrong hotwords push nothing out of the list.
         """
         prompts = prompts or [self.prompt_ids] * len(budgets)
-        hotwords = hotwords or [None] * len(budgets)
         cross, mask = self._cross_attention_inputs(states, mask, self.end[:0] if padded else self.end)
-        room = self.decoder.embed_positions.weight.shape[0]
-        searches = [
-            make_search(self.num_beams, min(budget, room - len(prompt)), words)
-            for budget, prompt, words in zip(budgets, prompts, hotwords)
-        ]
-        for length in sorted(set(map(len, prompts))):
-            rows = [number for number, prompt in enumerate(prompts) if len(prompt) == length]
-            self._search(searches, rows, prompts, cross, mask)
-        return [search.n_best() for search in searches]
+        plain = {row: (prompt, budgets[row], None) for row, prompt in enumerate(prompts)}
+        n_best = self._search_all(plain, cross, mask)
+        expected = {row: item for row, item in enumerate(hotwords or []) if item is not None}
+        biased = self._search_all(
+            {row: (ids, budgets[row], words) for row, (words, ids) in expected.items()}, cross, mask
+        )
+        for row, (words, _) in expected.items():
+            n_best[row] = with_hotword_texts(n_best[row], biased[row], words)
+        return list(n_best.values())
 
-    def _search(self, searches: list, rows: list[int], prompts: list[list[int]], cross, mask):
+    def _search_all(self, asked: dict[int, tuple], cross, mask) -> dict[int, list[ReaderHypothesis]]:
         """
-        Run the searches of some recordings of a batch to their ends.
+        The n-best lists of some recordings of a batch.
 
         Args:
-            searches (`list[BeamSearch]`), prompts (`list[list[int]]`): of all recordings.
-            rows (`list[int]`): those that are meant; their prompts have the same length.
+            asked (`dict[int, tuple[list[int], int, Hotwords | None]]`): prompt, token budget and hotwords by recording.
             cross, mask: of `_cross_attention_inputs`, for all recordings.
         """
-        rows = [number for number in rows if searches[number].open]
-        cross, mask = _select_rows(cross, mask, rows)
+        room, searches = self.decoder.embed_positions.weight.shape[0], {}
+        lengths: dict[int, list[int]] = {}
+        for row, (prompt, budget, words) in asked.items():
+            searches[row] = BeamSearch(self.num_beams, min(budget, room - len(prompt)), words)
+            if searches[row].open:
+                lengths.setdefault(len(prompt), []).append(row)
+        for rows in lengths.values():
+            self._search(searches, rows, [asked[row][0] for row in rows], *_select_rows(cross, mask, rows))
+        return {row: search.n_best() for row, search in searches.items()}
+
+    def _search(self, searches: dict, rows: list[int], prompts: list[list[int]], cross, mask):
+        """
+        Run the searches of some recordings to their ends.
+
+        Args:
+            searches (`dict[int, BeamSearch]`): by recording.
+            rows (`list[int]`): recordings whose `prompts` (`list[list[int]]`) have the same length.
+            cross, mask: of `_cross_attention_inputs`, for these recordings.
+        """
         cache: list = [None] * len(self.decoder.layers)
-        tokens = torch.tensor([[prompts[row]] for row in rows], device=mask.device)
+        tokens = torch.tensor(prompts, device=mask.device).unsqueeze(1)
         forbidden, position = self._forbidden_tokens(), 0
         while rows:
             hidden_states = self._hidden_states(tokens, position, cross, mask, cache)[:, :, -1]
@@ -372,53 +390,32 @@ class BeamSearch:
         return [*likely, self.empty or ReaderHypothesis([], [], ended=False)]
 
 
-class PairedSearch:
+def with_hotword_texts(
+    plain: list[ReaderHypothesis], biased: list[ReaderHypothesis], hotwords: Hotwords
+) -> list[ReaderHypothesis]:
     """
-    Two searches side by side, one without and one with hotwords: what the first finds, no wrong hotword can push out.
+    The n-best list of a search without hotwords and, between it and the empty text, the hypotheses of a search with them that
+    have more of them than its best one.
+
+    Both searches started from other prompts. So that their log-probabilities can be compared, those of the second are shifted by
+    the difference of the two searches' best texts without more hotwords.
 
     Args:
-        width (`int`), budget (`int`), hotwords ([`Hotwords`]): see [`BeamSearch`].
+        plain, biased (`list[ReaderHypothesis]`): of `BeamSearch.n_best`.
+        hotwords ([`Hotwords`])
     """
-
-    def __init__(self, width: int, budget: int, hotwords: Hotwords):
-        self.hotwords = hotwords
-        self.plain, self.biased = BeamSearch(width, budget), BeamSearch(width, budget, hotwords)
-
-    @property
-    def open(self) -> list[ReaderHypothesis]:
-        """The hypotheses of both."""
-        return self.plain.open + self.biased.open
-
-    def advance(self, logprobs, eos_token_id: int) -> list[int]:
-        """See [`BeamSearch`]; the rows are those of the first search, followed by those of the second."""
-        border = len(self.plain.open)
-        if self.open and not self.open[0].ids:  # both begin with the same row
-            border = 0
-            parents = self.plain.advance(logprobs, eos_token_id)
-        else:
-            parents = self.plain.advance(logprobs[:border], eos_token_id) if border else []
-        if self.biased.open:
-            parents = parents + [border + place for place in self.biased.advance(logprobs[border:], eos_token_id)]
-        return parents
-
-    def n_best(self) -> list[ReaderHypothesis]:
-        """The hypotheses of the first search and those of the second with a hotword, each with its bonus; last the empty text."""
-        *plain, empty = self.plain.n_best()
-        known = {tuple(text.ids) for text in plain}
-        biased = [text for text in self.biased.n_best()[:-1] if tuple(text.ids) not in known]
-        texts = [with_hotwords(text, self.hotwords) for text in plain + biased]
-        return [*texts[: len(plain)], *(text for text in texts[len(plain) :] if text.bias.found), empty]
+    plain, biased = ([with_found(text, hotwords) for text in texts] for texts in (plain, biased))
+    had = plain[0].bonus
+    more = [text for text in biased[:-1] if text.bonus > had]
+    others = [text.logprob for text in biased[:-1] if text.bonus <= had]
+    shift = plain[0].logprob - max(others) if others else 0.0
+    return [*plain[:-1], *(replace(text, shift=shift) for text in more), plain[-1]]
 
 
-def with_hotwords(text: ReaderHypothesis, hotwords: Hotwords) -> ReaderHypothesis:
+def with_found(text: ReaderHypothesis, hotwords: Hotwords) -> ReaderHypothesis:
     """A finished hypothesis with the hotwords in it and their bonus."""
     state = BiasState(found=hotwords.found_in(text.ids))
     return replace(text, bias=state, bonus=hotwords.bonus(state))
-
-
-def make_search(width: int, budget: int, hotwords: Hotwords | None) -> BeamSearch | PairedSearch:
-    """The search for one recording."""
-    return BeamSearch(width, budget) if hotwords is None else PairedSearch(width, budget, hotwords)
 
 
 def token_table(audio_tokenizer, tokenizer, suppressed: list[int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,6 @@
 """Requests: what the caller of `transcribe` says about each recording: prompt, context, hotwords, language."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from transformers.utils import logging
 
@@ -31,8 +31,9 @@ class Request:
         language (`str`, *optional*): code of the language; `None` while it has to be detected, and without a reader.
         language_probability (`float`, *optional*): of the language, where it was detected.
         own_language (`bool`): whether it is the language that LLM and projector were trained on.
-        previous_ids (`list[int]`): what the reader's prompt begins with: the token for previous text, and that text.
         hotwords ([`Hotwords`], *optional*)
+        previous_ids, hotword_ids (`list[int]`): what the reader's prompt begins with: the token for previous text and the context;
+            and the same with hotwords in front of the context.
     """
 
     prompt: str
@@ -40,12 +41,19 @@ class Request:
     language: str | None = None
     language_probability: float | None = None
     own_language: bool = True
-    previous_ids: list[int] | None = None
     hotwords: Hotwords | None = None
+    previous_ids: list[int] = field(default_factory=list)
+    hotword_ids: list[int] = field(default_factory=list)
 
     def reader_prompt(self, settings: dict) -> list[int]:
         """What the decoder of a reader with the `settings` of `config.reader_config` starts from."""
-        return [*(self.previous_ids or []), *language_prompt(settings, self.language)]
+        return [*self.previous_ids, *language_prompt(settings, self.language)]
+
+    def hotword_search(self, settings: dict) -> tuple[Hotwords, list[int]] | None:
+        """The hotwords and what the search for them starts from, see [`VoxLMReader`]; `settings` as above."""
+        if self.hotwords is None:
+            return None
+        return self.hotwords, [*self.hotword_ids, *language_prompt(settings, self.language)]
 
     def set_language(self, code: str, settings: dict, probability: float | None = None):
         """Set the language, in place; `settings` as above."""
@@ -105,7 +113,10 @@ def request_for(
     model, processor: VoxLMProcessor, prompt=None, context=None, hotwords: Hotwords | None = None, language=OWN_LANGUAGE
 ) -> Request:
     """The request for one recording, see `make_requests`."""
-    context = "" if context is None else checked_text(context, "The context")[-CONTEXT_CHARACTERS:]
+    context = "" if context is None else checked_text(context, "The context")
+    if len(context) > CONTEXT_CHARACTERS:
+        logger.warning_once(f"A context has {len(context)} characters; the last {CONTEXT_CHARACTERS} are used")
+        context = context[-CONTEXT_CHARACTERS:]
     rendered = processor.render_prompt(prompt, context)
     request = Request(rendered, context, hotwords=hotwords)
     if model.reader is None:
@@ -115,12 +126,14 @@ def request_for(
         language = settings["language"]
     if language is not None:
         request.set_language(language_code(language, settings), settings)
-    if context or hotwords is not None:
-        request.previous_ids = previous_ids(model.reader, processor.tokenizer, context, hotwords, settings)
+    if context:
+        request.previous_ids = previous_ids(model.reader, processor.tokenizer, settings, context, [])
+    if hotwords is not None:
+        request.hotword_ids = previous_ids(model.reader, processor.tokenizer, settings, context, hotwords.words)
     return request
 
 
-def previous_ids(reader, tokenizer, context: str, hotwords: Hotwords | None, settings: dict) -> list[int]:
+def previous_ids(reader, tokenizer, settings: dict, context: str, hotwords: list[str]) -> list[int]:
     """
     The beginning of the reader's prompt: as many hotwords as fit into half of the room, and behind them the end of the context.
 
@@ -136,7 +149,7 @@ def previous_ids(reader, tokenizer, context: str, hotwords: Hotwords | None, set
     vocabulary = reader.vocabulary(tokenizer)
     room = reader.decoder.embed_positions.weight.shape[0] // 2 - 1  # as in Whisper
     glossary: list[int] = []
-    for word in hotwords.words if hotwords is not None else []:
+    for word in hotwords:
         ids = vocabulary.encode((", " if glossary else " ") + word)
         if len(glossary) + len(ids) > (room // 2 if context else room):
             break

@@ -247,8 +247,9 @@ def propose(
 
     def decode(audio, budgets, requests, padded=False):
         prompts = [request.reader_prompt(settings) for request in requests]
+        searches = [request.hotword_search(settings) for request in requests]
+        n_best = model.reader(audio.last_hidden_state, audio.frame_mask, budgets, padded, prompts, searches)
         hotwords = [request.hotwords for request in requests]
-        n_best = model.reader(audio.last_hidden_state, audio.frame_mask, budgets, padded, prompts, hotwords)
         return [hypotheses_of(model, processor, *row) for row in zip(n_best, budgets, hotwords)]
 
     if in_window:
