@@ -8,7 +8,7 @@ import torch
 
 from tests import tiny
 from tests.tiny import READER_END
-from voxlm_hf.biasing_voxlm import EARNED_TIMES, BiasState, Hotwords, ReaderVocabulary
+from voxlm_hf.biasing_voxlm import EARNED_TIMES, BiasState, Hotwords, ReaderVocabulary, most_like
 from voxlm_hf.reader_voxlm import BeamSearch, token_table, with_hotword_texts
 
 
@@ -136,6 +136,25 @@ def test_wrong_hotwords_leave_the_list_as_it_is(vocabulary):
     plain = search(vocabulary, ["zebra"], LIKELY)
     wrong = search(vocabulary, ["zebra", "thaw", "quills", "foxglove", "boxes", "theatre"], LIKELY)
     assert [(text.ids, text.logprob, text.bonus) for text in wrong] == [(text.ids, text.logprob, 0.0) for text in plain]
+
+
+@pytest.mark.parametrize(
+    "word, text",
+    [
+        ("Szymborska", " He read the poems of Shimborska."),
+        ("Ouagadougou", " It was signed in Waga Dugu by seven."),
+        ("Janáček", "The opera by Yanacek was"),
+        ("世界", "你好世界"),
+    ],
+)
+def test_the_hotwords_spelt_most_like_a_text_come_first(word, text):
+    words = ["Thornwhistle", "Kubernetes", word, "amlodipine", "Reykjavik", "tulip"]
+    assert most_like(words, text, 3)[0] == word and sorted(most_like(words, text, 9)) == sorted(words)
+
+
+def test_the_likeness_is_the_edit_distance_to_the_closest_part():
+    """One of 4 letters is wrong in "stew", one of 6 in "turnip"; nothing is there for "zzz"."""
+    assert most_like(["zzz", "stew", "turnip"], "the stow and turnop", 3) == ["turnip", "stew", "zzz"]
 
 
 # In a reader

@@ -6,7 +6,7 @@ import torch
 
 from tests import tiny
 from voxlm_hf.language_voxlm import detect_language, language_code, language_prompt
-from voxlm_hf.request_voxlm import MOST_HOTWORDS, make_requests
+from voxlm_hf.request_voxlm import MOST_HOTWORDS, MOST_SOUGHT, make_requests
 
 
 SETTINGS = {"prompt_ids": [0, 1, 7, 8], "language": "en", "languages": {"en": 1, "de": 5, "yue": 6}}
@@ -116,23 +116,25 @@ def test_each_recording_has_its_own_list(model):
     requests = make_requests(
         model, model.processor, 3, hotwords=[["stew", "stew"], None, []], language=["de", "fr", None]
     )
-    assert [request.hotwords and request.hotwords.words for request in requests] == [["stew"], None, None]
+    assert [request.hotwords for request in requests] == [["stew"], [], []]
     assert [request.language for request in requests] == ["de", "fr", None]
-    shared = make_requests(model, model.processor, 2, hotwords=["stew for\n dinner"])
-    assert shared[0].hotwords is shared[1].hotwords and shared[0].hotwords.words == ["stew for dinner"]
+    for request in make_requests(model, model.processor, 2, hotwords=["stew for\n dinner"]):
+        assert request.hotwords == ["stew for dinner"]
 
 
 def test_the_readers_prompt_stays_within_half_of_its_context_with_whole_hotwords(model):
-    room = model.config.audio_config.max_target_positions // 2
+    settings, room = model.config.reader_config, model.reader.prompt_room
+    assert room == model.config.audio_config.max_target_positions // 2 - 1
     words = [f"word{number} quick" for number in range(400)]
     for context in (None, "the lazy dog " * 500):
         (request,) = make_requests(model, model.processor, 1, context=context, hotwords=words)
-        prompt = request.reader_prompt(model.config.reader_config)
-        assert len(prompt) <= room + len(model.config.reader_config["prompt_ids"])
-        assert prompt[0] == 0 and len(request.hotwords.words) == 400
+        tree, prompt = request.hotword_search(settings, room, heard=[])
+        assert len(tree.words) == MOST_SOUGHT and prompt[0] == 0 and prompt[-1:] == settings["prompt_ids"]
+        assert len(prompt) <= 1 + room + len(settings["prompt_ids"])
+        assert (len(prompt) > room // 2 + 2) == (context is not None)
 
 
 def test_without_context_and_hotwords_the_prompt_is_the_configs(model):
     (request,) = make_requests(model, model.processor, 1)
-    assert request.reader_prompt(model.config.reader_config) == model.config.reader_config["prompt_ids"]
+    assert request.reader_prompt(model.config.reader_config, 100) == model.config.reader_config["prompt_ids"]
     assert request.prompt == model.processor.render_prompt()

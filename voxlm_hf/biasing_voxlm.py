@@ -6,12 +6,14 @@ at once, so that a rare word survives its unlikely beginning, and it is taken ba
 is over bytes and not over tokens: however the reader spells a hotword, it is found, and the bonus is the same.
 """
 
+import unicodedata
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
 
-from .words_voxlm import has_no_spaces, plain_words
+from .words_voxlm import has_no_spaces
 
 
 # Bonus in nats for beginning a hotword, and for each byte of it. Chosen on synthetic voices and on speakers kept out of training
@@ -28,6 +30,35 @@ AT_BOUNDARY, IN_WORD = 0, 1
 def is_letter(byte: int) -> bool:
     """Whether a byte of UTF-8 belongs to a word: ASCII letters and digits, and all that is not ASCII."""
     return byte >= 0x80 or chr(byte).isalnum()
+
+
+def most_like(words: list[str], text: str, count: int) -> list[str]:
+    """
+    The `count` words that are spelt most like something in a text, best first: a rare word that the reader does not know is
+    heard as something like it. All words of a shorter list, in that order.
+    """
+    letters, spoken = [bare_letters(word) for word in words], np.array([ord(char) for char in bare_letters(text)])
+    lengths = np.array([max(1, len(word)) for word in letters])
+    spelt = np.zeros((len(words), max(lengths)), dtype=int)
+    for row, word in zip(spelt, letters):
+        row[: len(word)] = [ord(char) for char in word]
+    # Edit distances of the first letters of each word to whatever ends at each place of the text and begins anywhere.
+    places = np.arange(len(spoken) + 1)
+    distances = np.zeros((len(words), len(places)), dtype=int)
+    closest = np.zeros(len(words))
+    for length in range(1, spelt.shape[1] + 1):
+        kept = distances[:, :-1] + (spelt[:, length - 1 : length] != spoken)
+        distances = distances + 1
+        distances[:, 1:] = np.minimum(distances[:, 1:], kept)
+        distances = np.minimum.accumulate(distances - places, axis=1) + places
+        ends = lengths == length
+        closest[ends] = distances[ends].min(1)
+    return [words[number] for number in np.argsort(closest / lengths, kind="stable")[:count]]
+
+
+def bare_letters(text: str) -> str:
+    """The letters and digits of a text without case and accents."""
+    return "".join(char for char in unicodedata.normalize("NFKD", text.casefold()) if char.isalnum())
 
 
 class ReaderVocabulary:
@@ -73,6 +104,10 @@ class ReaderVocabulary:
             for first in range(0, len(spelt), LONGEST_PIECE):
                 ids += self._merge([spelt[at : at + 1] for at in range(first, min(first + LONGEST_PIECE, len(spelt)))])
         return ids
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of the reader's tokens."""
+        return b"".join(self.bytes[token] for token in ids).decode(errors="ignore")
 
     def _merge(self, parts: list[bytes]) -> list[int]:
         """Byte-pair encoding: the pair that makes the token of the lowest number is merged first."""
@@ -195,10 +230,6 @@ class Hotwords:
         start = IN_WORD if self.inside[state.node] else AT_BOUNDARY
         behind = IN_WORD if self.vocabulary.ends_inside[token] else AT_BOUNDARY
         return BiasState(self.followers(start).get(token, behind), self.found_behind(state, outside))
-
-    def plain_words(self, state: BiasState) -> set[str]:
-        """The words of completed hotwords, without capitals and punctuation."""
-        return {word for number in state.found for word in plain_words(self.words[number].split())}
 
     def found_in(self, ids: list[int]) -> tuple[int, ...]:
         """The hotwords in a text of the reader's tokens."""

@@ -271,9 +271,11 @@ class VoxLMGenerationMixin(GenerationMixin):
             sampling_rate (`int`, *optional*): rate of bare arrays in Hz, by default the model's.
             context (`str` or `list[str]`, *optional*): what the recording is about, names, or the text before it. Its last 1000
                 characters are in the LLM's prompt, and of these the last tokens that fit into half of the reader's.
-            hotwords (`list[str]`, or a list with one for each recording, *optional*): up to 2000 words and terms to expect. All
-                of them earn a bonus where the reader spells them, see `biasing_voxlm`, and the first are in its prompt. Symbols
-                that it never writes, such as quotation marks, cannot be expected.
+            hotwords (`list[str]`, or a list with one for each recording, *optional*): up to 2000 words and terms to expect. They
+                are sought in a second search of the reader, in whose prompt they are (as many as fit into a quarter of its
+                context) and where they earn a bonus, see `biasing_voxlm`; of more than 40, those that are spelt most like
+                something in the text without them. Symbols that the reader never writes, such as quotation marks, cannot be
+                expected.
             language (`str` or `list`, *optional*): name or code; by default that of the checkpoint. `None` lets the reader detect
                 it, once for each recording on its first 30 s of speech. In a language that is not the checkpoint's the
                 text is the reader's own, and word times and confidences are less exact.
@@ -443,7 +445,7 @@ def transcribe_recordings(
     token_budget(options.generate_kwargs)
     searching = search_options(model.generation_config, options.generate_kwargs)
     reading = model.reader is not None and any(
-        request.hotwords is not None or request.language is None or not request.own_language for request in requests
+        request.hotwords or request.language is None or not request.own_language for request in requests
     )
     if searching and reading:
         raise ValueError(

@@ -7,7 +7,8 @@ ASR decoder and an LLM decode together is the idea of SALSA (Mittal et al. 2024)
 2023).
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -43,6 +44,7 @@ class ReaderHypothesis:
         novel_tokens (`int`): number of tokens outside runs that the text has had before.
         repeating (`bool`): whether the last token is inside such a run.
         bias ([`BiasState`]), bonus (`float`): the hotwords in it and what they have earned, see `biasing_voxlm`.
+        hotwords (`list[str]`): those in a finished text.
         shift (`float`): what makes its log-probability one behind the prompt of the others, see `with_hotword_texts`.
     """
 
@@ -55,6 +57,7 @@ class ReaderHypothesis:
     bias: BiasState = BiasState()
     bonus: float = 0.0
     shift: float = 0.0
+    hotwords: list[str] = field(default_factory=list)
 
     @property
     def logprob(self) -> float:
@@ -119,6 +122,11 @@ class VoxLMReader(nn.Module):
         bounds = zip(self.spelling_offsets[tokens].tolist(), self.spelling_offsets[tokens + 1].tolist())
         return [self.spelling[first:end].tolist() for first, end in bounds]
 
+    @property
+    def prompt_room(self) -> int:
+        """Most tokens of context and hotwords in a prompt: half of the decoder's context, as in Whisper."""
+        return self.decoder.embed_positions.weight.shape[0] // 2 - 1
+
     def vocabulary(self, tokenizer) -> ReaderVocabulary:
         """What the reader's tokens spell, made when it is first needed. `tokenizer` is the LLM's."""
         if self._vocabulary is None:
@@ -133,7 +141,7 @@ class VoxLMReader(nn.Module):
         budgets: list[int],
         padded: bool = False,
         prompts: list[list[int]] | None = None,
-        hotwords: list[tuple[Hotwords, list[int]] | None] | None = None,
+        hotwords: list[Callable | None] | None = None,
     ) -> list[list[ReaderHypothesis]]:
         """
         The n-best list of each recording of a batch, best first.
@@ -145,19 +153,20 @@ class VoxLMReader(nn.Module):
             padded (`bool`): whether the audio was padded to the encoder's window with silence, as the decoder learnt it.
             prompts (`list[list[int]]`, *optional*): what the decoder starts from, by default the config's prompt. Recordings
                 whose prompts are of the same length are searched together.
-            hotwords (`list[tuple[Hotwords, list[int]]]`, *optional*): of each recording, with the prompt of the search for them;
-                `None` for none. That search is a second one, so wrong hotwords push nothing out of the list.
+            hotwords (`list[Callable]`, *optional*): for each recording `None` or a function that returns, for the ids of its best
+                text, [`Hotwords`] and a prompt for a second search, so that wrong hotwords push nothing out of the first one's.
         """
         prompts = prompts or [self.prompt_ids] * len(budgets)
         cross, mask = self._cross_attention_inputs(states, mask, self.end[:0] if padded else self.end)
         plain = {row: (prompt, budgets[row], None) for row, prompt in enumerate(prompts)}
         n_best = self._search_all(plain, cross, mask)
-        expected = {row: item for row, item in enumerate(hotwords or []) if item is not None}
-        biased = self._search_all(
-            {row: (ids, budgets[row], words) for row, (words, ids) in expected.items()}, cross, mask
-        )
-        for row, (words, _) in expected.items():
-            n_best[row] = with_hotword_texts(n_best[row], biased[row], words)
+        again = {}
+        for row, sought in enumerate(hotwords or []):
+            if sought is not None:
+                words, prompt = sought(n_best[row][0].ids)
+                again[row] = (prompt, budgets[row], words)
+        for row, biased in self._search_all(again, cross, mask).items():
+            n_best[row] = with_hotword_texts(n_best[row], biased, again[row][2])
         return list(n_best.values())
 
     def _search_all(self, asked: dict[int, tuple], cross, mask) -> dict[int, list[ReaderHypothesis]]:
@@ -189,10 +198,13 @@ class VoxLMReader(nn.Module):
         """
         cache: list = [None] * len(self.decoder.layers)
         tokens = torch.tensor(prompts, device=mask.device).unsqueeze(1)
-        forbidden, position = self._forbidden_tokens(), 0
+        forbidden, position, prefix = self._forbidden_tokens(), 0, None
         while rows:
-            hidden_states = self._hidden_states(tokens, position, cross, mask, cache)[:, :, -1]
+            hidden_states = self._hidden_states(tokens, position, cross, mask, cache, prefix)[:, :, -1]
             logprobs = self._logits(hidden_states, forbidden).log_softmax(-1)
+            if position == 0 and tokens.shape[-1] > len(self.prompt_ids):
+                # A long prompt is kept once for all hypotheses of a recording, not copied with each of them in each step.
+                prefix, cache = cache, [None] * len(cache)
             position += tokens.shape[-1]
             chosen = [searches[row].advance(scores, self.eos_token_id) for row, scores in zip(rows, logprobs)]
             still_open = [number for number, places in enumerate(chosen) if places]
@@ -206,9 +218,10 @@ class VoxLMReader(nn.Module):
                 for place in chosen[number] + [chosen[number][0]] * (width - len(chosen[number]))
             ]
             parents = torch.tensor(parents, device=mask.device)
-            cache = [[part[parents] for part in pair] for pair in cache]
+            cache = [None if pair is None else [part[parents] for part in pair] for pair in cache]
             if len(still_open) < len(rows):
                 rows = [rows[number] for number in still_open]
+                prefix = prefix and _select_rows(prefix, mask, still_open)[0]
                 cross, mask = _select_rows(cross, mask, still_open)
             last = [[text.ids[-1] for text in searches[row].open] for row in rows]
             last = [ids + [ids[0]] * (width - len(ids)) for ids in last]
@@ -266,12 +279,30 @@ class VoxLMReader(nn.Module):
         mixed = nn.functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
         return attention.out_proj(mixed.transpose(1, 2).flatten(2))
 
-    def _hidden_states(self, tokens, position: int, cross, mask, cache: list):
+    def _attend_behind(self, attention, queries, keys, values, prefix, recordings: int):
+        """
+        Self-attention of one token of each hypothesis to its own past and to the prompt.
+
+        Args:
+            queries (`torch.Tensor` of shape `(recordings * hypotheses, 1, size)`), keys, values (as of `_heads`): of hypotheses.
+            prefix: keys and values of the prompts, as of `_heads`, one row for each recording.
+        """
+        queries = self._heads(attention.q_proj(queries)) * (queries.shape[-1] // self.num_heads) ** -0.5
+        grouped = queries.squeeze(2).unflatten(0, (recordings, -1)).transpose(1, 2)
+        shared = (grouped @ prefix[0].transpose(-1, -2)).transpose(1, 2).flatten(0, 1).unsqueeze(2)
+        weights = torch.cat([shared, queries @ keys.transpose(-1, -2)], dim=-1).softmax(-1)
+        shared, own = weights.tensor_split([prefix[0].shape[2]], dim=-1)
+        shared = shared.squeeze(2).unflatten(0, (recordings, -1)).transpose(1, 2) @ prefix[1]
+        mixed = own @ values + shared.transpose(1, 2).flatten(0, 1).unsqueeze(2)
+        return attention.out_proj(mixed.transpose(1, 2).flatten(2))
+
+    def _hidden_states(self, tokens, position: int, cross, mask, cache: list, prefix: list | None = None):
         """
         Last hidden states `(recordings, hypotheses, length, size)` for tokens `(recordings, hypotheses, length)`.
 
         The hypotheses of one recording are queries beside each other to the same keys `cross`. `cache` holds the past keys
-        and values of each hypothesis and is extended in place.
+        and values of each hypothesis and is extended in place. With a `prefix`, the keys and values of each recording's prompt,
+        the cache holds what is behind it, and `length` is 1.
         """
         decoder, (recordings, hypotheses, length) = self.decoder, tokens.shape
         places = decoder.embed_positions.weight[position : position + length]
@@ -284,7 +315,11 @@ class VoxLMReader(nn.Module):
             if cache[number] is not None:
                 own = [torch.cat(pair, dim=2) for pair in zip(cache[number], own)]
             cache[number] = own
-            hidden_states = hidden_states + self._attend(layer.self_attn, normed, *own, causal)
+            if prefix is None:
+                attended = self._attend(layer.self_attn, normed, *own, causal)
+            else:
+                attended = self._attend_behind(layer.self_attn, normed, *own, prefix[number], recordings)
+            hidden_states = hidden_states + attended
             normed = layer.encoder_attn_layer_norm(hidden_states).view(recordings, hypotheses * length, -1)
             attended = self._attend(layer.encoder_attn, normed, keys, values, mask[:, None, None])
             hidden_states = hidden_states + attended.view_as(hidden_states)
@@ -415,7 +450,7 @@ def with_hotword_texts(
 def with_found(text: ReaderHypothesis, hotwords: Hotwords) -> ReaderHypothesis:
     """A finished hypothesis with the hotwords in it and their bonus."""
     state = BiasState(found=hotwords.found_in(text.ids))
-    return replace(text, bias=state, bonus=hotwords.bonus(state))
+    return replace(text, hotwords=[hotwords.words[number] for number in state.found], bonus=hotwords.bonus(state))
 
 
 def token_table(audio_tokenizer, tokenizer, suppressed: list[int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from transformers.utils import logging
 
-from .biasing_voxlm import Hotwords
+from .biasing_voxlm import Hotwords, ReaderVocabulary, most_like
 from .language_voxlm import language_code, language_prompt
 from .processing_voxlm import VoxLMProcessor, check_text, one_for_each
 
@@ -16,6 +16,9 @@ OWN_LANGUAGE = "default"
 # Characters at the end of a context that are used: more than the half of Whisper's window can hold, and a few hundred tokens of
 # an LLM.
 CONTEXT_CHARACTERS = 1000
+# Most hotwords that are sought in one segment; of a longer list, those that are spelt most like what is heard without any. Wrong
+# ones among them take the places of right ones. Chosen by hand.
+MOST_SOUGHT = 40
 # More hotwords than this for one recording are refused, and longer ones (characters): they are texts, and belong into `context`.
 MOST_HOTWORDS, LONGEST_HOTWORD = 2000, 100
 
@@ -31,9 +34,8 @@ class Request:
         language (`str`, *optional*): code of the language; `None` while it has to be detected, and without a reader.
         language_probability (`float`, *optional*): of the language, where it was detected.
         own_language (`bool`): whether it is the language that LLM and projector were trained on.
-        hotwords ([`Hotwords`], *optional*)
-        previous_ids, hotword_ids (`list[int]`): what the reader's prompt begins with: the token for previous text and the context;
-            and the same with hotwords in front of the context.
+        hotwords (`list[str]`)
+        vocabulary ([`ReaderVocabulary`], *optional*): of the reader, where there is a context or hotwords.
     """
 
     prompt: str
@@ -41,19 +43,41 @@ class Request:
     language: str | None = None
     language_probability: float | None = None
     own_language: bool = True
-    hotwords: Hotwords | None = None
-    previous_ids: list[int] = field(default_factory=list)
-    hotword_ids: list[int] = field(default_factory=list)
+    hotwords: list[str] = field(default_factory=list)
+    vocabulary: ReaderVocabulary | None = None
 
-    def reader_prompt(self, settings: dict) -> list[int]:
-        """What the decoder of a reader with the `settings` of `config.reader_config` starts from."""
-        return [*self.previous_ids, *language_prompt(settings, self.language)]
+    def reader_prompt(self, settings: dict, room: int, hotwords: list[str] | None = None) -> list[int]:
+        """
+        What the reader's decoder starts from: as many whole hotwords as fit into half of the room, the end of the context, and the
+        language.
 
-    def hotword_search(self, settings: dict) -> tuple[Hotwords, list[int]] | None:
-        """The hotwords and what the search for them starts from, see [`VoxLMReader`]; `settings` as above."""
-        if self.hotwords is None:
-            return None
-        return self.hotwords, [*self.hotword_ids, *language_prompt(settings, self.language)]
+        Args:
+            settings (`dict`): `config.reader_config`.
+            room (`int`): most tokens for hotwords and context.
+            hotwords (`list[str]`, *optional*)
+        """
+        start = language_prompt(settings, self.language)
+        if not hotwords and not self.context:
+            return start
+        glossary: list[int] = []
+        for word in hotwords or []:
+            ids = self.vocabulary.encode((", " if glossary else " ") + word)
+            if len(glossary) + len(ids) > room // 2:
+                break
+            glossary += ids
+        text = self.vocabulary.encode(" " + self.context)[-(room - len(glossary)) :] if self.context else []
+        return [settings["previous_id"], *glossary, *text, *start]
+
+    def hotword_search(self, settings: dict, room: int, heard: list[int]) -> tuple[Hotwords, list[int]]:
+        """
+        The hotwords that are sought in a segment, and what the search for them starts from.
+
+        Args:
+            settings (`dict`), room (`int`): see `reader_prompt`.
+            heard (`list[int]`): the text that the reader finds without hotwords.
+        """
+        words = most_like(self.hotwords, self.vocabulary.decode(heard), MOST_SOUGHT)
+        return Hotwords(words, self.vocabulary), self.reader_prompt(settings, room, words)
 
     def set_language(self, code: str, settings: dict, probability: float | None = None):
         """Set the language, in place; `settings` as above."""
@@ -99,18 +123,11 @@ def make_requests(
                 "that it was trained on"
             )
         return [request_for(model, processor, *row) for row in zip(prompts, contexts)]
-    made: dict[tuple, Hotwords] = {}  # one tree for recordings with the same list
-    requests = []
-    for own_prompt, own_context, words, spoken in zip(prompts, contexts, lists, languages):
-        key = tuple(words)
-        if words and key not in made:
-            made[key] = Hotwords(words, model.reader.vocabulary(processor.tokenizer))
-        requests.append(request_for(model, processor, own_prompt, own_context, made.get(key), spoken))
-    return requests
+    return [request_for(model, processor, *row) for row in zip(prompts, contexts, lists, languages)]
 
 
 def request_for(
-    model, processor: VoxLMProcessor, prompt=None, context=None, hotwords: Hotwords | None = None, language=OWN_LANGUAGE
+    model, processor: VoxLMProcessor, prompt=None, context=None, hotwords: list[str] = (), language=OWN_LANGUAGE
 ) -> Request:
     """The request for one recording, see `make_requests`."""
     context = "" if context is None else checked_text(context, "The context")
@@ -118,7 +135,7 @@ def request_for(
         logger.warning_once(f"A context has {len(context)} characters; the last {CONTEXT_CHARACTERS} are used")
         context = context[-CONTEXT_CHARACTERS:]
     rendered = processor.render_prompt(prompt, context)
-    request = Request(rendered, context, hotwords=hotwords)
+    request = Request(rendered, context, hotwords=list(hotwords))
     if model.reader is None:
         return request
     settings = model.config.reader_config
@@ -126,36 +143,13 @@ def request_for(
         language = settings["language"]
     if language is not None:
         request.set_language(language_code(language, settings), settings)
-    if context:
-        request.previous_ids = previous_ids(model.reader, processor.tokenizer, settings, context, [])
-    if hotwords is not None:
-        request.hotword_ids = previous_ids(model.reader, processor.tokenizer, settings, context, hotwords.words)
+    if context or hotwords:
+        if settings["previous_id"] is None:
+            raise ValueError(
+                "`reader_config['previous_id']` is missing, the token in front of context and hotwords; add the reader anew"
+            )
+        request.vocabulary = model.reader.vocabulary(processor.tokenizer)
     return request
-
-
-def previous_ids(reader, tokenizer, settings: dict, context: str, hotwords: list[str]) -> list[int]:
-    """
-    The beginning of the reader's prompt: as many hotwords as fit into half of the room, and behind them the end of the context.
-
-    Args:
-        reader ([`VoxLMReader`])
-        tokenizer ([`PreTrainedTokenizerFast`]): of the LLM.
-        settings (`dict`): `config.reader_config`.
-    """
-    if settings["previous_id"] is None:
-        raise ValueError(
-            "`reader_config['previous_id']` is missing, the token that begins a text before; add the reader anew"
-        )
-    vocabulary = reader.vocabulary(tokenizer)
-    room = reader.decoder.embed_positions.weight.shape[0] // 2 - 1  # as in Whisper
-    glossary: list[int] = []
-    for word in hotwords:
-        ids = vocabulary.encode((", " if glossary else " ") + word)
-        if len(glossary) + len(ids) > (room // 2 if context else room):
-            break
-        glossary += ids
-    text = vocabulary.encode(" " + context)[-(room - len(glossary)) :] if context else []
-    return [settings["previous_id"], *glossary, *text]
 
 
 def checked_text(text, name: str) -> str:

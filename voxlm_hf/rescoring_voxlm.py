@@ -6,6 +6,7 @@ and the reader knows best which words were said.
 """
 
 import copy
+import functools
 import math
 import re
 from dataclasses import dataclass
@@ -13,7 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .biasing_voxlm import Hotwords
 from .ctc_voxlm import ANYTHING, CTCFrames, ctc_frames, text_logprobs
 from .decoding_voxlm import (
     DecodedText,
@@ -85,9 +85,7 @@ class Hypothesis:
         return float(self.decoded.logprobs[self.known].sum()) + self.end_logprob
 
 
-def hypotheses_of(
-    model, processor: VoxLMProcessor, n_best: list, budget: float = math.inf, hotwords: Hotwords | None = None
-) -> list[Hypothesis]:
+def hypotheses_of(model, processor: VoxLMProcessor, n_best: list, budget: float = math.inf) -> list[Hypothesis]:
     """
     The n-best list of one recording in the LLM's tokens; of texts that differ in capitals and punctuation only, the likeliest,
     with the probability of all of them.
@@ -97,7 +95,6 @@ def hypotheses_of(
         processor ([`VoxLMProcessor`])
         n_best (`list[ReaderHypothesis]`): likeliest first.
         budget (`float`): most tokens of the LLM.
-        hotwords ([`Hotwords`], *optional*): of the recording.
     """
     hypotheses: dict[tuple[int, ...], Hypothesis] = {}
     for proposed in n_best:
@@ -112,7 +109,7 @@ def hypotheses_of(
             same = hypotheses[key]
             same.reader_logprob = float(np.logaddexp(same.reader_logprob, proposed.logprob))
             continue
-        hot = hotwords.plain_words(proposed.bias) if hotwords is not None else set()
+        hot = {word for hotword in proposed.hotwords for word in plain_words(hotword.split())}
         unjudged = [is_unjudged(word) or plain in hot for word, plain in zip(surface, plain_words(surface))]
         unjudged = np.array(unjudged, dtype=bool)
         if model.config.reader_config["plain_text"]:
@@ -246,11 +243,14 @@ def propose(
     settings = model.config.reader_config
 
     def decode(audio, budgets, requests, padded=False):
-        prompts = [request.reader_prompt(settings) for request in requests]
-        searches = [request.hotword_search(settings) for request in requests]
+        room = model.reader.prompt_room
+        prompts = [request.reader_prompt(settings, room) for request in requests]
+        searches = [
+            functools.partial(request.hotword_search, settings, room) if request.hotwords else None
+            for request in requests
+        ]
         n_best = model.reader(audio.last_hidden_state, audio.frame_mask, budgets, padded, prompts, searches)
-        hotwords = [request.hotwords for request in requests]
-        return [hypotheses_of(model, processor, *row) for row in zip(n_best, budgets, hotwords)]
+        return [hypotheses_of(model, processor, *row) for row in zip(n_best, budgets)]
 
     if in_window:
         audio = encode_with_silence(model, processor, batch.segments, None)
