@@ -129,7 +129,7 @@ def test_a_hotword_is_proposed_that_is_too_unlikely_without(vocabulary):
     assert " the quick fox" not in [spelt(text.ids) for text in plain]
     (hot,) = [text for text in texts if spelt(text.ids) == " the quick fox"]
     assert hot.bonus == Hotwords(["fox"], vocabulary).value(0)
-    assert hot.logprob == pytest.approx(-9.0)
+    assert hot.logprob < plain[0].logprob - 2
 
 
 def test_wrong_hotwords_leave_the_list_as_it_is(vocabulary):

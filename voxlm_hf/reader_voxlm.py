@@ -440,8 +440,8 @@ def with_hotword_texts(
         hotwords ([`Hotwords`])
     """
     plain, biased = ([with_found(text, hotwords) for text in texts] for texts in (plain, biased))
-    had = plain[0].bonus
-    more = [text for text in biased[:-1] if text.bonus > had]
+    had, known = plain[0].bonus, [text.ids for text in plain]
+    more = [text for text in biased[:-1] if text.bonus > had and text.ids not in known]
     others = [text.logprob for text in biased[:-1] if text.bonus <= had]
     shift = plain[0].logprob - max(others) if others else 0.0
     return [*plain[:-1], *(replace(text, shift=shift) for text in more), plain[-1]]

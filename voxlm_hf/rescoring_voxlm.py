@@ -59,10 +59,10 @@ class Hypothesis:
 
     Args:
         decoded ([`DecodedText`]): the text in the LLM's tokens; `score_hypotheses` adds the LLM's states and scores.
-        known (`torch.BoolTensor` of shape `(tokens,)`): which of the tokens the LLM can judge: all but those of digits and of
-            words spelt letter by letter, where it was trained on texts without them.
+        known (`torch.BoolTensor` of shape `(tokens,)`): which of the tokens the LLM can judge: all but those of hotwords and,
+            where it was trained on texts without them, of digits and words spelt letter by letter.
         ctc_ids (`list[int]`): without capitals and punctuation, as the projector's frames spell it; `ANYTHING` stands for
-            words that they cannot spell: numbers in digits, words spelt letter by letter.
+            words that they cannot spell: numbers in digits, words spelt letter by letter, hotwords.
         reader_logprob (`float`): the reader's log-probability of the whole text.
         unjudged_tokens (`int`): number of the reader's tokens in such words, without the first of each word.
         end_logprob (`float`): the LLM's log-probability of the text ending there.
@@ -110,14 +110,15 @@ def hypotheses_of(model, processor: VoxLMProcessor, n_best: list, budget: float 
             same.reader_logprob = float(np.logaddexp(same.reader_logprob, proposed.logprob))
             continue
         hot = {word for hotword in proposed.hotwords for word in plain_words(hotword.split())}
-        unjudged = [is_unjudged(word) or plain in hot for word, plain in zip(surface, plain_words(surface))]
-        unjudged = np.array(unjudged, dtype=bool)
+        # Rare as they are, LLM and frames would undo hotwords.
+        expected = np.array([word.removesuffix("'s") in hot for word in plain_words(surface)], dtype=bool)
+        unjudged = expected | np.array([is_unjudged(word) for word in surface], dtype=bool)
         if model.config.reader_config["plain_text"]:
             ids, token_words = plain_ids, plain_token_words
             known = torch.tensor([not unjudged[word] for word in token_words], dtype=torch.bool)
         else:
             ids, token_words = processor.encode_words(text, surface, surface)
-            known = torch.ones(len(ids), dtype=torch.bool)
+            known = torch.tensor([not expected[word] for word in token_words], dtype=torch.bool)
         owners = _word_owners(groups, words)
         decoded = DecodedText(
             ids,
