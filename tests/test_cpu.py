@@ -6,6 +6,8 @@ import torch
 from tests import tiny
 from tests.tiny import READER_START, encoder_states, with_reader
 from voxlm_hf.cpu_voxlm import PackedLinear
+from voxlm_hf.decoding_voxlm import DecodedText
+from voxlm_hf.rescoring_voxlm import Hypothesis, score_hypotheses
 
 
 ARITHMETICS = ["pack_weights", "quantize_dynamic"]
@@ -54,6 +56,26 @@ def test_the_readers_scores_are_the_same_or_close(arithmetic, least, most):
     assert model.transcribe(tiny.noise(1.0)).duration == 1.0
     if arithmetic == "quantize_dynamic":
         assert model.reader.head.weight().dtype == torch.qint8
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("arithmetic, most", [("pack_weights", 1e-4), ("quantize_dynamic", 0.1)])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_lora_stays_beside_a_base_that_judges_without_it(arithmetic, most, use_dora):
+    """The LLM alone has LoRA, the judge of the reader's texts has not, in every arithmetic."""
+    exact, model = (
+        tiny.randomise_lora(with_reader(lora_config={"use_dora": use_dora}, llm_prompt="none")) for _ in range(2)
+    )
+    getattr(model, arithmetic)()
+    inputs = exact.processor.apply_transcription_request([tiny.noise(1.0)])
+    alone, judged = [], []
+    for each in (exact, model):
+        text = Hypothesis(DecodedText([5, 9, 11], True), torch.ones(3, dtype=torch.bool), [], 0.0)
+        score_hypotheses(each, None, [[text]])
+        judged.append(text.decoded.logprobs)
+        alone.append(each(**inputs).logits.log_softmax(-1))
+    torch.testing.assert_close(*judged, atol=most, rtol=0)
+    torch.testing.assert_close(*alone, atol=most, rtol=0)
 
 
 def test_packed_transcriptions_are_the_same():

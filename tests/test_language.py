@@ -82,6 +82,8 @@ def test_what_is_for_the_reader_is_refused_where_the_llm_writes(model, options):
     clip = tiny.noise(1.0)
     with pytest.raises(ValueError, match="are for the reader"):
         tiny.model().transcribe(clip, **options)
+    with pytest.raises(ValueError, match="`use_reader=False` turns off"):
+        model.transcribe(clip, use_reader=False, **options)
     with pytest.raises(ValueError, match="cannot search with num_beams"):
         model.transcribe(clip, num_beams=2, **options)
 

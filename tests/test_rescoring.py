@@ -1,17 +1,21 @@
 """Rescoring: the reader's hypotheses, scored by LLM, CTC frames and reader, and the best of them."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 
 from tests import tiny
-from tests.test_decoding import states_of
+from tests.test_decoding import forced
 from voxlm_hf import rescoring_voxlm
 from voxlm_hf.ctc_voxlm import ANYTHING
 from voxlm_hf.decoding_voxlm import DecodedText, pack_prompt
+from voxlm_hf.loading_voxlm import lora_layers
 from voxlm_hf.reader_voxlm import ReaderHypothesis
 from voxlm_hf.rescoring_voxlm import (
     Hypothesis,
+    beginning_of_text,
     hypotheses_of,
     in_doubt,
     is_unjudged,
@@ -148,35 +152,76 @@ def test_with_capitals_in_training_the_llm_scores_the_text_as_it_is():
 # Scores of the LLM
 
 
+# What hypotheses have in common with the first of their recording: nothing, a beginning, the whole of one of them.
+FAMILIES = [[[5, 9, 11], [7], []], [[8, 8, 30, 31], [8, 8, 31], [8, 8], [8, 8, 30, 31, 9, 9]], [[], [6]]]
+FAMILIES.append([[*range(10, 50)], [*range(10, 40), *range(4, 14)]])  # longer than the window of one LLM
+
+
 @torch.no_grad()
-def test_the_llm_scores_texts_as_one_pass_over_each_does(monkeypatch):
-    """Batches of unlike texts of two recordings, several batches of them."""
-    monkeypatch.setattr(rescoring_voxlm, "TOKENS_AT_ONCE", 6)
-    model = tiny.with_reader()
-    _, prompt = request(model, tiny.noise(1.4, 2), tiny.noise(0.8, 3))
-    rows = [[hypothesis(ids) for ids in ([5, 9, 11], [7], [])], [hypothesis([8, 8, 30, 31])]]
+@pytest.mark.parametrize("at_once", [6, 160])
+@pytest.mark.parametrize("llm", ["qwen3", "gemma2"])
+@pytest.mark.parametrize("llm_prompt", ["audio", "none"])
+def test_the_llm_scores_texts_as_one_pass_over_each_does(monkeypatch, llm_prompt, llm, at_once):
+    """With a prompt by LLM and LoRA, without one by the base LLM; in one batch or several, with a window or without."""
+    monkeypatch.setattr(rescoring_voxlm, "TOKENS_AT_ONCE", at_once)
+    model = tiny.with_reader(llm=llm, lora_config={}, llm_prompt=llm_prompt)
+    base = copy.deepcopy(model.language_model)  # LoRA is the identity yet
+    tiny.randomise_lora(model)
+    _, prompt = request(model, *(tiny.noise(seconds, 2) for seconds in (1.4, 0.8, 1.0, 0.6)))
+    rows = [[hypothesis(ids) for ids in texts] for texts in FAMILIES]
     score_hypotheses(model, prompt, rows)
-    eos = model.generation_config.eos_token_id
     for row, texts in enumerate(rows):
         for text in texts:
             ids = text.decoded.ids
-            logprobs = model.get_output_embeddings()(states_of(model, prompt, row, [*ids, eos])).log_softmax(-1)
+            if llm_prompt == "none":
+                output = base(torch.tensor([[0, *ids]]), output_hidden_states=True)  # 0 begins a text
+            else:
+                output = forced(model, prompt, row, ids)
+            logprobs = output.logits[0, -len(ids) - 1 :].log_softmax(-1)
             expected = logprobs[range(len(ids)), ids]
             torch.testing.assert_close(text.decoded.logprobs, expected, atol=1e-4, rtol=1e-4)
             entropies = -(logprobs.exp() * logprobs).sum(-1)[: len(ids)]
             torch.testing.assert_close(text.decoded.entropies, entropies, atol=1e-4, rtol=1e-4)
-            assert text.end_logprob == pytest.approx(float(logprobs[-1, eos]), abs=1e-4)
-            if ids:
-                torch.testing.assert_close(text.decoded.states, states_of(model, prompt, row, ids), atol=1e-4, rtol=0)
+            assert text.end_logprob == pytest.approx(
+                float(logprobs[-1, model.generation_config.eos_token_id]), abs=1e-4
+            )
+            states = output.hidden_states[-1][0, -len(ids) - 1 : -1]
+            torch.testing.assert_close(text.decoded.states, states, atol=1e-4, rtol=0)
 
 
-def test_each_prompt_goes_through_the_llm_once():
+@torch.no_grad()
+def test_prompts_and_common_beginnings_go_through_the_llm_once():
     model = tiny.with_reader()
     _, prompt = request(model, tiny.noise(1.4, 2), tiny.noise(0.8, 3))
     lengths = []
     model.register_forward_hook(lambda *call: lengths.append(call[2]["input_ids"].shape[1]), with_kwargs=True)
-    score_hypotheses(model, prompt, [[hypothesis([5, 9]), hypothesis([7, 8])], [hypothesis([4, 4])]])
-    assert lengths == [prompt["input_ids"].shape[1], 2]
+    score_hypotheses(model, prompt, [[hypothesis([5, 9, 9]), hypothesis([5, 9, 8, 3])], [hypothesis([4, 4, 4])]])
+    assert lengths == [prompt["input_ids"].shape[1] + 3, 2]
+
+
+@torch.no_grad()
+def test_lora_learns_as_before_after_the_base_has_judged():
+    model = tiny.with_reader(lora_config={}, llm_prompt="none")
+    some = [name for name, _ in model.named_parameters() if ".lora_A." in name]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in some)
+    score_hypotheses(model, None, [[hypothesis([5])]])
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == some
+    assert not any(layer.disable_adapters for _, layer in lora_layers(model))
+
+
+@pytest.mark.parametrize("begins, ends, padding, expected", [(4, 5, 6, 4), (None, [7, 5], 6, 5), (None, None, 6, 6)])
+def test_a_plain_language_model_begins_with_the_token_for_it_or_what_is_nearest(begins, ends, padding, expected):
+    model = tiny.with_reader(llm_prompt="none")
+    model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id = begins, ends, padding
+    assert beginning_of_text(model, 2)["input_ids"].tolist() == [[expected]] * 2
+
+
+def test_a_plain_language_model_judges_cased_text_without_the_prefix_of_answers():
+    model = tiny.with_reader("Hi, 18.", plain_text=True, llm_prompt="none")
+    model.processor.text_prefix = " "
+    (found,) = hypotheses_of(model, model.processor, [ReaderHypothesis([3, 4, 5, 6, 7, 8, 9], [-1.0] * 7)])
+    assert model.processor.decode_text(found.decoded.ids) == "Hi, 18." and found.known.all()
 
 
 def test_tokens_that_the_llm_cannot_judge_do_not_count():

@@ -219,12 +219,15 @@ def encoded(made: VoxLMForSpeechSeq2Seq, *clips: np.ndarray, prompt: str | None 
 READER_START, READER_END = 1, 2
 
 
-def with_reader(letters: str = "", **settings) -> VoxLMForSpeechSeq2Seq:
+def with_reader(
+    letters: str = "", llm: str = "qwen3", lora_config: dict | None = None, **settings
+) -> VoxLMForSpeechSeq2Seq:
     """
     A tiny model with a random reader.
 
     Args:
         letters: the reader's token 3 + i stands for the i-th of them; by default 40 words of the LLM's tokenizer.
+        llm, lora_config: of the model.
         **settings: override those of `config.reader_config`.
     """
     tokens = tokenizer()
@@ -237,7 +240,8 @@ def with_reader(letters: str = "", **settings) -> VoxLMForSpeechSeq2Seq:
         "spelling_size": sum(map(len, words)),
         **settings,
     }
-    made = model(llm="qwen3", projector_readout="token_mixture", frame_gate_threshold=0.3, reader_config=settings)
+    options = {"projector_readout": "token_mixture", "frame_gate_threshold": 0.3, "lora_config": lora_config}
+    made = model(llm=llm, reader_config=settings, **options)
     lengths = [0, 0, 0] + [len(word) for word in words]
     lengths += [0] * (made.config.audio_config.vocab_size - len(lengths))
     made.reader.spelling = torch.tensor([token for word in words for token in word], dtype=torch.int32)

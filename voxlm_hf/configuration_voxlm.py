@@ -67,6 +67,7 @@ DEFAULT_READER = {
     "llm_weight": 0.3,
     "ctc_weight": 0.0,
     "word_bonus": 1.0,
+    "llm_prompt": "audio",
     "plain_text": False,
     "previous_id": None,
     "language": "en",
@@ -215,6 +216,7 @@ READER_FIELDS = {
     "llm_weight": (is_number, "a finite number"),
     "ctc_weight": (is_number, "a finite number"),
     "word_bonus": (is_number, "a finite number"),
+    "llm_prompt": (lambda value: value in ("audio", "none"), '"audio" or "none"'),
     "plain_text": (lambda value: isinstance(value, bool), "true or false"),
     "previous_id": (lambda value: value is None or _is_count(value, 0, MOST_TOKENS), "a token id or null"),
     "language": (lambda value: isinstance(value, str) and bool(value), "the code of a language"),
@@ -361,11 +363,12 @@ class VoxLMConfig(PreTrainedConfig):
             "prompt_ids" and "eos_token_id": tokens that its texts begin and end with. "end_frames": number of learned frames
             behind the audio. "spelling_size": length of the table of the LLM's tokens for its own. "num_beams". How `transcribe`
             rescores its hypotheses (see `rescoring_voxlm`): "llm_weight" and "ctc_weight", weights of the log-probabilities
-            beside the reader's; "word_bonus" for each word; "plain_text", whether the LLM was trained on texts without
-            capitals and punctuation. "language": code of the language in which it decodes unless asked for another, and which
-            LLM and projector were trained on; "llm_weights": the LLM's weight by code of any other language, 0 where it is
-            missing: the reader alone decides there. "languages": the decoder's token by code of language, empty for a model of one
-            language; "previous_id": the token in front of a text before (context, hotwords).
+            beside the reader's; "word_bonus" for each word; "llm_prompt", "audio" for the LLM with LoRA behind audio and prompt,
+            "none" for the base LLM as a plain language model, which never hears anything; "plain_text", whether the LLM with
+            LoRA was trained on texts without capitals and punctuation. "language": code of the language in which it decodes
+            unless asked for another, and which LLM and projector were trained on; "llm_weights": the LLM's weight by code of any
+            other language, 0 where it is missing: the reader alone decides there. "languages": the decoder's token by code of
+            language, empty for a model of one language; "previous_id": the token in front of a text before (context, hotwords).
         alignment_kind (`"frames"` or `"cross_attention"`, defaults to `"frames"`):
             `"frames"`: scores on the encoder's own frames. `"cross_attention"`: the original VoxLM's, for converted checkpoints:
             the attention weights of post-norm cross-attention layers from text states to projected frames.
@@ -613,6 +616,11 @@ class VoxLMConfig(PreTrainedConfig):
     def audio_hidden_size(self) -> int:
         """Width of the encoder's output frames."""
         return getattr(self.audio_config, "output_hidden_size", None) or self.audio_config.hidden_size
+
+    @property
+    def judges_without_audio(self) -> bool:
+        """Whether the base LLM judges the reader's texts as a plain language model."""
+        return (self.reader_config or {}).get("llm_prompt") == "none"
 
     @classmethod
     def preset(cls, name: str, **overrides) -> "VoxLMConfig":

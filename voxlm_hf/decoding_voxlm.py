@@ -16,11 +16,12 @@ from transformers import DynamicCache
 from transformers.generation import GenerationConfig, GenerationMixin
 
 from .ctc_voxlm import CTCPrefix, choose, ctc_frames
+from .features_voxlm import halves, silence_behind
 from .outputs_voxlm import VoxLMAudioOutput
-from .placeholders_voxlm import marks_tokens
+from .placeholders_voxlm import marks_tokens, with_placeholders
 from .processing_voxlm import VoxLMProcessor, check_context, context_length
 from .request_voxlm import Request
-from .segmentation_voxlm import AudioSegment
+from .segmentation_voxlm import AudioSegment, SegmentSpan
 from .words_voxlm import word_indices
 
 
@@ -108,18 +109,25 @@ class EncodedBatch:
     Segments that are encoded and projected, with their prompts.
 
     Args:
-        segments (`list[AudioSegment]`)
-        requests (`list[Request]`): with prompts as `VoxLMProcessor.render_prompt` returns them.
+        segments (`list[SegmentSpan]`)
         input_ids, attention_mask (`torch.LongTensor` of shape `(batch, length)`): the prompts with one placeholder per
-            projected frame, padded on the left.
+            projected frame.
         audio ([`VoxLMAudioOutput`])
+        clips (`list[np.ndarray]`, *optional*): input features of each segment without padding, of which more can be encoded;
+            `None` where the encoder's states alone were given.
+        requests (`list[Request]`, *optional*): of each segment; without any, nothing is asked beyond the prompts.
     """
 
-    segments: list[AudioSegment]
-    requests: list[Request]
+    segments: list[SegmentSpan]
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     audio: VoxLMAudioOutput
+    clips: list[np.ndarray] | None = None
+    requests: list[Request] | None = None
+
+    def __post_init__(self):
+        if self.requests is None:
+            self.requests = [Request()] * len(self.segments)
 
     @functools.cached_property
     def visible_frames(self) -> list[int | None]:
@@ -144,10 +152,11 @@ class EncodedBatch:
         }
         return EncodedBatch(
             [self.segments[number]],
-            [self.requests[number]],
             self.input_ids[number][kept].unsqueeze(0),
             self.attention_mask[number][kept].unsqueeze(0),
             VoxLMAudioOutput(**fields),
+            None if self.clips is None else [self.clips[number]],
+            [self.requests[number]],
         )
 
 
@@ -158,19 +167,50 @@ def encode(model, processor: VoxLMProcessor, segments: list[AudioSegment], reque
     Args:
         model ([`VoxLMForSpeechSeq2Seq`])
         processor ([`VoxLMProcessor`])
-        segments (`list[AudioSegment]`), requests (`list[Request]`): see [`EncodedBatch`].
+        segments (`list[AudioSegment]`)
+        requests (`list[Request]`): of each.
 
     Raises:
         ValueError: for prompt and audio that leave no room in the LLM's context for a short text.
     """
-    features = processor.extract_features([segment.waveform for segment in segments])
+    clips = processor.extract_clips([segment.waveform for segment in segments])
+    features = on_device(model, processor.pad_clips(clips))
     prompts, counts = [request.prompt for request in requests], processor.count_audio_tokens(features)
-    inputs = processor.prompt_ids(prompts, counts)
-    features, inputs = ({name: value.to(model.device) for name, value in part.items()} for part in (features, inputs))
+    inputs = on_device(model, processor.prompt_ids(prompts, counts))
     audio = model.get_audio_features(**features)
-    visible = model.visible_positions(**inputs, audio=audio)
+    spans = [segment.span for segment in segments]
+    return encoded_batch(model, spans, **inputs, audio=audio, clips=clips, requests=requests)
+
+
+def encoded_batch(
+    model, segments: list[SegmentSpan], input_ids, attention_mask, audio: VoxLMAudioOutput, clips=None, requests=None
+) -> EncodedBatch:
+    """[`EncodedBatch`] of what is encoded already, checked as in `encode`."""
+    visible = model.visible_positions(input_ids, attention_mask, audio)
     check_prompt_length(model.config, visible, new_tokens=MIN_TOKENS)
-    return EncodedBatch(segments, requests, **inputs, audio=audio)
+    return EncodedBatch(segments, input_ids, attention_mask, audio, clips, requests)
+
+
+def encode_halves(model, processor: VoxLMProcessor, batch: EncodedBatch) -> EncodedBatch:
+    """Both halves of the one segment of a batch, each encoded by itself behind the same prompt."""
+    parts, share = halves(processor, batch.clips[0])
+    features = on_device(model, processor.pad_clips(parts))
+    counts, token = processor.count_audio_tokens(features), model.config.audio_token_id
+    prompts = pack_prompts([with_placeholders(batch.input_ids[0], token, count) for count in counts])
+    audio = model.get_audio_features(**features)
+    return encoded_batch(model, batch.segments[0].divided(share), *prompts, audio, parts, batch.requests * 2)
+
+
+def pack_prompts(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts of unlike length as `input_ids` and `attention_mask` `(batch, length)`, padded on the left."""
+    ids = pad_sequence(rows, batch_first=True, padding_side="left")
+    lengths = torch.tensor([len(row) for row in rows], device=ids.device)
+    return ids, (torch.arange(ids.shape[1], 0, -1, device=ids.device) <= lengths.unsqueeze(1)).long()
+
+
+def on_device(model, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Inputs where the model is."""
+    return {name: value.to(model.device) for name, value in inputs.items()}
 
 
 def check_prompt_length(config, attention_mask, input_ids=None, new_tokens: int = 1):
@@ -191,13 +231,10 @@ def check_prompt_length(config, attention_mask, input_ids=None, new_tokens: int 
     check_context(context_length(config), longest, new_tokens)
 
 
-def encode_with_silence(model, processor: VoxLMProcessor, segments: list[AudioSegment], seconds: float | None):
-    """The encoder's output for segments with `seconds` of silence behind each, or with silence to the end of its window."""
-    rate = processor.sampling_rate
-    window, waveforms = round(processor.audio_window_s * rate), [segment.waveform for segment in segments]
-    silence = [window - len(waveform) if seconds is None else round(seconds * rate) for waveform in waveforms]
-    features = processor.extract_features([np.pad(*parts) for parts in zip(waveforms, [(0, size) for size in silence])])
-    return model.encode_audio(**{name: value.to(model.device) for name, value in features.items()})
+def encode_with_silence(model, processor: VoxLMProcessor, clips: list[np.ndarray], seconds: float | None):
+    """The encoder's output for clips with `seconds` of silence behind each, or with silence to the end of its window."""
+    features = processor.pad_clips([silence_behind(processor, clip, seconds) for clip in clips])
+    return model.encode_audio(**on_device(model, features))
 
 
 def pack_left(visible: torch.Tensor, columns: dict[str, tuple[torch.Tensor, int]]) -> dict[str, torch.Tensor]:
@@ -269,7 +306,7 @@ def token_budgets(batch: EncodedBatch, max_new_tokens: int | None, context: int 
     return [min(budget, most) for budget, most in zip(budgets, room.tolist())]
 
 
-def most_tokens(segment: AudioSegment, request: Request, visible_frames: int | None) -> float:
+def most_tokens(segment: SegmentSpan, request: Request, visible_frames: int | None) -> float:
     """A generous bound of the tokens of a segment's text, from its audio."""
     if visible_frames is not None:
         return TOKENS_PER_VISIBLE_FRAME * visible_frames

@@ -4,7 +4,8 @@ import copy
 import hashlib
 import re
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -383,7 +384,9 @@ def load_base(auto_class, name: str | Path, dtype: torch.dtype) -> PreTrainedMod
 
 
 def lora_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Names and modules of a model's layers under LoRA."""
+    """Names and modules of a model's layers under LoRA; none without peft, which would have made them."""
+    if not is_peft_available():
+        return []
     return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
 
 
@@ -450,14 +453,28 @@ def floating_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
     return named
 
 
+@contextmanager
+def without_lora(language_model: nn.Module) -> Iterator[None]:
+    """Let an LLM compute with its base weights alone; LoRA is as it was afterwards."""
+    layers = [module for _, module in lora_layers(language_model)]
+    # peft freezes what it disables, and lets all of it learn again.
+    learning = [(parameter, parameter.requires_grad) for layer in layers for parameter in layer.parameters()]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for parameter, learns in learning:
+            parameter.requires_grad_(learns)
+
+
 def merge_lora(language_model: nn.Module):
     """Fold LoRA into the weights it adapts, in place; the LoRA layers become plain ones."""
-    if not is_peft_available():
-        return
-    for name, module in list(language_model.named_modules()):
-        if isinstance(module, LoraLayer):
-            module.merge()
-            language_model.set_submodule(name, module.get_base_layer())
+    for name, module in lora_layers(language_model):
+        module.merge()
+        language_model.set_submodule(name, module.get_base_layer())
 
 
 def base_folder(name: str, revision: str | None, **hub_options) -> Path:

@@ -123,6 +123,11 @@ def check_context(context: int | None, prompt_length: int, new_tokens: int = 1):
         )
 
 
+def is_text(value) -> bool:
+    """Whether a value is a string or a list that begins with one (an empty list is taken for texts)."""
+    return isinstance(value, str) or isinstance(value, (list, tuple)) and (not value or isinstance(value[0], str))
+
+
 def check_text(text, name: str):
     """
     Raises:
@@ -238,7 +243,7 @@ class VoxLMProcessor(ProcessorMixin):
         self.context_length = context_length(config)
         rate = self.sampling_rate
         silence = np.zeros(2 * rate, dtype=np.float32)
-        one, two = (self._extract(silence[: seconds * rate]).shape[self._time_axis] for seconds in (1, 2))
+        one, two = (self._extract(silence[: seconds * rate]).shape[self.time_axis] for seconds in (1, 2))
         self.samples_per_feature = rate // (two - one)
         limit = 4 * rate // self.samples_per_feature
         self.audio_token_stride, self.audio_token_offset = affine_lengths(model.audio_lengths, limit)
@@ -287,8 +292,8 @@ class VoxLMProcessor(ProcessorMixin):
         return self.feature_extractor.model_input_names[0]
 
     @property
-    def _time_axis(self) -> int:
-        # Whisper's extractor alone returns (mels, time); the others return (time, features) or (samples,).
+    def time_axis(self) -> int:
+        """Axis of time in the features of one clip: Whisper's extractor alone returns `(mels, time)`."""
         return 1 if "Whisper" in type(self.feature_extractor).__name__ else 0
 
     @property
@@ -323,6 +328,13 @@ class VoxLMProcessor(ProcessorMixin):
         Raises:
             ValueError: for audio that is longer than the model's window, or too short for one projected frame.
         """
+        return self.pad_clips(self.extract_clips(waveforms))
+
+    def extract_clips(self, waveforms: list[np.ndarray]) -> list[np.ndarray]:
+        """
+        Features of each waveform at its own length, `(mels, time)` for Whisper, else `(time, features)` or `(samples,)`; errors
+        as in `extract_features`.
+        """
         window = round(self.audio_window_s * self.sampling_rate)
         features = []
         for waveform in waveforms:
@@ -334,20 +346,30 @@ class VoxLMProcessor(ProcessorMixin):
             if self.pad_audio_to_window:
                 waveform = np.pad(waveform, (0, window - len(waveform)))
             features.append(self._extract_or_raise(waveform))
-        lengths = [clip.shape[self._time_axis] for clip in features]
-        padded, mask = [], torch.zeros(len(features), max(lengths), dtype=torch.long)
-        for row, (clip, length) in enumerate(zip(features, lengths)):
+        return features
+
+    def pad_clips(self, clips: list[np.ndarray]) -> dict[str, torch.Tensor]:
+        """Clips of `extract_clips` as the encoder's inputs: padded to the longest of them, with their mask."""
+        lengths = [clip.shape[self.time_axis] for clip in clips]
+        padded, mask = [], torch.zeros(len(clips), max(lengths), dtype=torch.long)
+        for row, (clip, length) in enumerate(zip(clips, lengths)):
             widths = [(0, 0)] * clip.ndim
-            widths[self._time_axis] = (0, max(lengths) - length)
+            widths[self.time_axis] = (0, max(lengths) - length)
             padded.append(np.pad(clip, widths))
             mask[row, :length] = 1
         return {self.feature_name: torch.from_numpy(np.stack(padded)), f"{self.feature_name}_mask": mask}
+
+    def unpad_features(self, features: dict[str, torch.Tensor]) -> list[np.ndarray]:
+        """The clips that `pad_clips` made a batch of."""
+        values = features[self.feature_name].float().cpu().numpy()
+        lengths = features[f"{self.feature_name}_mask"].sum(-1).tolist()
+        return [clip[:, :length] if self.time_axis == 1 else clip[:length] for clip, length in zip(values, lengths)]
 
     def _extract_or_raise(self, waveform: np.ndarray) -> np.ndarray:
         """`_extract`, checked to give at least one projected frame."""
         if len(waveform) >= ANALYSIS_WINDOW_S * self.sampling_rate:
             clip = self._extract(waveform)
-            if self.num_audio_tokens(clip.shape[self._time_axis]) >= 1:
+            if self.num_audio_tokens(clip.shape[self.time_axis]) >= 1:
                 return clip
         missing = (self.audio_token_stride - self.audio_token_offset) * self.samples_per_feature
         shortest = max(ANALYSIS_WINDOW_S, missing / self.sampling_rate)
@@ -367,10 +389,10 @@ class VoxLMProcessor(ProcessorMixin):
         )
         features = np.asarray(output[self.feature_name][0], dtype=np.float32)
         mask = output.get("attention_mask", output.get("padding_mask"))
-        length = features.shape[self._time_axis]
+        length = features.shape[self.time_axis]
         if mask is not None:
             length = min(length, int(np.asarray(mask[0]).sum()))
-        return features[:, :length] if self._time_axis == 1 else features[:length]
+        return features[:, :length] if self.time_axis == 1 else features[:length]
 
     def _process_audio(self, audio: list[np.ndarray], **kwargs):
         """[`ProcessorMixin`]'s hook: the encoder's inputs, and the placeholders of each audio."""
@@ -413,15 +435,19 @@ class VoxLMProcessor(ProcessorMixin):
     def __call__(self, text=None, audio=None, **kwargs) -> BatchFeature:
         r"""
         Args:
-            text (`str` or `list[str]`): prompts. Each audio token in them stands for one recording, in order, and becomes one
-                placeholder per projected frame.
+            text (`str` or `list[str]`, *optional*): prompts. Each audio token in them stands for one recording, in order, and
+                becomes one placeholder per projected frame. What is neither a string nor a list of them is the audio, as the
+                first argument of Whisper's processor is.
             audio: one or many recordings, of any kind `read_audio` takes; a list for each prompt is taken as well.
             sampling_rate (`int`, *optional*): rate of bare arrays in Hz, by default the encoder's.
 
         Returns:
             [`BatchFeature`] with `input_ids`, `attention_mask` (padded on the left unless `padding_side` is given) and
-            `input_features` (or `input_values`) with its mask, as torch tensors unless `return_tensors` is given.
+            `input_features` (or `input_values`) with its mask, as torch tensors unless `return_tensors` is given; without texts,
+            the features alone, for which `generate` has the trained prompt.
         """
+        if audio is None and text is not None and not is_text(text):
+            text, audio = None, text
         if text is not None and isinstance(text, (list, tuple)) and not text:
             raise ValueError("`text` is an empty list")
         for item in [text] if isinstance(text, str) else text if isinstance(text, (list, tuple)) else []:
@@ -558,6 +584,10 @@ class VoxLMProcessor(ProcessorMixin):
             check_text(text, "A transcript")
         ids = self.tokenizer([self.text_prefix + text for text in texts], add_special_tokens=False)["input_ids"]
         return [row + [self.tokenizer.eos_token_id] for row in ids]
+
+    def text_ids(self, text: str) -> list[int]:
+        """Token ids of a text as an answer has them, without eos; none of an empty one."""
+        return self._answer_ids([text])[0][:-1] if text else []
 
     def answer_labels(self, texts: list[str], prompt_length: int) -> torch.Tensor:
         """

@@ -38,7 +38,7 @@ class Request:
         vocabulary ([`ReaderVocabulary`], *optional*): of the reader, where there is a context or hotwords.
     """
 
-    prompt: str
+    prompt: str = ""
     context: str = ""
     language: str | None = None
     language_probability: float | None = None
@@ -99,30 +99,36 @@ class Request:
 
 
 def make_requests(
-    model, processor: VoxLMProcessor, count: int, prompt=None, context=None, hotwords=None, language=OWN_LANGUAGE
+    model,
+    processor: VoxLMProcessor,
+    count: int,
+    prompt=None,
+    context=None,
+    hotwords=None,
+    language=OWN_LANGUAGE,
+    use_reader: bool = True,
 ) -> list[Request]:
     """
     The requests for `count` recordings; one request object for each.
 
     Args:
         model ([`VoxLMForSpeechSeq2Seq`])
-        prompt, context, hotwords, language: see `transcribe`.
+        prompt, context, hotwords, language, use_reader: see `transcribe`.
 
     Raises:
-        ValueError: for what cannot be used.
+        ValueError: for what cannot be used, and for what only a reader can do where there is none or the LLM writes alone.
     """
     prompts, contexts = one_for_each(prompt, count), one_for_each(context, count, "context")
     languages = [language] * count if not isinstance(language, (list, tuple)) else list(language)
     if len(languages) != count:
         raise ValueError(f"Got {len(languages)} languages for {count} recordings")
     lists = hotwords_for_each(hotwords, count)
-    if model.reader is None:
-        if any(lists) or any(item != OWN_LANGUAGE for item in languages):
-            raise ValueError(
-                "`hotwords` and `language` are for the reader, which this model does not have: the LLM alone writes the language "
-                "that it was trained on"
-            )
-        return [request_for(model, processor, *row) for row in zip(prompts, contexts)]
+    for_reader = any(lists) or any(item != OWN_LANGUAGE for item in languages)
+    if for_reader and (model.reader is None or not use_reader):
+        without = "this model does not have" if model.reader is None else "`use_reader=False` turns off"
+        raise ValueError(
+            f"`hotwords` and `language` are for the reader, which {without}: the LLM alone writes the language it was trained on"
+        )
     return [request_for(model, processor, *row) for row in zip(prompts, contexts, lists, languages)]
 
 

@@ -1,18 +1,21 @@
 """
 Rescoring: the reader proposes hypotheses; LLM, CTC and reader choose among them by their weighted log-probabilities.
 
-The LLM knows which words go together and has the audio in its prompt, CTC on the projector's frames knows how much was said,
-and the reader knows best which words were said.
+The LLM knows which words go together, CTC on the projector's frames knows how much was said, and the reader knows best which
+words were said. The LLM judges with LoRA and the audio in its prompt, or (`llm_prompt` "none") as the plain language model that
+it is without either.
 """
 
 import copy
 import functools
 import math
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from transformers import DynamicCache
 
 from .ctc_voxlm import ANYTHING, CTCFrames, ctc_frames, text_logprobs
 from .decoding_voxlm import (
@@ -24,9 +27,11 @@ from .decoding_voxlm import (
     stop_tokens,
     token_entropies,
 )
+from .loading_voxlm import without_lora
+from .placeholders_voxlm import cache_of
 from .processing_voxlm import VoxLMProcessor
 from .reader_voxlm import LENGTH_REWARD, ReaderHypothesis
-from .words_voxlm import plain_words
+from .words_voxlm import encode_words, plain_words
 
 
 # Text tokens that are scored over the LLM's whole vocabulary at once. Chosen for memory: from 256 to 160 the first 7 minutes
@@ -113,7 +118,10 @@ def hypotheses_of(model, processor: VoxLMProcessor, n_best: list, budget: float 
         # Rare as they are, LLM and frames would undo hotwords.
         expected = np.array([word.removesuffix("'s") in hot for word in plain_words(surface)], dtype=bool)
         unjudged = expected | np.array([is_unjudged(word) for word in surface], dtype=bool)
-        if model.config.reader_config["plain_text"]:
+        if model.config.judges_without_audio:
+            ids, token_words = encode_words(processor.tokenizer, text, surface, surface)
+            known = torch.tensor([not expected[word] for word in token_words], dtype=torch.bool)
+        elif model.config.reader_config["plain_text"]:
             ids, token_words = plain_ids, plain_token_words
             known = torch.tensor([not unjudged[word] for word in token_words], dtype=torch.bool)
         else:
@@ -254,7 +262,7 @@ def propose(
         return [hypotheses_of(model, processor, *row) for row in zip(n_best, budgets)]
 
     if in_window:
-        audio = encode_with_silence(model, processor, batch.segments, None)
+        audio = encode_with_silence(model, processor, batch.clips, None)
         return decode(audio, budgets, batch.requests, padded=True)
     hypotheses = decode(batch.audio, budgets, batch.requests)
     longest_s = min(SHORT_S, processor.audio_window_s - SILENCE_S)
@@ -264,7 +272,7 @@ def propose(
         if look_twice and segment.duration_s <= longest_s and in_doubt(texts, frames)
     ]
     if doubtful:
-        audio = encode_with_silence(model, processor, [batch.segments[row] for row in doubtful], SILENCE_S)
+        audio = encode_with_silence(model, processor, [batch.clips[row] for row in doubtful], SILENCE_S)
         again = decode(audio, [budgets[row] for row in doubtful], [batch.requests[row] for row in doubtful])
         for row, texts in zip(doubtful, again):
             for text in texts:
@@ -328,48 +336,157 @@ def total_scores(
     ]
 
 
-def score_hypotheses(model, prompt: dict, hypotheses: list[list[Hypothesis]]):
+def beginning_of_text(model, count: int) -> dict[str, torch.Tensor]:
     """
-    Let the LLM score each hypothesis of each recording, in place. Each prompt goes through the LLM once, and so does each
-    hypothesis.
+    The prompts of `count` texts for a plain language model: its token for a text's beginning, else for its end, else padding.
+    """
+    ends = sorted(stop_tokens(model.config.eos_token_id))
+    tokens = [token for token in (model.config.bos_token_id, *ends, model.config.pad_token_id) if token is not None]
+    ids = torch.tensor(tokens[:1], device=model.device).expand(count, -1)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def score_hypotheses(model, prompt: dict | None, hypotheses: list[list[Hypothesis]]):
+    """
+    Let the LLM score each hypothesis of each recording, in place: behind its prompt or, where `llm_prompt` is "none", without
+    LoRA behind the token for the beginning of a text. Each prompt goes through the LLM once, and so does what a hypothesis
+    shares with the beginning of its recording's first one.
 
     Args:
-        prompt (`dict`): of the recordings, padded on the left.
+        prompt (`dict`, *optional*): of the recordings, padded on the left; not needed where `llm_prompt` is "none".
         hypotheses (`list[list[Hypothesis]]`): of each recording.
     """
-    output = model(**prompt, use_cache=True, logits_to_keep=1, output_hidden_states=True)
-    cache, mask = output.past_key_values, prompt["attention_mask"]
-    first_logprobs = output.logits[:, -1].float().log_softmax(-1)
-    first_states = output.hidden_states[-1][:, -1]
+    without_audio = model.config.judges_without_audio
+    prompt = beginning_of_text(model, len(hypotheses)) if without_audio else prompt
+    longest = max((len(text.decoded.ids) for texts in hypotheses for text in texts), default=0)
+    families = [(row, texts) for row, texts in enumerate(hypotheses) if texts]
+    if prompt["input_ids"].shape[1] + 2 * longest > _smallest_window(model):
+        # What a mask hides in the cache would push out what it does not.
+        families = [(row, [text]) for row, texts in families for text in texts]
+    with without_lora(model.language_model) if without_audio else nullcontext():
+        for group in padded_batches(families, lambda family: len(family[1][0].decoded.ids), TOKENS_AT_ONCE):
+            _score_families(model, prompt, group)
+
+
+def _smallest_window(model) -> float:
+    """Most tokens that every layer of the LLM's cache keeps."""
+    layers = DynamicCache(config=model.config.text_config).layers
+    return min((layer.sliding_window for layer in layers if layer.is_sliding), default=math.inf)
+
+
+def _score_families(model, prompt: dict, families: list[tuple[int, list[Hypothesis]]]):
+    """
+    `score_hypotheses` for some hypotheses: the first of each family in one pass, and in others what the rest do not share.
+
+    Args:
+        prompt (`dict`): of all recordings.
+        families (`list[tuple[int, list[Hypothesis]]]`): rows of the prompt, and texts behind each.
+    """
+    rows = torch.tensor([row for row, _ in families], device=prompt["input_ids"].device)
+    prompt = {name: value[rows] for name, value in prompt.items()}
+    ids, real = pad_texts([texts[0].decoded.ids for _, texts in families], rows.device)
+    mask = torch.cat([prompt["attention_mask"], real], dim=1)
+    inputs = {**prompt, "input_ids": torch.cat([prompt["input_ids"], ids], dim=1), "attention_mask": mask}
+    output = model(**inputs, use_cache=True, logits_to_keep=ids.shape[1] + 1, output_hidden_states=True)
+    cache, passed = cache_of(output), _Pass(model, output, ids.shape[1] + 1)
     del output
-    suppressed = model.generation_config.suppress_tokens or []
-    stops = sorted(stop_tokens(model.generation_config.eos_token_id))
-    rows = [(number, text) for number, texts in enumerate(hypotheses) for text in texts]
-    for batch in padded_batches(rows, lambda row: len(row[1].decoded.ids), TOKENS_AT_ONCE):
-        owners = torch.tensor([number for number, _ in batch], device=mask.device)
-        lengths = [len(text.decoded.ids) for _, text in batch]
-        ids = pad_ids([text.decoded.ids for _, text in batch], mask.device)
-        logprobs, states = first_logprobs[owners].unsqueeze(1), first_states[owners].unsqueeze(1)
-        if ids.shape[1]:
-            real = torch.arange(ids.shape[1]) < torch.tensor(lengths).unsqueeze(1)
-            output = model(
-                input_ids=ids,
-                attention_mask=torch.cat([mask[owners], real.to(mask)], dim=1),
-                past_key_values=_select_cache_rows(cache, owners),
-                use_cache=True,
-                output_hidden_states=True,
-            )
-            logprobs = torch.cat([logprobs, output.logits.float().log_softmax(-1)], dim=1)
-            states = torch.cat([states, output.hidden_states[-1]], dim=1)
-            del output
-        entropies = torch.stack([token_entropies(row) for row in logprobs])
-        logprobs[..., suppressed] = -torch.inf
-        states = model.text_states(states, 1)
-        for row, ((_, text), length) in enumerate(zip(batch, lengths)):
-            text.decoded.logprobs = logprobs[row, :length].gather(-1, ids[row, :length].unsqueeze(-1)).squeeze(-1)
-            # Copies, so that the padded batch can be freed.
-            text.decoded.entropies, text.decoded.states = entropies[row, :length].clone(), states[row, :length].clone()
-            text.end_logprob = float(logprobs[row, length, stops].max()) if stops else 0.0
+    branches = []
+    for family, (_, texts) in enumerate(families):
+        for text in texts:
+            scores, shared = _TextScores(text), common_prefix(texts[0].decoded.ids, text.decoded.ids)
+            scores.add(passed, family, shared + 1)
+            branches.append((family, scores, shared))
+    del passed  # as large as the logits
+    unshared = [branch for branch in branches if branch[2] < len(branch[1].ids)]
+    for batch in padded_batches(unshared, lambda branch: len(branch[1].ids) - branch[2], TOKENS_AT_ONCE):
+        _score_branches(model, cache, mask, prompt["input_ids"].shape[1], batch)
+    for _, scores, _ in branches:
+        scores.fill_in(model)
+
+
+def _score_branches(
+    model, cache, mask: torch.Tensor, prompt_length: int, branches: list[tuple[int, "_TextScores", int]]
+):
+    """
+    The LLM's scores of what texts do not share with the first of their family.
+
+    Args:
+        cache: of the first texts behind their prompts, one row for each family; left as it is.
+        mask (`torch.Tensor` of shape `(families, length)`): of the tokens in the cache.
+        prompt_length (`int`): how many of them are the prompt's.
+        branches (`list[tuple[int, _TextScores, int]]`): the family of each text, and how many tokens it shares.
+    """
+    families = torch.tensor([family for family, _, _ in branches], device=mask.device)
+    shared = torch.tensor([count for _, _, count in branches], device=mask.device).unsqueeze(1)
+    ids, real = pad_texts([scores.ids[count:] for _, scores, count in branches], mask.device)
+    past = mask[families] * (torch.arange(mask.shape[1], device=mask.device) - prompt_length < shared)
+    output = model(
+        input_ids=ids,
+        attention_mask=torch.cat([past, real], dim=1),
+        past_key_values=_select_cache_rows(cache, families),
+        use_cache=True,
+        output_hidden_states=True,
+    )
+    passed = _Pass(model, output, ids.shape[1])
+    for row, (_, scores, count) in enumerate(branches):
+        scores.add(passed, row, len(scores.ids) - count)
+
+
+class _Pass:
+    """
+    What the LLM says after each of the last `count` positions of a pass.
+
+    Args:
+        model ([`VoxLMForSpeechSeq2Seq`])
+        output: of the pass, with hidden states.
+        count (`int`)
+    """
+
+    def __init__(self, model, output, count: int):
+        self.logprobs = output.logits.float().log_softmax(-1)
+        self.entropies = torch.stack([token_entropies(row) for row in self.logprobs])  # row by row, to save memory
+        self.logprobs[..., model.generation_config.suppress_tokens or []] = -torch.inf
+        stops = sorted(stop_tokens(model.generation_config.eos_token_id))
+        self.ends = self.logprobs[..., stops].amax(-1) if stops else torch.zeros_like(self.entropies)
+        self.states = output.hidden_states[-1][:, -count:]
+
+
+class _TextScores:
+    """The LLM's scores of one text, gathered from passes over parts of it."""
+
+    def __init__(self, text: Hypothesis):
+        self.text, self.ids = text, text.decoded.ids
+        self.logprobs, self.entropies, self.states = [], [], []
+
+    def add(self, passed: _Pass, row: int, count: int):
+        """What the first `count` positions of a row of a pass say about the text's next tokens, or its end."""
+        known = sum(map(len, self.logprobs))
+        ids = torch.tensor(self.ids[known : known + count], dtype=torch.long, device=passed.states.device)
+        # Copies, so that the padded batch can be freed.
+        self.logprobs.append(passed.logprobs[row, : len(ids)].gather(-1, ids.unsqueeze(-1)).squeeze(-1))
+        self.entropies.append(passed.entropies[row, : len(ids)].clone())
+        self.states.append(passed.states[row, :count].clone())
+        if len(ids) < count:
+            self.text.end_logprob = float(passed.ends[row, len(ids)])
+
+    def fill_in(self, model):
+        """Write the scores into the text."""
+        decoded = self.text.decoded
+        decoded.logprobs, decoded.entropies = torch.cat(self.logprobs), torch.cat(self.entropies)
+        decoded.states = model.text_states(torch.cat(self.states).unsqueeze(0), 1)[0]
+
+
+def common_prefix(one: list[int], other: list[int]) -> int:
+    """How many tokens two texts have in common at their beginning."""
+    differ = (place for place, pair in enumerate(zip(one, other)) if pair[0] != pair[1])
+    return next(differ, min(len(one), len(other)))
+
+
+def pad_texts(rows: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
+    """`pad_ids`, and a mask of the same shape that is 1 for tokens."""
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    ids = pad_ids(rows, device)
+    return ids, (torch.arange(ids.shape[1], device=device) < lengths.unsqueeze(1)).long()
 
 
 def _select_cache_rows(cache, rows: torch.Tensor):

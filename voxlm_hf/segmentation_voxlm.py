@@ -65,11 +65,24 @@ class EnergyDetector:
         both_levels = [_levels_db(frames), _levels_db(np.diff(frames, axis=1))]
         recent = max(len(frames), round(HISTORY_S / FRAME_S))
         self.histories = [np.append(*parts)[-recent:] for parts in zip(self.histories, both_levels)]
-        for levels, history in zip(both_levels, self.histories):
-            background, loud = np.percentile(history, [BACKGROUND_PERCENTILE, LOUD_PERCENTILE])
-            if loud - background >= EVEN_DB or len(history) * FRAME_S < EVEN_FROM_S:
-                return levels > max(SILENCE_DB, min(background + ABOVE_BACKGROUND_DB, loud - RANGE_DB))
-        return np.zeros(len(frames), dtype=bool)
+        return active_frames(both_levels, self.histories, FRAME_S)
+
+
+def active_frames(both_levels: list[np.ndarray], histories: list[np.ndarray], frame_s: float) -> np.ndarray:
+    """
+    Which frames are louder than their background; see [`EnergyDetector`].
+
+    Args:
+        both_levels (`list[np.ndarray]` of shape `(frames,)`): levels in dB of full scale, of the samples and of the
+            differences between samples.
+        histories (`list[np.ndarray]`): the same of the last `HISTORY_S`, these frames included.
+        frame_s (`float`): length of a frame in seconds.
+    """
+    for levels, history in zip(both_levels, histories):
+        background, loud = np.percentile(history, [BACKGROUND_PERCENTILE, LOUD_PERCENTILE])
+        if loud - background >= EVEN_DB or len(history) * frame_s < EVEN_FROM_S:
+            return levels > max(SILENCE_DB, min(background + ABOVE_BACKGROUND_DB, loud - RANGE_DB))
+    return np.zeros(len(both_levels[0]), dtype=bool)
 
 
 def _levels_db(frames: np.ndarray) -> np.ndarray:
@@ -128,6 +141,29 @@ DETECTORS = {"energy": EnergyDetector, "silero": SileroDetector}
 
 
 @dataclass
+class SegmentSpan:
+    """
+    Where a segment lies in its recording.
+
+    Args:
+        start_s, duration_s (`float`): in seconds.
+        active_s (`float`): seconds of it that may be speech.
+    """
+
+    start_s: float
+    duration_s: float
+    active_s: float
+
+    def divided(self, share: float) -> list["SegmentSpan"]:
+        """The two parts of the segment, of which the first has this share of it."""
+        first_s, active_s = share * self.duration_s, share * self.active_s
+        return [
+            SegmentSpan(self.start_s, first_s, active_s),
+            SegmentSpan(self.start_s + first_s, self.duration_s - first_s, self.active_s - active_s),
+        ]
+
+
+@dataclass
 class AudioSegment:
     """
     A stretch of a recording that goes through the model at once.
@@ -158,15 +194,10 @@ class AudioSegment:
         """Its length in seconds."""
         return len(self.waveform) / self.sampling_rate
 
-    def halves(self) -> list["AudioSegment"]:
-        """The segment in two, split at the quietest place between its first and its last quarter."""
-        size = len(self.waveform)
-        middle = quietest(self.waveform, size // 4, size - size // 4, self.sampling_rate)
-        parts = [(self.start, self.waveform[:middle]), (self.start + middle, self.waveform[middle:])]
-        return [
-            AudioSegment(waveform, self.sampling_rate, start, self.active_s * len(waveform) / size)
-            for start, waveform in parts
-        ]
+    @property
+    def span(self) -> SegmentSpan:
+        """Where it lies, without its samples."""
+        return SegmentSpan(self.start_s, self.duration_s, self.active_s)
 
 
 class _Buffer:
