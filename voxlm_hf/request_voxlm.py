@@ -31,6 +31,7 @@ class Request:
     Args:
         prompt (`str`): of `VoxLMProcessor.render_prompt`, with the context.
         context (`str`): text before, names, subject; empty for none.
+        context_ids (`list[int]`): the same and a line break as the LLM's tokens.
         language (`str`, *optional*): code of the language; `None` while it has to be detected, and without a reader.
         language_probability (`float`, *optional*): of the language, where it was detected.
         own_language (`bool`): whether it is the language that LLM and projector were trained on.
@@ -40,6 +41,7 @@ class Request:
 
     prompt: str = ""
     context: str = ""
+    context_ids: list[int] = field(default_factory=list)
     language: str | None = None
     language_probability: float | None = None
     own_language: bool = True
@@ -141,7 +143,8 @@ def request_for(
         logger.warning_once(f"A context has {len(context)} characters; the last {CONTEXT_CHARACTERS} are used")
         context = context[-CONTEXT_CHARACTERS:]
     rendered = processor.render_prompt(prompt, context)
-    request = Request(rendered, context, hotwords=list(hotwords))
+    context_ids = processor.tokenizer(f"{context}\n", add_special_tokens=False)["input_ids"] if context else []
+    request = Request(rendered, context, context_ids, hotwords=list(hotwords))
     if model.reader is None:
         return request
     settings = model.config.reader_config

@@ -22,6 +22,7 @@ from .decoding_voxlm import (
     DecodedText,
     EncodedBatch,
     encode_with_silence,
+    pack_prompts,
     pad_ids,
     padded_batches,
     stop_tokens,
@@ -222,20 +223,36 @@ def rescore(
     """
     settings = model.config.reader_config
     hypotheses = propose(model, processor, budgets, batch, look_twice, in_window)
-    # A projector without token scores affects the text only through the LLM's prompt.
-    frames = ctc_frames(model, batch.audio) if settings["ctc_weight"] else [None] * len(hypotheses)
-    embeddings = model.get_input_embeddings().weight
+    # In languages that neither knows, the reader alone decides.
     weights = [request.judging(settings) for request in batch.requests]
     hypotheses = [
         texts if any(own[name] for name in JUDGES) else [max(texts, key=lambda text: text.reader_score)]
         for texts, own in zip(hypotheses, weights)
     ]
-    score_hypotheses(model, prompt, hypotheses)
-    totals = [
-        total_scores(texts, row if own["ctc_weight"] else None, embeddings, own)
-        for texts, row, own in zip(hypotheses, frames, weights)
-    ]
+    judged = judge(model, prompt, batch, hypotheses, with_ctc=bool(settings["ctc_weight"]))
+    totals = [known @ weights_of(own) for known, own in zip(judged, weights)]
     return [texts[int(np.argmax(scores))].decoded for texts, scores in zip(hypotheses, totals)]
+
+
+def judge(
+    model, prompt: dict, batch: EncodedBatch, hypotheses: list[list[Hypothesis]], with_ctc: bool
+) -> list[np.ndarray]:
+    """
+    Let the LLM and, with `with_ctc`, the frames score hypotheses.
+
+    Args:
+        model, prompt, batch: see `rescore`.
+        hypotheses (`list[list[Hypothesis]]`): of each segment; the LLM's scores are added to them.
+
+    Returns:
+        the `evidence` for each segment's hypotheses.
+    """
+    # A projector without token scores affects the text only through the LLM's prompt.
+    frames = ctc_frames(model, batch.audio) if with_ctc else [None] * len(hypotheses)
+    frames = [row if request.own_language else None for row, request in zip(frames, batch.requests)]
+    embeddings = model.get_input_embeddings().weight
+    score_hypotheses(model, prompt, hypotheses, [request.context_ids for request in batch.requests])
+    return [evidence(texts, row, embeddings) for texts, row in zip(hypotheses, frames)]
 
 
 def propose(
@@ -301,52 +318,58 @@ def in_doubt(texts: list[Hypothesis], visible_frames: int | None) -> bool:
     return too_few or tokens > most
 
 
-def total_scores(
-    texts: list[Hypothesis], frames: CTCFrames | None, embeddings: torch.Tensor, settings: dict
-) -> list[float]:
+def weights_of(settings: dict) -> np.ndarray:
+    """The weight of each column of `evidence`, from `config.reader_config`."""
+    return np.array([1.0, settings["llm_weight"], settings["ctc_weight"], settings["word_bonus"], LENGTH_REWARD])
+
+
+def evidence(texts: list[Hypothesis], frames: CTCFrames | None, embeddings: torch.Tensor) -> np.ndarray:
     """
-    The weighted log-probability of each hypothesis of one recording, minus infinity for the empty text where CTC is sure of
-    speech.
+    What hypotheses are chosen by, `(hypotheses, 5)`: the log-probabilities of reader (with the bonus of hotwords), LLM and CTC,
+    the number of words, and the number of tokens in words that only the reader can judge. The reader's is minus infinity for the empty text where CTC is
+    sure of speech.
 
     Args:
-        texts (`list[Hypothesis]`): scored by the LLM.
+        texts (`list[Hypothesis]`): of one recording, scored by the LLM.
         frames ([`CTCFrames`], *optional*): of the recording.
         embeddings (`torch.Tensor` of shape `(vocabulary, text_size)`): of the LLM.
-        settings (`dict`): `config.reader_config`.
     """
     ctc = [0.0] * len(texts)
     if frames is not None:
         least = MIN_CTC_PER_TOKEN * max(len(text.ctc_ids) for text in texts)
         ctc = text_logprobs(frames, embeddings, [text.ctc_ids for text in texts])
         ctc = [max(score, least) if text.decoded.ids else score for text, score in zip(texts, ctc)]
-    totals = [
-        text.reader_logprob
-        + settings["llm_weight"] * text.llm_logprob
-        + settings["ctc_weight"] * ctc_score
-        + settings["word_bonus"] * len(text.decoded.words)
-        + LENGTH_REWARD * text.unjudged_tokens
-        + text.hotword_bonus
-        for text, ctc_score in zip(texts, ctc)
-    ]
     # The frames decide whether anything was said: a model that knows none of the words prefers the empty text.
     sure = frames is not None and frames.speech_log_odds > SURE_OF_SPEECH
-    return [
-        -np.inf if not text.decoded.ids and (sure or ctc_score < max(ctc)) else total
-        for text, ctc_score, total in zip(texts, ctc, totals)
-    ]
+    possible = [bool(text.decoded.ids) or not sure and score >= max(ctc) for text, score in zip(texts, ctc)]
+    return np.array(
+        [
+            [
+                text.reader_logprob + text.hotword_bonus if is_possible else -np.inf,
+                text.llm_logprob,
+                score,
+                len(text.decoded.words),
+                text.unjudged_tokens,
+            ]
+            for text, score, is_possible in zip(texts, ctc, possible)
+        ]
+    )
 
 
-def beginning_of_text(model, count: int) -> dict[str, torch.Tensor]:
+def beginning_of_text(model, contexts: list[list[int]]) -> dict[str, torch.Tensor]:
     """
-    The prompts of `count` texts for a plain language model: its token for a text's beginning, else for its end, else padding.
+    The prompts of texts for a plain language model: its token for a text's beginning, else for its end, else padding, and behind
+    it the context of each (ids, empty for none).
     """
     ends = sorted(stop_tokens(model.config.eos_token_id))
     tokens = [token for token in (model.config.bos_token_id, *ends, model.config.pad_token_id) if token is not None]
-    ids = torch.tensor(tokens[:1], device=model.device).expand(count, -1)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    ids, mask = pack_prompts([torch.tensor([tokens[0], *ids], device=model.device) for ids in contexts])
+    return {"input_ids": ids, "attention_mask": mask}
 
 
-def score_hypotheses(model, prompt: dict | None, hypotheses: list[list[Hypothesis]]):
+def score_hypotheses(
+    model, prompt: dict | None, hypotheses: list[list[Hypothesis]], contexts: list[list[int]] | None = None
+):
     """
     Let the LLM score each hypothesis of each recording, in place: behind its prompt or, where `llm_prompt` is "none", without
     LoRA behind the token for the beginning of a text. Each prompt goes through the LLM once, and so does what a hypothesis
@@ -355,9 +378,10 @@ def score_hypotheses(model, prompt: dict | None, hypotheses: list[list[Hypothesi
     Args:
         prompt (`dict`, *optional*): of the recordings, padded on the left; not needed where `llm_prompt` is "none".
         hypotheses (`list[list[Hypothesis]]`): of each recording.
+        contexts (`list[list[int]]`, *optional*): the LLM's ids of the text before each recording, where `llm_prompt` is "none".
     """
     without_audio = model.config.judges_without_audio
-    prompt = beginning_of_text(model, len(hypotheses)) if without_audio else prompt
+    prompt = beginning_of_text(model, contexts or [[]] * len(hypotheses)) if without_audio else prompt
     longest = max((len(text.decoded.ids) for texts in hypotheses for text in texts), default=0)
     families = [(row, texts) for row, texts in enumerate(hypotheses) if texts]
     if prompt["input_ids"].shape[1] + 2 * longest > _smallest_window(model):
