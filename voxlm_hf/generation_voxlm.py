@@ -17,11 +17,11 @@ from .audio_voxlm import RATES, check_rate, file_duration_s, is_batch, stream_au
 from .decoding_voxlm import MIN_TOKENS, check_prompt_length, pack_left, padded_batches, search_options, token_budget
 from .fallback_voxlm import transcribe_batch
 from .forced_alignment_voxlm import align_segments, align_text, known_text
-from .language_voxlm import detect_language
+from .language_voxlm import with_languages
 from .pipeline_voxlm import VoxLMASRPipeline, check_timestamps
 from .placeholders_voxlm import audio_by_prompt, cache_of, feature_mask, gated_mask, hidden_in_cache, past_length
 from .processing_voxlm import VoxLMProcessor, one_for_each
-from .request_voxlm import OWN_LANGUAGE, Request, make_requests
+from .request_voxlm import OWN_LANGUAGE, Request, check_search, make_requests
 from .segmentation_voxlm import DETECTORS, AudioSegment, segment_audio
 from .transcript_ids_voxlm import (
     asked_step_outputs,
@@ -525,14 +525,7 @@ def transcribe_recordings(
     """
     processor = model.get_processor()
     token_budget(options.generate_kwargs)
-    searching = search_options(model.generation_config, options.generate_kwargs)
-    reading = model.reader is not None and any(
-        request.hotwords or request.language is None or not request.own_language for request in requests
-    )
-    if searching and reading:
-        raise ValueError(
-            f"`hotwords` and `language` are for the reader, which cannot search with {', '.join(sorted(searching))}"
-        )
+    check_search(model, requests, search_options(model.generation_config, options.generate_kwargs))
     for prompt in {request.prompt for request in requests}:
         check_prompt_length(model.config, **processor.prompt_ids([prompt], [1]), new_tokens=MIN_TOKENS)
     DETECTORS[options.vad](processor.sampling_rate)
@@ -565,34 +558,6 @@ def segment_recordings(processor: VoxLMProcessor, items: list, options: Transcri
             yield SegmentTask(number, duration_s=samples / rate)
         except (OSError, ValueError) as error:
             yield SegmentTask(number, duration_s=samples / rate, error=error)
-
-
-def with_languages(
-    model, processor: VoxLMProcessor, tasks: Iterable[SegmentTask], requests: list[Request]
-) -> Iterator[SegmentTask]:
-    """
-    The tasks in the same order. Those of a recording whose language has to be detected wait until there is a window of speech,
-    or its end, so that the language does not depend on where the recording is split.
-
-    Each says what is spoken in its recording.
-
-    Args:
-        tasks: of `segment_recordings`.
-        requests (`list[Request]`): of each recording; the languages are set in place.
-    """
-    waiting: list[SegmentTask] = []
-    for task in tasks:
-        waiting.append(task)
-        request, heard = requests[task.recording], [item.audio for item in waiting if item.audio is not None]
-        if model.reader is not None and request.language is None and heard:
-            if task.audio is not None and sum(audio.duration_s for audio in heard) < processor.audio_window_s:
-                continue
-            spoken = detect_language(model, processor, np.concatenate([audio.waveform for audio in heard]))
-            request.set_language(spoken[0], model.config.reader_config, spoken[1])
-        for item in waiting:
-            item.spoken = request.spoken
-            yield item
-        waiting = []
 
 
 @torch.no_grad()

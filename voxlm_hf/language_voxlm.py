@@ -1,5 +1,7 @@
 """Languages of the reader: their names, the prompt of each, and detection."""
 
+from collections.abc import Iterable, Iterator
+
 import numpy as np
 import torch
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
@@ -55,3 +57,31 @@ def detect_language(model, processor, waveform: np.ndarray) -> tuple[str, float]
     )
     best = int(probabilities.argmax())
     return list(languages)[best], float(probabilities[best])
+
+
+def with_languages(model, processor, tasks: Iterable, requests: list) -> Iterator:
+    """
+    The tasks in the same order. Those of a recording whose language has to be detected wait until there is a window of speech,
+    or its end, so that the language does not depend on where the recording is split.
+
+    Each says what is spoken in its recording.
+
+    Args:
+        model ([`VoxLMForSpeechSeq2Seq`])
+        processor ([`VoxLMProcessor`])
+        tasks (`Iterable[SegmentTask]`): of `generation_voxlm.segment_recordings`.
+        requests (`list[Request]`): of each recording; the languages are set in place.
+    """
+    waiting = []
+    for task in tasks:
+        waiting.append(task)
+        request, heard = requests[task.recording], [item.audio for item in waiting if item.audio is not None]
+        if model.reader is not None and request.language is None and heard:
+            if task.audio is not None and sum(audio.duration_s for audio in heard) < processor.audio_window_s:
+                continue
+            spoken = detect_language(model, processor, np.concatenate([audio.waveform for audio in heard]))
+            request.set_language(spoken[0], model.config.reader_config, spoken[1])
+        for item in waiting:
+            item.spoken = request.spoken
+            yield item
+        waiting = []

@@ -161,6 +161,24 @@ def request_for(
     return request
 
 
+def check_search(model, requests: list[Request], searching: dict):
+    """
+    Check that what is asked of the reader does not meet options with which it cannot search.
+
+    Args:
+        model ([`VoxLMForSpeechSeq2Seq`])
+        searching (`dict`): of `decoding_voxlm.search_options`.
+
+    Raises:
+        ValueError: for hotwords and other languages with such options.
+    """
+    reading = any(request.hotwords or request.language is None or not request.own_language for request in requests)
+    if searching and reading and model.reader is not None:
+        raise ValueError(
+            f"`hotwords` and `language` are for the reader, which cannot search with {', '.join(sorted(searching))}"
+        )
+
+
 def checked_text(text, name: str) -> str:
     """A text with single spaces for its white space.
 
