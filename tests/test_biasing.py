@@ -102,7 +102,7 @@ def search(vocabulary, words: list[str], likely: dict[str, float]):
     """The n-best list of searches in which texts have these log-probabilities, token by token alike."""
     tree = Hotwords(words, vocabulary)
     plain, biased = (search_with(vocabulary, hotwords, likely) for hotwords in (None, tree))
-    return with_hotword_texts(plain, biased, tree)
+    return with_hotword_texts(plain, biased, tree, plain[0].logprob)
 
 
 def search_with(vocabulary, hotwords: Hotwords | None, likely: dict[str, float]):
@@ -157,6 +157,13 @@ def test_the_likeness_is_the_edit_distance_to_the_closest_part():
     assert most_like(["zzz", "stew", "turnip"], "the stow and turnop", 3) == ["turnip", "stew", "zzz"]
 
 
+def test_log_probabilities_behind_another_prompt_are_shifted_to_those_of_the_first(vocabulary):
+    tree = Hotwords(["fox"], vocabulary)
+    plain, biased = (search_with(vocabulary, hotwords, LIKELY) for hotwords in (None, tree))
+    hot = [with_hotword_texts(plain, biased, tree, plain[0].logprob + change)[-2].logprob for change in (0.0, 3.0)]
+    assert hot[1] == pytest.approx(hot[0] - 3.0)
+
+
 # In a reader
 
 
@@ -175,3 +182,31 @@ def test_prompts_of_unlike_length_are_each_searched_as_if_alone():
             logprobs = reader.teacher_force(*one, ids).log_softmax(-1)[0, len(prompts[row]) - 1 :]
             expected = [float(logprobs[place, token]) for place, token in enumerate(text.ids)]
             assert text.logprobs == pytest.approx(expected, abs=1e-4)
+
+
+@torch.no_grad()
+def test_a_search_for_hotwords_begins_behind_its_own_prompt(vocabulary):
+    """The shift is what the best text without hotwords gains or loses by the prompt, as the decoder scores it."""
+    reader, (states, mask) = tiny.with_reader().reader, tiny.encoder_states(9)
+    words = reader.vocabulary(tiny.tokenizer())
+    found = []
+
+    def sought(heard):
+        found.append(heard)
+        return Hotwords([words.decode([token]).strip() for token in (7, 9) if words.decode([token]).strip()], words), [
+            4,
+            9,
+            7,
+            1,
+        ]
+
+    plain, (n_best,) = reader(states, mask, [5])[0], reader(states, mask, [5], hotwords=[sought])
+    assert found == [plain[0].ids]
+    assert [text.ids for text in n_best[: len(plain) - 1]] == [text.ids for text in plain[:-1]]
+    hot = [text for text in n_best if text.shift]
+    assert hot and all(text.hotwords for text in hot)
+    for text, prompt in ((plain[0], [1]), (plain[0], [4, 9, 7, 1]), (hot[0], [4, 9, 7, 1])):
+        answer = [*text.ids, *([READER_END] if text.ended else [])]
+        logprobs = reader.teacher_force(states, mask, torch.tensor([[*prompt, *answer]])).log_softmax(-1)[0]
+        found.append(sum(float(logprobs[len(prompt) - 1 + place, token]) for place, token in enumerate(answer)))
+    assert hot[0].logprob == pytest.approx(found[3] + found[1] - found[2], abs=1e-3)

@@ -166,8 +166,18 @@ class VoxLMReader(nn.Module):
                 words, prompt = sought(n_best[row][0].ids)
                 again[row] = (prompt, budgets[row], words)
         for row, biased in self._search_all(again, cross, mask).items():
-            n_best[row] = with_hotword_texts(n_best[row], biased, again[row][2])
+            prompt, _, words = again[row]
+            logprob = self._logprob(prompt, n_best[row][0], *_select_rows(cross, mask, [row]))
+            n_best[row] = with_hotword_texts(n_best[row], biased, words, logprob)
         return list(n_best.values())
+
+    def _logprob(self, prompt: list[int], text: ReaderHypothesis, cross, mask) -> float:
+        """The log-probability of a text behind another prompt than it was found with; the rest is of its one recording."""
+        answer = [*text.ids, *([self.eos_token_id] if text.ended else [])]
+        ids = torch.tensor([[[*prompt, *answer]]], device=mask.device)
+        hidden_states = self._hidden_states(ids[..., :-1], 0, cross, mask, [None] * len(cross))
+        logits = self._logits(hidden_states[0, 0, len(prompt) - 1 :], self._forbidden_tokens())
+        return float(logits.log_softmax(-1).gather(-1, ids[0, 0, len(prompt) :, None]).sum())
 
     def _search_all(self, asked: dict[int, tuple], cross, mask) -> dict[int, list[ReaderHypothesis]]:
         """
@@ -426,24 +436,24 @@ class BeamSearch:
 
 
 def with_hotword_texts(
-    plain: list[ReaderHypothesis], biased: list[ReaderHypothesis], hotwords: Hotwords
+    plain: list[ReaderHypothesis], biased: list[ReaderHypothesis], hotwords: Hotwords, logprob: float
 ) -> list[ReaderHypothesis]:
     """
     The n-best list of a search without hotwords and, between it and the empty text, the hypotheses of a search with them that
     have more of them than its best one.
 
     Both searches started from other prompts. So that their log-probabilities can be compared, those of the second are shifted by
-    the difference of the two searches' best texts without more hotwords.
+    how much likelier the best text of the first is behind the first one's.
 
     Args:
         plain, biased (`list[ReaderHypothesis]`): of `BeamSearch.n_best`.
         hotwords ([`Hotwords`])
+        logprob (`float`): of the best text of the first search behind the prompt of the second.
     """
     plain, biased = ([with_found(text, hotwords) for text in texts] for texts in (plain, biased))
     had, known = plain[0].bonus, [text.ids for text in plain]
     more = [text for text in biased[:-1] if text.bonus > had and text.ids not in known]
-    others = [text.logprob for text in biased[:-1] if text.bonus <= had]
-    shift = plain[0].logprob - max(others) if others else 0.0
+    shift = plain[0].logprob - logprob
     return [*plain[:-1], *(replace(text, shift=shift) for text in more), plain[-1]]
 
 
