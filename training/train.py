@@ -430,7 +430,9 @@ def run_stage(model, train, dev, folder: Path, seed: int, kind: str, **options):
         processes.wait_for_everyone()  # nobody may see a result that this run is about to write
         if processes.is_main_process:
             print(f"stage {number}, {kind}" + (": finished before" if finished else ""))
+        parts = {"projector"} if kind == "warm_start" else set(options.get("parts", []))
         if finished:
+            mark_trained(model, parts)
             return
         folder.mkdir(parents=True, exist_ok=True)
         if processes.is_main_process:
@@ -447,6 +449,7 @@ def run_stage(model, train, dev, folder: Path, seed: int, kind: str, **options):
         trainer.resume()
     except (ValueError, RuntimeError, OSError) as error:  # RuntimeError: memory or a disk that is full
         raise RecipeError(f"stage {number}, {kind}: {error_line(error)}") from error
+    mark_trained(model, parts)
     skipped = sum(gather_object([train.skipped.take()]))
     if processes.is_main_process:
         if skipped:
@@ -458,6 +461,12 @@ def run_stage(model, train, dev, folder: Path, seed: int, kind: str, **options):
             save_file(trained_state(model), unfinished)
     model.eval()
     processes.wait_for_everyone()
+
+
+def mark_trained(model, parts: set[str]):
+    """Note in a model's config which of the `PARTS` that composing made anew have been trained."""
+    for part in parts & {"projector", "alignment"}:
+        setattr(model.config, f"{part}_trained", True)
 
 
 def load_trained(model, path: Path) -> bool:

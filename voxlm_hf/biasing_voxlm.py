@@ -1,7 +1,8 @@
 """
 Hotwords: words to expect, and the bonus that they give to the reader's hypotheses while these grow.
 
-Shallow fusion on a prefix tree, as the context graphs of k2 and NeMo do it: each token that continues a hotword earns a bonus
+They are sought in a second search of the reader, in whose prompt they are, as many as fit into a quarter of its context. Shallow
+fusion on a prefix tree, as the context graphs of k2 and NeMo do it: each token that continues a hotword earns a bonus
 at once, so that a rare word survives its unlikely beginning, and it is taken back where the hotword is not completed. The tree
 is over bytes and not over tokens: however the reader spells a hotword, it is found, and the bonus is the same.
 """

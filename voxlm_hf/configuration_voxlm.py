@@ -73,6 +73,7 @@ DEFAULT_READER = {
     "language": "en",
     "languages": {},
     "llm_weights": {},
+    "alignment_heads": None,
 }
 
 # Temperatures at which a text that fires a gate is sampled anew, at most. Chosen by hand within Whisper's range of 0 to 1.
@@ -118,6 +119,11 @@ def is_number(value, least=-math.inf, most=math.inf) -> bool:
 def _is_count(value, least=0, most=WIDEST) -> bool:
     """Whether a value is an integer within limits; bools are none."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def _is_head(value) -> bool:
+    """Whether a value is a pair of a layer's and a head's number."""
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_count, value))
 
 
 def _is_names(value) -> bool:
@@ -222,6 +228,10 @@ READER_FIELDS = {
     "language": (lambda value: isinstance(value, str) and bool(value), "the code of a language"),
     "languages": (_is_by_language(lambda value: _is_count(value, 0, MOST_TOKENS)), "token ids by code of language"),
     "llm_weights": (_is_by_language(is_number), "finite numbers by code of language"),
+    "alignment_heads": (
+        lambda value: value is None or isinstance(value, (list, tuple)) and bool(value) and all(map(_is_head, value)),
+        "a list of layers and heads ([[3, 1], ...]) or null",
+    ),
 }
 
 REFERENCE_FIELDS = {
@@ -369,6 +379,12 @@ class VoxLMConfig(PreTrainedConfig):
             unless asked for another, and which LLM and projector were trained on; "llm_weights": the LLM's weight by code of any
             other language, 0 where it is missing: the reader alone decides there. "languages": the decoder's token by code of
             language, empty for a model of one language; "previous_id": the token in front of a text before (context, hotwords).
+            "alignment_heads": layers and heads of its cross-attention that follow the audio, for word times without a trained
+            alignment head.
+        projector_trained (`bool`, defaults to `True`), alignment_trained (`bool`, defaults to `True`):
+            Whether projector and alignment head have been trained; `from_base_models` makes new ones, and training them changes
+            it. With a reader, an untrained projector is left out: the LLM judges texts as a plain language model, and CTC and
+            frame gate say nothing. Without a trained alignment head the reader's cross-attention gives the word times.
         alignment_kind (`"frames"` or `"cross_attention"`, defaults to `"frames"`):
             `"frames"`: scores on the encoder's own frames. `"cross_attention"`: the original VoxLM's, for converted checkpoints:
             the attention weights of post-norm cross-attention layers from text states to projected frames.
@@ -417,6 +433,8 @@ class VoxLMConfig(PreTrainedConfig):
     frame_gate_threshold: int | float | None = None
     ctc_weight: int | float = 0.0
     reader_config: dict | None = None
+    projector_trained: bool = True
+    alignment_trained: bool = True
     alignment_kind: Literal["frames", "cross_attention"] = "frames"
     alignment_hidden_size: int = 192
     alignment_num_blocks: int = 2
@@ -530,6 +548,7 @@ class VoxLMConfig(PreTrainedConfig):
         if self.reader_config is not None:
             _require_fields("reader_config", self.reader_config, READER_FIELDS)
             self._validate_languages()
+            self._validate_heads()
         temperatures = self.fallback_temperatures
         message = f"`fallback_temperatures` must be finite numbers above 0, got {temperatures}"
         _require(all(is_number(temperature) and temperature > 0 for temperature in temperatures), message)
@@ -549,6 +568,15 @@ class VoxLMConfig(PreTrainedConfig):
         unknown = [code for code in reader["llm_weights"] if code not in languages]
         message = f"`reader_config['llm_weights']` names {unknown}, which are none of `reader_config['languages']`"
         _require(not unknown, message)
+
+    def _validate_heads(self):
+        """Raise a `ValueError` for alignment heads that the audio model's decoder does not have."""
+        layers, heads = (
+            getattr(self.audio_config, name, None) for name in ("decoder_layers", "decoder_attention_heads")
+        )
+        for layer, head in self.reader_config.get("alignment_heads") or []:
+            message = f"`reader_config['alignment_heads']` names head {head} of layer {layer}, the decoder has {heads} in {layers}"
+            _require(layers is None or heads is None or layer < layers and head < heads, message)
 
     def _validate_lora(self):
         """Raise a `ValueError` for a `lora_config` that peft would refuse, or with which saving or merging would not be exact."""

@@ -87,6 +87,8 @@ class DecodedText:
         token_words (`np.ndarray` of shape `(tokens,)`, *optional*): index of each token's word, -1 for tokens of no word.
         mean_logprob (`float`, *optional*): mean log-probability of the tokens, by the model that proposed the text.
         reader_logprobs (`list[float]`, *optional*): the reader's log-probability of each word, where it proposed the text.
+        reader_ids (`list[int]`, *optional*), reader_words (`np.ndarray`, *optional*): the reader's tokens and the index of each
+            one's word, -1 for tokens of no word, where it proposed the text.
         fallback (`str`, *optional*): "window" where the reader decoded the audio with silence behind it.
     """
 
@@ -100,6 +102,8 @@ class DecodedText:
     token_words: np.ndarray | None = None
     mean_logprob: float | None = None
     reader_logprobs: list[float] | None = None
+    reader_ids: list[int] | None = None
+    reader_words: np.ndarray | None = None
     fallback: str | None = None
 
 
@@ -116,6 +120,7 @@ class EncodedBatch:
         clips (`list[np.ndarray]`, *optional*): input features of each segment without padding, of which more can be encoded;
             `None` where the encoder's states alone were given.
         requests (`list[Request]`, *optional*): of each segment; without any, nothing is asked beyond the prompts.
+        gated (`bool`): whether the frame gate says which frames carry a token.
     """
 
     segments: list[SegmentSpan]
@@ -124,6 +129,7 @@ class EncodedBatch:
     audio: VoxLMAudioOutput
     clips: list[np.ndarray] | None = None
     requests: list[Request] | None = None
+    gated: bool = True
 
     def __post_init__(self):
         if self.requests is None:
@@ -132,10 +138,10 @@ class EncodedBatch:
     @functools.cached_property
     def visible_frames(self) -> list[int | None]:
         """
-        Number of frames of each segment that pass the frame gate; `None` without one, and in languages that the projector does
-        not know.
+        Number of frames of each segment that pass the frame gate; `None` without a trained one, and in languages that the
+        projector does not know.
         """
-        if self.audio.gate_logits is None:
+        if not self.gated or self.audio.gate_logits is None:
             return [None] * len(self.segments)
         counts = self.audio.visible_mask.sum(-1).tolist()
         return [count if request.own_language else None for count, request in zip(counts, self.requests)]
@@ -157,6 +163,7 @@ class EncodedBatch:
             VoxLMAudioOutput(**fields),
             None if self.clips is None else [self.clips[number]],
             [self.requests[number]],
+            self.gated,
         )
 
 
@@ -186,9 +193,11 @@ def encoded_batch(
     model, segments: list[SegmentSpan], input_ids, attention_mask, audio: VoxLMAudioOutput, clips=None, requests=None
 ) -> EncodedBatch:
     """[`EncodedBatch`] of what is encoded already, checked as in `encode`."""
-    visible = model.visible_positions(input_ids, attention_mask, audio)
-    check_prompt_length(model.config, visible, new_tokens=MIN_TOKENS)
-    return EncodedBatch(segments, input_ids, attention_mask, audio, clips, requests)
+    gated = not model.leaves_projector_out
+    if gated:
+        visible = model.visible_positions(input_ids, attention_mask, audio)
+        check_prompt_length(model.config, visible, new_tokens=MIN_TOKENS)
+    return EncodedBatch(segments, input_ids, attention_mask, audio, clips, requests, gated)
 
 
 def encode_halves(model, processor: VoxLMProcessor, batch: EncodedBatch) -> EncodedBatch:

@@ -186,6 +186,8 @@ def transcribe_encoded(
     use_reader = use_reader and model.reader is not None
     generate_kwargs = given_options(generate_kwargs)
     budget, searching = token_budget(generate_kwargs), search_options(model.generation_config, generate_kwargs)
+    if searching or not use_reader:
+        check_llm_can_write(model)
     if searching:
 
         def search(prompt, budgets, batch):
@@ -213,6 +215,18 @@ def transcribe_encoded(
     ]
 
 
+def check_llm_can_write(model):
+    """
+    Raises:
+        ValueError: for a model whose reader is all that hears, since its projector is not trained.
+    """
+    if model.leaves_projector_out:
+        raise ValueError(
+            "The projector of this model is untrained, so the LLM cannot hear and write by itself (`use_reader=False`, beams, "
+            "sampling, ...); only the reader's greedy default works until the projector is trained"
+        )
+
+
 def decode_segments(
     model, processor: VoxLMProcessor, batch: EncodedBatch, decode: Callable, budget: int | None, with_words: bool
 ) -> list[Segment]:
@@ -227,8 +241,8 @@ def decode_segments(
     prompt = pack_prompt(model, batch)
     texts = decode(prompt, token_budgets(batch, budget, context_length(model.config)), batch)
     has_text = any(text.ids for text in texts)
-    unknown = any(text.ids and text.states is None for text in texts)
-    if with_words and has_text and (unknown or model.alignment.states_at_tokens):
+    unknown = not model.times_by_attention and any(text.ids and text.states is None for text in texts)
+    if with_words and has_text and (unknown or model.alignment.states_at_tokens and not model.times_by_attention):
         teacher_force(model, prompt, texts)
     for text in texts:
         split_decoded(processor, text)
@@ -295,7 +309,8 @@ def with_fallback(
       list was in doubt, it has already decoded the segment with a second of silence; see `rescoring_voxlm.propose`.)
     - "halves": if something was left out, the text of each half by itself.
     - "projector": greedy CTC, in the language that the projector was trained on.
-    - samples at the temperatures of the config, the same every time, in that language too.
+    - samples at the temperatures of the config, the same every time, in that language too. Like "projector", not with an untrained
+      projector.
 
     If all fire a gate, the text that fires the fewest and, of these, the likeliest.
 
@@ -327,7 +342,7 @@ def with_fallback(
         fallbacks["window"] = in_window
     if batch.clips is not None and "left_out" in first.gates and seconds >= SHORTEST_TO_HALVE_S:
         fallbacks["halves"] = default
-    if batch.requests[0].own_language:  # in others the LLM and its projector would write nonsense
+    if batch.requests[0].own_language and not model.leaves_projector_out:  # otherwise they would be nonsense
         fallbacks["projector"] = greedy_ctc
         fallbacks.update((value, sample(value)) for value in model.config.fallback_temperatures)
     attempts = [first]

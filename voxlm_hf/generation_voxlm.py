@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from .audio_voxlm import RATES, check_rate, file_duration_s, is_batch, stream_audio
 from .decoding_voxlm import MIN_TOKENS, check_prompt_length, pack_left, padded_batches, search_options, token_budget
-from .fallback_voxlm import transcribe_batch
+from .fallback_voxlm import check_llm_can_write, transcribe_batch
 from .forced_alignment_voxlm import align_segments, align_text, known_text
 from .language_voxlm import with_languages
 from .pipeline_voxlm import VoxLMASRPipeline, check_timestamps
@@ -192,6 +192,8 @@ class VoxLMGenerationMixin(GenerationMixin):
 
     def _generate_by_llm(self, inputs, audio, only_new: bool, *args, **kwargs):
         """`generate` by the library's loops; the audio is encoded once, before the first step."""
+        if audio is not None:
+            check_llm_can_write(self)
         if only_new and audio is not None:
             kwargs["max_new_tokens"] = self._new_tokens(audio, kwargs)
         hidden = self._place_audio(inputs, audio, kwargs)
@@ -341,14 +343,12 @@ class VoxLMGenerationMixin(GenerationMixin):
             sampling_rate (`int`, *optional*): rate of bare arrays in Hz, by default the model's.
             context (`str` or `list[str]`, *optional*): what the recording is about, names, or the text before it. Its last 1000
                 characters are in the LLM's prompt, and of these the last tokens that fit into half of the reader's.
-            hotwords (`list[str]`, or a list with one for each recording, *optional*): up to 2000 words and terms to expect. They
-                are sought in a second search of the reader, in whose prompt they are (as many as fit into a quarter of its
-                context) and where they earn a bonus, see `biasing_voxlm`; of more than 40, those that are spelt most like
-                something in the text without them. Symbols that the reader never writes, such as quotation marks, cannot be
-                expected.
+            hotwords (`list[str]`, or a list with one for each recording, *optional*): up to 2000 words and terms to expect, see
+                `biasing_voxlm`. Of more than 40, those are sought in a segment that are spelt most like something in it. Symbols
+                that the reader never writes, such as quotation marks, cannot be expected.
             language (`str` or `list`, *optional*): name or code; by default that of the checkpoint. `None` lets the reader detect
-                it, once for each recording on its first 30 s of speech. In a language that is not the checkpoint's the
-                text is the reader's own, and word times and confidences are less exact.
+                it, once for each recording. In a language that is not the checkpoint's the text is the reader's own, and word
+                times and confidences are less exact.
             return_timestamps (`bool` or `"word"`): whether to compute word times and confidences. The text is the same.
             batch_size (`int`): most segments in one pass; on a CPU also at most a minute of audio.
             chunk_length_s (`float`, *optional*): longest segment in seconds; by default the config's, at most the model's
@@ -427,6 +427,11 @@ class VoxLMGenerationMixin(GenerationMixin):
                 recording also for a text without words or that is no string, and for audio that cannot be read, is long and
                 without speech, or has fewer frames than the text has words; of a list, such a recording has an `error`.
         """
+        if not self.config.alignment_trained and self.reader is not None:
+            raise ValueError(
+                "`align` needs a trained alignment head, which this model lacks; `transcribe` gives word times by the reader's "
+                "cross-attention"
+            )
         processor, many = self.get_processor(), is_batch(audio)
         items, texts = (list(audio), text) if many else ([audio], [text])
         if not items:

@@ -264,6 +264,38 @@ class VoxLMReader(nn.Module):
         hidden_states = self._hidden_states(ids.unsqueeze(1), 0, cross, mask, [None] * len(cross))
         return self._logits(hidden_states, self._forbidden_tokens()).squeeze(1)
 
+    @torch.no_grad()
+    def cross_attention(self, states, mask, ids, heads: list[tuple[int, int]], padded: bool = False) -> torch.Tensor:
+        """
+        What heads of the cross-attention look at while the decoder is given a text.
+
+        Args:
+            states, mask, padded: as in `forward`.
+            ids (`torch.LongTensor` of shape `(batch, tokens)`): the prompt and the text.
+            heads (`list[tuple[int, int]]`): layer and number of each.
+
+        Returns:
+            `(batch, heads, tokens, frames)` weights, those of frames behind the audio included.
+        """
+        cross, mask = self._cross_attention_inputs(states, mask, self.end[:0] if padded else self.end)
+        queries: dict[int, torch.Tensor] = {}
+        hooks = [
+            self.decoder.layers[layer].encoder_attn.q_proj.register_forward_hook(
+                lambda module, inputs, output, layer=layer: queries.update({layer: self._heads(output)})
+            )
+            for layer in {layer for layer, _ in heads}
+        ]
+        try:
+            self._hidden_states(ids.unsqueeze(1), 0, cross, mask, [None] * len(cross))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        size = self.decoder.layers[0].encoder_attn.head_dim
+        scores = [
+            queries[layer][:, head] @ cross[layer][0][:, head].transpose(1, 2) / size**0.5 for layer, head in heads
+        ]
+        return torch.stack(scores, dim=1).masked_fill(~mask[:, None, None], -torch.inf).softmax(-1)
+
     def _cross_attention_inputs(self, states, mask, end):
         """
         Keys and values of each layer's cross-attention, `(batch, heads, frames, head size)`, with the frames `end` behind

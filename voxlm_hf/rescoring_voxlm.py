@@ -137,6 +137,8 @@ def hypotheses_of(model, processor: VoxLMProcessor, n_best: list, budget: float 
             token_words=token_words,
             mean_logprob=float(np.mean(proposed.logprobs)) if proposed.ids else proposed.end_logprob,
             reader_logprobs=_word_logprobs(processor, groups, owners, proposed.logprobs),
+            reader_ids=list(proposed.ids),
+            reader_words=_reader_words(owners, len(proposed.ids)),
         )
         # A word that comes again earns nothing, so that loops do not.
         novel = {word: len(parts) - 1 for word, parts in zip(surface, owners) if is_unjudged(word)}
@@ -182,6 +184,14 @@ def _word_owners(groups: list[list[int]], words: list) -> list[set[int]]:
     """
     owners = [number for number, group in enumerate(groups) for _ in group]
     return [{owners[token] for token in word.tokens} for word in words]
+
+
+def _reader_words(owners: list[set[int]], num_tokens: int) -> np.ndarray:
+    """The index of the word that each of the reader's tokens belongs to, the first of several, -1 for none; `owners` as above."""
+    words = np.full(num_tokens, -1)
+    for number, parts in reversed(list(enumerate(owners))):
+        words[list(parts)] = number
+    return words
 
 
 def _word_logprobs(processor, groups: list[list[int]], owners: list[set[int]], logprobs: list[float]) -> list[float]:

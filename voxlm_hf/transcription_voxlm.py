@@ -9,6 +9,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import ModelOutput
 
+from .attention_times_voxlm import attention_scores
 from .decoding_voxlm import DecodedText, pad_ids
 from .legacy_voxlm import dtw_word_times
 from .outputs_voxlm import VoxLMAudioOutput
@@ -207,6 +208,8 @@ def timed_words(
     Returns:
         for each text its `words` (times in seconds from the start of `audio`) and `word_scores`, see [`VoxLMTranscription`].
     """
+    if model.times_by_attention:
+        return attention_timed_words(model, processor, texts, audio, durations_s)
     # A text without tokens has no states.
     empty = torch.zeros(0, model.config.text_config.hidden_size, device=model.device)
     states = pad_sequence([text.states if text.ids else empty for text in texts], batch_first=True)
@@ -220,15 +223,31 @@ def timed_words(
             weights = scores.tokens[row, : len(text.ids), :num_frames].exp().cpu().numpy()
             duration_s = min(durations_s[row], num_frames * frame_s)
             times = dtw_word_times(weights, text.token_words, frame_s, duration_s, median_width)
-        raw = word_scores(text)
-        words = [
-            {"word": word, "start": start, "end": end, "confidence": round(confidence, 4)}
-            for word, (start, end), confidence in zip(
-                text.words, times, (word_confidence(score, model.config.confidence_calibration) for score in raw)
-            )
-        ]
-        results.append((words, raw))
+        results.append(words_with_times(model, text, times))
     return results
+
+
+def attention_timed_words(
+    model, processor: VoxLMProcessor, texts: list[DecodedText], audio: VoxLMAudioOutput, durations_s: list[float]
+) -> list[tuple[list[dict], list[dict]]]:
+    """`timed_words` of texts of the reader, by its cross-attention."""
+    scores, results = attention_scores(model, texts, audio), []
+    for row, (text, count) in enumerate(zip(texts, audio.frame_mask.sum(-1).tolist())):
+        frames = min(count, max(1, round(durations_s[row] / processor.frame_s)))
+        times = word_times(scores, row, text.reader_words, frames, processor.frame_s, durations_s[row], text.words)
+        results.append(words_with_times(model, text, times))
+    return results
+
+
+def words_with_times(model, text: DecodedText, times: list[tuple[float, float]]) -> tuple[list[dict], list[dict]]:
+    """`words` and `word_scores` of one text, see [`VoxLMTranscription`]."""
+    raw = word_scores(text)
+    confidences = [word_confidence(score, model.config.confidence_calibration) for score in raw]
+    words = [
+        {"word": word, "start": start, "end": end, "confidence": round(confidence, 4)}
+        for word, (start, end), confidence in zip(text.words, times, confidences)
+    ]
+    return words, raw
 
 
 def frame_counts(model, processor: VoxLMProcessor, audio: VoxLMAudioOutput, durations_s: list[float]) -> list[int]:
