@@ -180,9 +180,7 @@ def test_attention_is_normalised_as_by_transformers(bases, tokens, frames, monke
     torch.manual_seed(4)
     weights = torch.rand(1, 2, tokens, frames).softmax(-1)
     seen, warp = [], generation_whisper._dynamic_time_warping
-    monkeypatch.setattr(
-        generation_whisper, "_dynamic_time_warping", lambda matrix: seen.append(matrix) or warp(matrix)
-    )
+    monkeypatch.setattr(generation_whisper, "_dynamic_time_warping", lambda matrix: seen.append(matrix) or warp(matrix))
 
     class Outputs(dict):
         cross_attentions = [[weights]]

@@ -16,12 +16,13 @@ from voxlm_hf.reader_voxlm import ReaderHypothesis
 from voxlm_hf.rescoring_voxlm import (
     Hypothesis,
     beginning_of_text,
+    evidence,
     hypotheses_of,
     in_doubt,
     is_unjudged,
     rescore,
     score_hypotheses,
-    total_scores,
+    weights_of,
 )
 
 
@@ -214,7 +215,7 @@ def test_lora_learns_as_before_after_the_base_has_judged():
 def test_a_plain_language_model_begins_with_the_token_for_it_or_what_is_nearest(begins, ends, padding, expected):
     model = tiny.with_reader(llm_prompt="none")
     model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id = begins, ends, padding
-    assert beginning_of_text(model, 2)["input_ids"].tolist() == [[expected]] * 2
+    assert beginning_of_text(model, [[], []])["input_ids"].tolist() == [[expected]] * 2
 
 
 def test_a_plain_language_model_judges_cased_text_without_the_prefix_of_answers():
@@ -233,7 +234,7 @@ def test_tokens_that_the_llm_cannot_judge_do_not_count():
 
 
 def totals(texts, monkeypatch=None, by_frames=None, log_odds=0.0, **settings):
-    """`total_scores` with CTC log-probabilities given by hand."""
+    """Weighted scores, with CTC log-probabilities given by hand."""
     frames = None
     if by_frames is not None:
 
@@ -242,7 +243,7 @@ def totals(texts, monkeypatch=None, by_frames=None, log_odds=0.0, **settings):
 
         frames = Frames()
         monkeypatch.setattr(rescoring_voxlm, "text_logprobs", lambda *_: by_frames)
-    return total_scores(texts, frames, None, {**READER_ALONE, **settings})
+    return (evidence(texts, frames, None) @ weights_of({**READER_ALONE, **settings})).tolist()
 
 
 def test_the_weighted_sum_by_hand():

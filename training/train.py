@@ -31,7 +31,7 @@ from yaml import YAMLError
 from voxlm_hf import VoxLMConfig, VoxLMForSpeechSeq2Seq
 from voxlm_hf.app.files import UNFINISHED, move_into_place, tidy, unfinished_folder, write_atomically
 
-from . import reader, warm_start
+from . import reader, rescoring, warm_start
 from .augment import Augmentation
 from .checkpoints import WriteError, check_shapes, naming_unwritten_files, written_whole
 from .data import Limits, SpeechDataset, error_line, kind_of, read_rows
@@ -320,12 +320,13 @@ def training_arguments(folder: Path, seed: int, evaluates: bool, **options) -> T
     return TrainingArguments(output_dir=str(folder), remove_unused_columns=False, seed=seed, **{**defaults, **options})
 
 
-# What makes the trainer of each kind of stage.
-STAGES: dict[str, Callable[..., StageTrainer]] = {
+# What makes the trainer of each kind of stage; "rescoring" has none.
+STAGES: dict[str, Callable[..., StageTrainer | None]] = {
     "warm_start": warm_start_trainer,
     "transcription": transcription_trainer,
     "alignment": transcription_trainer,
     "reader": reader_trainer,
+    "rescoring": rescoring.tune_stage,
 }
 
 
@@ -410,7 +411,7 @@ def run_stage(model, train, dev, folder: Path, seed: int, kind: str, **options):
 
     Args:
         kind (`str`): a key of `STAGES`; options: of that kind, and for "reader" those of `add_reader`, "base" and
-            "settings".
+            "settings". A stage of kind "rescoring" trains nothing and returns at once what it found.
 
     Raises:
         RecipeError: when the stage cannot begin or go on.
@@ -419,6 +420,8 @@ def run_stage(model, train, dev, folder: Path, seed: int, kind: str, **options):
     if "steps" in options:
         options["max_steps"] = options.pop("steps")
     try:
+        if kind == "rescoring":
+            return rescoring.tune_stage(model, dev, folder, seed, **options)
         if kind == "reader":
             base, settings = options.pop("base"), options.pop("settings", {})
             if model.reader is None:
@@ -545,12 +548,13 @@ def check_stage(place: str, stage: dict, streamed: bool):
     if not isinstance(kind, str) or kind not in STAGES:
         raise ValueError(f"{place}: unknown kind of stage {kind!r}; known are {', '.join(STAGES)}")
     arguments = get_type_hints(TrainingArguments)
-    arguments = {field.name: arguments[field.name] for field in fields(TrainingArguments)}
+    arguments = {field.name: arguments[field.name] for field in fields(TrainingArguments) if kind != "rescoring"}
     taken = {"output_dir", "remove_unused_columns", "seed"}
     own = options_of(STAGES[kind]) - {"model", "train", "dev", "folder", "seed", "options"}
-    extra = {"reader": {"base", "settings", "steps"}, "warm_start": {"steps"}}.get(kind, set(TRAINER_OPTIONS))
+    extra = {"reader": {"base", "settings", "steps"}, "warm_start": {"steps"}, "rescoring": set()}
+    extra = extra.get(kind, set(TRAINER_OPTIONS))
     check_keys(place, stage, {"kind", *own, *extra, *arguments} - taken)
-    needed = {"reader": ["base"], "warm_start": []}.get(kind, ["parts", "seconds_per_batch"])
+    needed = {"reader": ["base"], "warm_start": [], "rescoring": []}.get(kind, ["parts", "seconds_per_batch"])
     for name in needed:
         if name not in stage:
             raise ValueError(f"{place}: a stage of kind {kind} needs `{name}`")

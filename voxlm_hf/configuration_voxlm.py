@@ -69,6 +69,10 @@ DEFAULT_READER = {
     "word_bonus": 1.0,
     "llm_prompt": "audio",
     "plain_text": False,
+    "previous_id": None,
+    "language": "en",
+    "languages": {},
+    "llm_weights": {},
     "alignment_heads": None,
 }
 
@@ -146,6 +150,13 @@ def _is_pattern(valid: Callable) -> Callable:
     return lambda value: isinstance(value, dict) and all(_is_expression(k) and valid(v) for k, v in value.items())
 
 
+def _is_by_language(valid: Callable) -> Callable:
+    """A check for a dict from codes of languages to values that are `valid`."""
+    return lambda value: (
+        isinstance(value, dict) and all(isinstance(k, str) and k and valid(v) for k, v in value.items())
+    )
+
+
 # The fields of `lora_config`: those of `peft.LoraConfig` that change nothing but LoRA's own weights, so that a checkpoint
 # holds the base's weights and LoRA's, and merging is exact. Of each its check and what it must be.
 LORA_FIELDS = {
@@ -213,6 +224,10 @@ READER_FIELDS = {
     "word_bonus": (is_number, "a finite number"),
     "llm_prompt": (lambda value: value in ("audio", "none"), '"audio" or "none"'),
     "plain_text": (lambda value: isinstance(value, bool), "true or false"),
+    "previous_id": (lambda value: value is None or _is_count(value, 0, MOST_TOKENS), "a token id or null"),
+    "language": (lambda value: isinstance(value, str) and bool(value), "the code of a language"),
+    "languages": (_is_by_language(lambda value: _is_count(value, 0, MOST_TOKENS)), "token ids by code of language"),
+    "llm_weights": (_is_by_language(is_number), "finite numbers by code of language"),
     "alignment_heads": (
         lambda value: value is None or isinstance(value, (list, tuple)) and bool(value) and all(map(_is_head, value)),
         "a list of layers and heads ([[3, 1], ...]) or null",
@@ -360,8 +375,12 @@ class VoxLMConfig(PreTrainedConfig):
             rescores its hypotheses (see `rescoring_voxlm`): "llm_weight" and "ctc_weight", weights of the log-probabilities
             beside the reader's; "word_bonus" for each word; "llm_prompt", "audio" for the LLM with LoRA behind audio and prompt,
             "none" for the base LLM as a plain language model, which never hears anything; "plain_text", whether the LLM with
-            LoRA was trained on texts without capitals and punctuation. "alignment_heads": layers and heads of its
-            cross-attention that follow the audio, for word times without a trained alignment head.
+            LoRA was trained on texts without capitals and punctuation. "language": code of the language in which it decodes
+            unless asked for another, and which LLM and projector were trained on; "llm_weights": the LLM's weight by code of any
+            other language, 0 where it is missing: the reader alone decides there. "languages": the decoder's token by code of
+            language, empty for a model of one language; "previous_id": the token in front of a text before (context, hotwords).
+            "alignment_heads": layers and heads of its cross-attention that follow the audio, for word times without a trained
+            alignment head.
         projector_trained (`bool`, defaults to `True`), alignment_trained (`bool`, defaults to `True`):
             Whether projector and alignment head have been trained; `from_base_models` makes new ones, and training them changes
             it. With a reader, an untrained projector is left out: the LLM judges texts as a plain language model, and CTC and
@@ -528,6 +547,7 @@ class VoxLMConfig(PreTrainedConfig):
         _require_fields("quality_gates", self.quality_gates, gates)
         if self.reader_config is not None:
             _require_fields("reader_config", self.reader_config, READER_FIELDS)
+            self._validate_languages()
             self._validate_heads()
         temperatures = self.fallback_temperatures
         message = f"`fallback_temperatures` must be finite numbers above 0, got {temperatures}"
@@ -535,6 +555,19 @@ class VoxLMConfig(PreTrainedConfig):
         self._validate_lora()
         self._validate_calibration()
         self._validate_bases()
+
+    def _validate_languages(self):
+        """Raise a `ValueError` for languages of the reader that do not go together."""
+        reader = self.reader_config
+        own, languages = reader["language"], reader["languages"]
+        if languages:
+            message = f"`reader_config['language']` is {own!r}, which is none of `reader_config['languages']`"
+            _require(own in languages, message)
+            message = f"`reader_config['prompt_ids']` lacks the token of the language {own!r}, {languages[own]}"
+            _require(languages[own] in reader["prompt_ids"], message)
+        unknown = [code for code in reader["llm_weights"] if code not in languages]
+        message = f"`reader_config['llm_weights']` names {unknown}, which are none of `reader_config['languages']`"
+        _require(not unknown, message)
 
     def _validate_heads(self):
         """Raise a `ValueError` for alignment heads that the audio model's decoder does not have."""

@@ -24,6 +24,7 @@ from .decoding_voxlm import (
     token_budgets,
 )
 from .processing_voxlm import VoxLMProcessor, context_length
+from .request_voxlm import Request
 from .rescoring_voxlm import SILENCE_S, rescore
 from .segmentation_voxlm import AudioSegment, SegmentSpan
 from .transcription_voxlm import Segment, merge_segments, timed_words
@@ -140,7 +141,7 @@ def transcribe_batch(
     model,
     processor: VoxLMProcessor,
     segments: list[AudioSegment],
-    prompts: list[str],
+    requests: list[Request],
     with_words: bool,
     generate_kwargs: dict,
     use_reader: bool = True,
@@ -152,14 +153,14 @@ def transcribe_batch(
         model ([`VoxLMForSpeechSeq2Seq`])
         processor ([`VoxLMProcessor`])
         segments (`list[AudioSegment]`)
-        prompts (`list[str]`): of each segment, as `VoxLMProcessor.render_prompt` returns them.
+        requests (`list[Request]`): of each segment.
         with_words (`bool`): whether to compute words with times and confidences; overlapping segments get them anyway, to be
             joined by.
         generate_kwargs (`dict`), use_reader (`bool`): see `transcribe_encoded`.
     """
     with_words = with_words or any(segment.overlap or segment.continues for segment in segments)
     token_budget(generate_kwargs)  # options that cannot be used are found before anything is encoded
-    batch = encode(model, processor, segments, prompts)
+    batch = encode(model, processor, segments, requests)
     return transcribe_encoded(model, processor, batch, with_words, generate_kwargs, use_reader)
 
 
@@ -249,11 +250,10 @@ def decode_segments(
     if with_words and has_text:
         durations_s = [segment.duration_s for segment in batch.segments]
         words = timed_words(model, processor, texts, batch.audio, durations_s)
-    visible = batch.visible_frames or [None] * len(texts)
     gates = model.config.quality_gates
     return [
         judged_segment(segment, text, *timed, frames, not text.ended and budget is None, gates)
-        for segment, text, timed, frames in zip(batch.segments, texts, words, visible)
+        for segment, text, timed, frames in zip(batch.segments, texts, words, batch.visible_frames)
     ]
 
 
@@ -308,8 +308,9 @@ def with_fallback(
     - "window": the reader decodes the segment padded with silence to the encoder's window, as it was trained to. (Where its
       list was in doubt, it has already decoded the segment with a second of silence; see `rescoring_voxlm.propose`.)
     - "halves": if something was left out, the text of each half by itself.
-    - "projector": greedy CTC.
-    - samples at the temperatures of the config, the same every time. Like "projector", not with an untrained projector.
+    - "projector": greedy CTC, in the language that the projector was trained on.
+    - samples at the temperatures of the config, the same every time, in that language too. Like "projector", not with an untrained
+      projector.
 
     If all fire a gate, the text that fires the fewest and, of these, the likeliest.
 
@@ -341,7 +342,7 @@ def with_fallback(
         fallbacks["window"] = in_window
     if batch.clips is not None and "left_out" in first.gates and seconds >= SHORTEST_TO_HALVE_S:
         fallbacks["halves"] = default
-    if not model.leaves_projector_out:
+    if batch.requests[0].own_language and not model.leaves_projector_out:  # otherwise they would be nonsense
         fallbacks["projector"] = greedy_ctc
         fallbacks.update((value, sample(value)) for value in model.config.fallback_temperatures)
     attempts = [first]

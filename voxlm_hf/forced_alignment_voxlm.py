@@ -8,6 +8,7 @@ import torch
 from .decoding_voxlm import DecodedText, encode, pack_prompt, teacher_force
 from .outputs_voxlm import VoxLMAudioOutput
 from .processing_voxlm import VoxLMProcessor, check_text
+from .request_voxlm import Request
 from .segmentation_voxlm import AudioSegment
 from .transcription_voxlm import Segment, VoxLMTranscription, frame_counts, timed_words
 from .words_voxlm import match_in_order, plain_words
@@ -88,7 +89,7 @@ def score_text(
         ValueError: when there are fewer frames than words.
     """
     segment, words = AudioSegment(waveform, processor.sampling_rate), text.words
-    batch = encode(model, processor, [segment], [processor.render_prompt(prompt)])
+    batch = encode(model, processor, [segment], [Request(processor.render_prompt(prompt))])
     (num_frames,) = frame_counts(model, processor, batch.audio, [segment.duration_s])
     if num_frames < len(words):
         raise ValueError(

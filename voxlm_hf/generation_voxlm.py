@@ -14,12 +14,14 @@ from transformers.generation import GenerationMixin
 from transformers.utils import logging
 
 from .audio_voxlm import RATES, check_rate, file_duration_s, is_batch, stream_audio
-from .decoding_voxlm import MIN_TOKENS, check_prompt_length, pack_left, padded_batches, token_budget
+from .decoding_voxlm import MIN_TOKENS, check_prompt_length, pack_left, padded_batches, search_options, token_budget
 from .fallback_voxlm import check_llm_can_write, transcribe_batch
 from .forced_alignment_voxlm import align_segments, align_text, known_text
+from .language_voxlm import with_languages
 from .pipeline_voxlm import VoxLMASRPipeline, check_timestamps
 from .placeholders_voxlm import audio_by_prompt, cache_of, feature_mask, gated_mask, hidden_in_cache, past_length
 from .processing_voxlm import VoxLMProcessor, one_for_each
+from .request_voxlm import OWN_LANGUAGE, Request, check_search, make_requests
 from .segmentation_voxlm import DETECTORS, AudioSegment, segment_audio
 from .transcript_ids_voxlm import (
     asked_step_outputs,
@@ -99,6 +101,7 @@ class SegmentTask:
         result ([`Segment`], *optional*): its transcription.
         duration_s (`float`): at the end of a recording, its length in seconds.
         error (`Exception`, *optional*): what ended the recording early.
+        spoken (`dict`): language and its probability, see [`Request`].
     """
 
     recording: int
@@ -106,6 +109,7 @@ class SegmentTask:
     result: Segment | None = None
     duration_s: float = 0.0
     error: Exception | None = None
+    spoken: dict = field(default_factory=dict)
 
 
 class VoxLMGenerationMixin(GenerationMixin):
@@ -315,6 +319,9 @@ class VoxLMGenerationMixin(GenerationMixin):
         audio,
         prompt=None,
         sampling_rate: int | None = None,
+        context=None,
+        hotwords=None,
+        language: str | list | None = OWN_LANGUAGE,
         return_timestamps: bool | str = "word",
         batch_size: int = 8,
         chunk_length_s: float | None = None,
@@ -332,8 +339,16 @@ class VoxLMGenerationMixin(GenerationMixin):
 
         Args:
             audio: one recording or a list of them, of any kind `audio_voxlm.read_audio` takes.
-            prompt (`str` or `list[str]`, *optional*): instruction or context; by default the trained prompt.
+            prompt (`str` or `list[str]`, *optional*): instruction; by default the trained prompt.
             sampling_rate (`int`, *optional*): rate of bare arrays in Hz, by default the model's.
+            context (`str` or `list[str]`, *optional*): what the recording is about, names, or the text before it. Its last 1000
+                characters are in the LLM's prompt, and of these the last tokens that fit into half of the reader's.
+            hotwords (`list[str]`, or a list with one for each recording, *optional*): up to 2000 words and terms to expect, see
+                `biasing_voxlm`. Of more than 40, those are sought in a segment that are spelt most like something in it. Symbols
+                that the reader never writes, such as quotation marks, cannot be expected.
+            language (`str` or `list`, *optional*): name or code; by default that of the checkpoint. `None` lets the reader detect
+                it, once for each recording. In a language that is not the checkpoint's the text is the reader's own, and word
+                times and confidences are less exact.
             return_timestamps (`bool` or `"word"`): whether to compute word times and confidences. The text is the same.
             batch_size (`int`): most segments in one pass; on a CPU also at most a minute of audio.
             chunk_length_s (`float`, *optional*): longest segment in seconds; by default the config's, at most the model's
@@ -369,11 +384,17 @@ class VoxLMGenerationMixin(GenerationMixin):
             generate_kwargs=generate_kwargs,
         )
         by_segment = stream and not many
-        tasks = transcribe_recordings(self, items, one_for_each(prompt, len(items)), options, at_once=by_segment)
+        processor = self.get_processor()
+        requests = make_requests(self, processor, len(items), prompt, context, hotwords, language, use_reader)
+        tasks = transcribe_recordings(self, items, requests, options, at_once=by_segment)
         if not many:
             tasks = raise_errors(tasks)
         if by_segment:
-            return (join_segments([task.result], task.audio.duration_s) for task in tasks if task.result is not None)
+            return (
+                join_segments([task.result], task.audio.duration_s, spoken=task.spoken)
+                for task in tasks
+                if task.result is not None
+            )
         results = join_recordings(tasks)
         if stream:
             return results
@@ -437,7 +458,8 @@ class VoxLMGenerationMixin(GenerationMixin):
         if len(waveform) <= int(self.config.audio_window_s * processor.sampling_rate):
             result = align_text(self, processor, waveform, known, prompt)
         else:
-            tasks = raise_errors(transcribe_recordings(self, [waveform], [prompt], options, at_once=True))
+            requests = make_requests(self, processor, 1, prompt)
+            tasks = raise_errors(transcribe_recordings(self, [waveform], requests, options, at_once=True))
             segments = [task.result for task in tasks if task.result is not None]
             result = align_segments(self, processor, waveform, known, prompt, segments)
         result.text = text
@@ -491,7 +513,7 @@ def longest_segment(config, chunk_length_s: float | None) -> float:
 
 
 def transcribe_recordings(
-    model, items: list, prompts: list[str | None], options: TranscriptionOptions, at_once: bool
+    model, items: list, requests: list[Request], options: TranscriptionOptions, at_once: bool
 ) -> Iterator[SegmentTask]:
     """
     The transcribed segments of all recordings, in order, each recording followed by its end.
@@ -499,7 +521,7 @@ def transcribe_recordings(
     Args:
         model ([`VoxLMForSpeechSeq2Seq`])
         items (`list`): recordings, of any kind `audio_voxlm.read_audio` takes.
-        prompts (`list[str]`): of each recording, `None` for the trained prompt.
+        requests (`list[Request]`): of each recording.
         options ([`TranscriptionOptions`])
         at_once (`bool`): prefer an early first result to full batches.
 
@@ -508,13 +530,13 @@ def transcribe_recordings(
     """
     processor = model.get_processor()
     token_budget(options.generate_kwargs)
-    prompts = [processor.render_prompt(prompt) for prompt in prompts]
-    for prompt in set(prompts):
+    check_search(model, requests, search_options(model.generation_config, options.generate_kwargs))
+    for prompt in {request.prompt for request in requests}:
         check_prompt_length(model.config, **processor.prompt_ids([prompt], [1]), new_tokens=MIN_TOKENS)
     DETECTORS[options.vad](processor.sampling_rate)
     seconds = known_seconds(items, options.sampling_rate or processor.sampling_rate)
-    tasks = segment_recordings(processor, items, options)
-    return finish_segments(transcribe_tasks(model, processor, tasks, prompts, options, seconds, at_once), options)
+    tasks = with_languages(model, processor, segment_recordings(processor, items, options), requests)
+    return finish_segments(transcribe_tasks(model, processor, tasks, requests, options, seconds, at_once), options)
 
 
 def segment_recordings(processor: VoxLMProcessor, items: list, options: TranscriptionOptions) -> Iterator[SegmentTask]:
@@ -548,7 +570,7 @@ def transcribe_tasks(
     model,
     processor: VoxLMProcessor,
     tasks: Iterable[SegmentTask],
-    prompts: list[str],
+    requests: list[Request],
     options: TranscriptionOptions,
     seconds: float | None,
     at_once: bool,
@@ -559,7 +581,7 @@ def transcribe_tasks(
     Args:
         model ([`VoxLMForSpeechSeq2Seq`])
         tasks: of `segment_recordings`.
-        prompts (`list[str]`): of each recording, rendered.
+        requests (`list[Request]`): of each recording.
         seconds (`float`, *optional*): length of all recordings, for the progress bar.
         at_once (`bool`): prefer an early first result to full batches.
     """
@@ -575,9 +597,9 @@ def transcribe_tasks(
         for group in task_groups(tasks, options.batch_size, at_once):
             open_tasks = sorted((task for task in group if task.audio is not None), key=task_seconds)
             for batch in padded_batches(open_tasks, task_seconds, limit_s, options.batch_size):
-                segments, requests = [task.audio for task in batch], [prompts[task.recording] for task in batch]
+                segments, requested = [task.audio for task in batch], [requests[task.recording] for task in batch]
                 asked = options.with_words, options.generate_kwargs, options.use_reader
-                results = transcribe_batch(model, processor, segments, requests, *asked)
+                results = transcribe_batch(model, processor, segments, requested, *asked)
                 for task, result in zip(batch, results):
                     task.result = result
                     bar.update(round(task.audio.duration_s))
@@ -637,7 +659,7 @@ def join_recordings(tasks: Iterable[SegmentTask]) -> Iterator[VoxLMTranscription
         error = None
         if task.error is not None:
             error, segments = log_failure(task.recording, task.error, "transcribed"), []
-        yield join_segments(segments, task.duration_s, error)
+        yield join_segments(segments, task.duration_s, error, task.spoken)
         segments = []
 
 

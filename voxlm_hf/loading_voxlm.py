@@ -304,7 +304,8 @@ class VoxLMLoadingMixin:
 
         Args:
             audio (`str`): Hub id or folder of the encoder-decoder model that the encoder comes from.
-            language (`str`): code of the language of the texts.
+            language (`str`): the language in which `transcribe` decodes unless it is asked for another, and which the LLM is
+                trained on; a name or a code.
             **settings: fields of `config.reader_config`.
 
         Returns:
@@ -327,7 +328,8 @@ class VoxLMLoadingMixin:
         table = token_table(*tokenizers, generation.suppress_tokens or [])
         self.config.reader_config = {
             **DEFAULT_READER,
-            "prompt_ids": decoder_prompt(generation, language),
+            **decoder_prompt(generation, language),
+            "previous_id": tokenizers[0].get_vocab().get("<|startofprev|>"),
             "eos_token_id": self.config.audio_config.eos_token_id,
             "spelling_size": len(table[0]),
             "alignment_heads": getattr(generation, "alignment_heads", None),

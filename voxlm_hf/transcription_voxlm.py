@@ -80,7 +80,11 @@ class VoxLMTranscription(ModelOutput):
             log-probability, where the reader proposed the text.
         segments (`list[dict]`): the segments that the recording was split into: `{"start", "end", "text", "mean_logprob",
             "gates", "fallback", "rejected"}`, see [`Segment`].
-        error (`str`, *optional*): why one recording of several could not be transcribed; a key of the dict in any case.
+        language (`str`, *optional*): code of the language, as given or detected; `None` without a reader, and where the
+            language of a recording without speech was to be detected.
+        language_probability (`float`, *optional*): of a detected language.
+        error (`str`, *optional*): why one recording of several could not be transcribed. This and the language are keys of the
+            dict in any case.
     """
 
     text: str | None = None
@@ -89,11 +93,14 @@ class VoxLMTranscription(ModelOutput):
     truncated: bool | None = None
     word_scores: list[dict] | None = None
     segments: list[dict] | None = None
+    language: str | None = None
+    language_probability: float | None = None
     error: str | None = None
 
     def __post_init__(self):
         super().__post_init__()
-        self["error"] = self.error  # the library leaves out what is `None`
+        for name in ("language", "language_probability", "error"):
+            self[name] = getattr(self, name)  # the library leaves out what is `None`
 
 
 def error_line(error: BaseException) -> str:
@@ -101,8 +108,10 @@ def error_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def join_segments(segments: list[Segment], duration_s: float, error: str | None = None) -> VoxLMTranscription:
-    """The transcription that consists of consecutive segments."""
+def join_segments(
+    segments: list[Segment], duration_s: float, error: str | None = None, spoken: dict | None = None
+) -> VoxLMTranscription:
+    """The transcription that consists of consecutive segments; `spoken` is that of its [`Request`]."""
     return VoxLMTranscription(
         text=join_texts([segment.text for segment in segments]),
         words=[word for segment in segments for word in segment.words],
@@ -110,6 +119,7 @@ def join_segments(segments: list[Segment], duration_s: float, error: str | None 
         truncated=any(segment.truncated for segment in segments),
         word_scores=[score for segment in segments for score in segment.word_scores],
         segments=[segment.summary() for segment in segments],
+        **(spoken or {}),
         error=error,
     )
 
