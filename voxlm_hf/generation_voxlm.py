@@ -427,11 +427,6 @@ class VoxLMGenerationMixin(GenerationMixin):
                 recording also for a text without words or that is no string, and for audio that cannot be read, is long and
                 without speech, or has fewer frames than the text has words; of a list, such a recording has an `error`.
         """
-        if not self.config.alignment_trained and self.reader is not None:
-            raise ValueError(
-                "`align` needs a trained alignment head, which this model lacks; `transcribe` gives word times by the reader's "
-                "cross-attention"
-            )
         processor, many = self.get_processor(), is_batch(audio)
         items, texts = (list(audio), text) if many else ([audio], [text])
         if not items:
