@@ -11,6 +11,7 @@ from transformers.models.whisper import generation_whisper
 from tests import tiny
 from voxlm_hf import VoxLMForSpeechSeq2Seq
 from voxlm_hf.attention_times_voxlm import alignment_heads, head_mean
+from voxlm_training.train import mark_trained
 
 
 CLIPS = [tiny.noise(seconds, 3) for seconds in (1.3, 0.6)]
@@ -88,6 +89,15 @@ def test_end_frames_are_what_the_encoder_makes_of_silence_behind_recordings(mode
     end = model.reader.end.detach()
     assert end.shape == silence.shape
     assert (end - silence).norm(dim=-1).mean() < 0.1 * (end - speech).norm(dim=-1).mean()
+
+
+def test_the_reader_decodes_the_window_until_its_end_frames_are_trained(bases):
+    made, seen = compose(bases), []
+    made.reader.register_forward_pre_hook(lambda _, inputs: seen.append((inputs[1].sum(-1).tolist(), inputs[3])))
+    made.transcribe(CLIPS[0])
+    mark_trained(made, {"reader"})
+    made.transcribe(CLIPS[0])
+    assert seen[0] == ([1500], True) and seen[1] == ([65], False)
 
 
 def test_generate_writes_the_same(model):
