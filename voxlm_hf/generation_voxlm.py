@@ -137,9 +137,8 @@ class VoxLMGenerationMixin(GenerationMixin):
 
         With the audio alone (no `input_ids`) the prompt is the trained one, and the result has the new ids alone. Input features
         may be the first argument, as of Whisper. A waveform as the first argument (an array, or a tensor of floating-point or
-        16-bit numbers) is handed to `transcribe`, whose result has `["text"]` and `["words"]`.
-
-        Of audio longer than `config.chunk_length_s`, `transcribe` makes several segments; here it stays whole.
+        16-bit numbers) is handed to `transcribe`, whose result has `["text"]` and `["words"]`. Audio longer than
+        `config.chunk_length_s`, of which `transcribe` makes several segments, stays whole.
 
         With `labels`, as [`Seq2SeqTrainer`] passes them, the result is the new ids alone, to be compared with them; reference
         texts in `input_ids` (`VoxLMProcessor.collate` for training) are taken out of the prompt first.
