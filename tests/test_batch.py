@@ -120,6 +120,8 @@ def test_shards_hold_what_was_written(tmp_path, suffix):
         ],
         "duration": 1.0,
         "truncated": False,
+        "language": "de",
+        "language_probability": 0.9,
         "error": None,
     }
     failed = {**row, "id": "b", "text": "", "words": [], "segments": [], "error": "No such audio file: b"}

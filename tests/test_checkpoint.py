@@ -84,7 +84,7 @@ processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 paths = [f"{{data}}/{{name}}" for name in names]
 results = model.transcribe(paths)
 inputs = processor.apply_transcription_request(paths)
-generated = [model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :] for options in ({{}}, {{"use_reader": False}})]
+generated = [model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :] for options in (dict(), dict(use_reader=False))]
 given = model.align(paths[names.index("austen-0880.flac")], "{REFERENCES["austen-0880.flac"]}")
 print(json.dumps({{
     "type": config.model_type,

@@ -15,6 +15,7 @@ import pytest
 import soundfile
 
 from tests import HANGS_AFTER_S, tiny
+from voxlm_hf import VoxLMForSpeechSeq2Seq
 from voxlm_hf.app import output
 from voxlm_hf.app.cli import main, short_first
 from voxlm_hf.app.files import output_paths, write_atomically
@@ -39,9 +40,44 @@ def recording(tmp_path):
 def test_one_file_goes_to_stdout(folder, recording, capsys):
     assert main(["transcribe", str(recording), "--model", folder, "--format", "json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert set(result) == {"source", "text", "words", "duration", "truncated", "word_scores", "segments", "error"}
+    spoken = {"language", "language_probability"}
+    own = {"source", "text", "words", "duration", "truncated", "word_scores", "segments", "error"}
+    assert set(result) == own | spoken
     assert result["source"] == str(recording) and result["error"] is None
     assert result["duration"] == 0.8
+
+
+@pytest.fixture(scope="module")
+def with_reader(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reader")
+    model = tiny.with_reader(previous_id=0, languages={"en": 1, "de": 45})
+    model.save_pretrained(folder)
+    model.processor.save_pretrained(folder)
+    return str(folder)
+
+
+def test_language_context_and_hotwords_reach_the_model(with_reader, recording, tmp_path, capsys, monkeypatch):
+    words, asked = tmp_path / "words.txt", {}
+    words.write_text("stew\n\n turnips, carrots \n")
+    transcribe = VoxLMForSpeechSeq2Seq.transcribe
+    monkeypatch.setattr(
+        VoxLMForSpeechSeq2Seq, "transcribe", lambda *args, **given: asked.update(given) or transcribe(*args, **given)
+    )
+    options = ["--language", "German", "--context", "about dinner", "--hotwords", f"@{words}"]
+    assert main(["transcribe", str(recording), "--model", with_reader, "--format", "json", *options]) == 0
+    assert json.loads(capsys.readouterr().out)["language"] == "de"
+    assert asked["hotwords"] == ["stew", "turnips, carrots"] and asked["context"] == "about dinner"
+    assert (
+        main(["transcribe", str(recording), "--model", with_reader, "--language", "auto", "--hotwords", "a,, b"]) == 0
+    )
+    assert asked["hotwords"] == ["a", "b"] and asked["language"] is None
+
+
+@pytest.mark.parametrize("option", [["--language", "xx"], ["--hotwords", "@/no/such/file"], ["--context", "</s>"]])
+def test_options_that_cannot_be_used_are_2_and_one_line(with_reader, recording, option, capsys):
+    assert main(["transcribe", str(recording), "--model", with_reader, *option]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("voxlm: cannot start") and not said.out
 
 
 @pytest.fixture

@@ -104,6 +104,10 @@ BAD_VALUES = {
         for name in ("llm_weight", "ctc_weight", "word_bonus")
         for value in ("x", None, NAN, True)
     ]
+    + [{**READER, "language": value} for value in (3, None, "", ["en"])]
+    + [{**READER, "previous_id": value} for value in ("1", -1, NAN, True)]
+    + [{**READER, "languages": value} for value in (["en"], None, {"de": 1}, {"en": 2}, {"en": "1"}, {3: 1})]
+    + [{**READER, "languages": {"en": 1, "de": 2}, "llm_weights": value} for value in ({"fr": 1.0}, {"de": NAN}, 1.0)]
     + [{**READER, "llm_prompt": value} for value in ("text", None, True, 0)],
     "lora_config": [
         "r=4",

@@ -165,3 +165,14 @@ def test_other_models_get_the_librarys_pipeline():
 def test_what_a_pipeline_does_not_do(pipe, inputs, options, message):
     with pytest.raises(ValueError, match=message):
         pipe(inputs, **options)
+
+
+@pytest.mark.parametrize("language", ["de", None])
+def test_language_and_hotwords_reach_the_model(monkeypatch, language):
+    model = tiny.with_reader(previous_id=0, languages={"en": 1, "de": 45})
+    asked, transcribe = {}, model.transcribe
+    monkeypatch.setattr(model, "transcribe", lambda *args, **given: asked.update(given) or transcribe(*args, **given))
+    options = {"language": language, "hotwords": ["stew"], "context": "about dinner"}
+    expected = transcribe(AUDIO, **options).text
+    assert model.transcription_pipeline()(AUDIO, generate_kwargs=options)["text"] == expected
+    assert {name: asked[name] for name in options} == options

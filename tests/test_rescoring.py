@@ -216,7 +216,7 @@ def test_lora_learns_as_before_after_the_base_has_judged():
 def test_a_plain_language_model_begins_with_the_token_for_it_or_what_is_nearest(begins, ends, padding, expected):
     model = tiny.with_reader(llm_prompt="none")
     model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id = begins, ends, padding
-    assert beginning_of_text(model, 2)["input_ids"].tolist() == [[expected]] * 2
+    assert beginning_of_text(model, [[], []])["input_ids"].tolist() == [[expected]] * 2
 
 
 def test_a_plain_language_model_judges_cased_text_without_the_prefix_of_answers():

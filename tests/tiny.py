@@ -22,6 +22,7 @@ from transformers import (
 from voxlm_hf import VoxLMConfig, VoxLMForSpeechSeq2Seq, VoxLMProcessor
 from voxlm_hf.decoding_voxlm import EncodedBatch, encode
 from voxlm_hf.processing_voxlm import AUDIO_TOKEN, PAD_TOKEN
+from voxlm_hf.request_voxlm import Request
 from voxlm_hf.segmentation_voxlm import AudioSegment
 
 
@@ -211,7 +212,7 @@ def model(encoder: str = "whisper", llm: str = "qwen2", **fields) -> VoxLMForSpe
 def encoded(made: VoxLMForSpeechSeq2Seq, *clips: np.ndarray, prompt: str | None = None) -> EncodedBatch:
     """Clips on their way through the model: encoded and projected, with their prompts."""
     segments = [AudioSegment(clip, RATE, active_s=len(clip) / RATE) for clip in clips]
-    return encode(made, made.processor, segments, [made.processor.render_prompt(prompt)] * len(clips))
+    return encode(made, made.processor, segments, [Request(made.processor.render_prompt(prompt))] * len(clips))
 
 
 # Tokens of the tiny Whisper in `with_reader`: what texts begin and end with; words begin at 3.

@@ -15,7 +15,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import jiwer
@@ -127,10 +127,19 @@ class Decoding:
     Args:
         use_reader (`bool`): whether the reader proposes it.
         ctc_weight (`float`, *optional*): in place of `config.ctc_weight`, for texts by the LLM; 0 for the LLM alone.
+        language (`str`): of the recordings, for reference models too.
+        hotwords (`list[str]`): words to expect in all of them.
     """
 
     use_reader: bool = True
     ctc_weight: float | None = None
+    language: str = "en"
+    hotwords: list[str] = field(default_factory=list)
+
+    def options(self) -> dict:
+        """Arguments of `transcribe`. What a model without a reader does not take is given only where it is asked for."""
+        options = {"use_reader": self.use_reader, "hotwords": self.hotwords or None}
+        return options if self.language == "en" else {**options, "language": self.language}
 
 
 def transcribe_rows(
@@ -142,7 +151,7 @@ def transcribe_rows(
     Args:
         model (`str`): folder or Hub id of a VoxLM checkpoint, or with `is_reference` of any model for transformers'
             `automatic-speech-recognition` pipeline.
-        decoding ([`Decoding`], *optional*): of VoxLM.
+        decoding ([`Decoding`], *optional*): of VoxLM; of reference models the language.
 
     Returns:
         for each row a dict with "text", "words" and, for VoxLM, "truncated", "word_scores" and, where times are known,
@@ -150,18 +159,17 @@ def transcribe_rows(
         transcribing took.
     """
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    with_times = any(row.words or row.anchors for row in rows)
+    with_times, decoding = any(row.words or row.anchors for row in rows), decoding or Decoding()
     if is_reference:
-        run = stock_runner(model, device, with_times, batch_size)
+        run = stock_runner(model, device, with_times, batch_size, decoding.language)
     else:
-        voxlm, decoding = VoxLMForSpeechSeq2Seq.from_pretrained(model).to(device), decoding or Decoding()
+        voxlm = VoxLMForSpeechSeq2Seq.from_pretrained(model).to(device)
         if decoding.ctc_weight is not None:
             voxlm.config.ctc_weight = decoding.ctc_weight
             voxlm.config.validate()
 
         def run(files):
-            results = voxlm.transcribe(files, batch_size=batch_size, use_reader=decoding.use_reader)
-            return [dict(result) for result in results]
+            return [dict(result) for result in voxlm.transcribe(files, batch_size=batch_size, **decoding.options())]
 
     # Recordings of similar length share a batch, for every model alike.
     order = sorted(range(len(rows)), key=lambda index: rows[index].duration or 0)
@@ -179,10 +187,10 @@ def transcribe_rows(
     return results, seconds
 
 
-def stock_runner(model: str, device: torch.device, with_times: bool, batch_size: int) -> Callable:
-    """A function from recordings to "text" and "words", by transformers' own pipeline, greedily and in English."""
+def stock_runner(model: str, device: torch.device, with_times: bool, batch_size: int, language: str = "en") -> Callable:
+    """A function from recordings to "text" and "words", by transformers' own pipeline, greedily."""
     stock = pipeline("automatic-speech-recognition", model=model, device=device, dtype=torch.float32)
-    greedy = {"num_beams": 1, "language": "en", "task": "transcribe"}
+    greedy = {"num_beams": 1, "language": language, "task": "transcribe"}
     asked = {"return_timestamps": "word"} if with_times else {}
     rate = stock.feature_extractor.sampling_rate
 
@@ -425,6 +433,8 @@ def main():
     parser.add_argument(
         "--ctc-weight", type=float, help="of the projector's CTC beside the LLM, with --no-reader (0: the LLM alone)"
     )
+    parser.add_argument("--language", default="en", help="of the recordings, for all models (default: en)")
+    parser.add_argument("--hotwords", type=Path, help="file with a word to expect in each line, for VoxLM")
     parser.add_argument("--worst", type=int, default=10, help="how many of the utterances with the most errors to list")
     parser.add_argument("--output", type=Path, required=True, help="folder for the results")
     arguments = parser.parse_args()
@@ -447,7 +457,9 @@ def measure(arguments: argparse.Namespace, rows: list[Row]) -> Results:
     models = [(arguments.model, False), *((reference, True) for reference in arguments.reference)]
     if arguments.ctc_weight is not None and not arguments.no_reader:
         raise ValueError("--ctc-weight is for texts by the LLM: give it together with --no-reader")
-    decoding = Decoding(not arguments.no_reader, arguments.ctc_weight)
+    lines = [] if arguments.hotwords is None else arguments.hotwords.read_text(encoding="utf-8").splitlines()
+    hotwords = [line.strip() for line in lines if line.strip()]
+    decoding = Decoding(not arguments.no_reader, arguments.ctc_weight, arguments.language, hotwords)
     results = [evaluate(model, rows, data, arguments.batch_size, stock, decoding) for model, stock in models]
     measured = Results(
         texts=results,

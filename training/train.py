@@ -489,7 +489,9 @@ def run_stage(model, train, dev, folder: Path, seed: int, kind: str, **options):
         processes.wait_for_everyone()  # nobody may see a result that this run is about to write
         if processes.is_main_process:
             print(f"stage {number}, {kind}" + (": finished before" if finished else ""))
+        parts = {"warm_start": {"projector"}, "reader": {"reader"}}.get(kind) or set(options.get("parts", []))
         if finished:
+            mark_trained(model, parts)
             return
         folder.mkdir(parents=True, exist_ok=True)
         if processes.is_main_process:
@@ -506,6 +508,7 @@ def run_stage(model, train, dev, folder: Path, seed: int, kind: str, **options):
         trainer.resume()
     except (ValueError, RuntimeError, OSError) as error:  # RuntimeError: memory or a disk that is full
         raise RecipeError(f"stage {number}, {kind}: {error_line(error)}") from error
+    mark_trained(model, parts)
     skipped = sum(gather_object([train.skipped.take()]))
     if processes.is_main_process:
         if skipped:
@@ -518,6 +521,14 @@ def run_stage(model, train, dev, folder: Path, seed: int, kind: str, **options):
             save_file(trained_state(model, kind), unfinished, metadata=merges)
     model.eval()
     processes.wait_for_everyone()
+
+
+def mark_trained(model, parts: set[str]):
+    """Note in a model's config which parts that composing made anew, or the reader's end frames, have been trained."""
+    for part in parts & {"projector", "alignment"}:
+        setattr(model.config, f"{part}_trained", True)
+    if "reader" in parts:
+        model.config.reader_config["in_window"] = False
 
 
 def load_trained(model, path: Path, kind: str) -> bool:

@@ -69,6 +69,12 @@ DEFAULT_READER = {
     "word_bonus": 1.0,
     "llm_prompt": "audio",
     "plain_text": False,
+    "previous_id": None,
+    "language": "en",
+    "languages": {},
+    "llm_weights": {},
+    "alignment_heads": None,
+    "in_window": False,
 }
 
 # Temperatures at which a text that fires a gate is sampled anew, at most. Chosen by hand within Whisper's range of 0 to 1.
@@ -118,6 +124,11 @@ def _is_count(value, least=0, most=WIDEST) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
+def _is_head(value) -> bool:
+    """Whether a value is a pair of a layer's and a head's number."""
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_count, value))
+
+
 def _is_names(value) -> bool:
     """Whether a value is a name or a list of at least one."""
     names = [value] if isinstance(value, str) else value
@@ -140,6 +151,13 @@ def _is_targets(value) -> bool:
 def _is_pattern(valid: Callable) -> Callable:
     """A check for a dict from regular expressions to values that are `valid`."""
     return lambda value: isinstance(value, dict) and all(_is_expression(k) and valid(v) for k, v in value.items())
+
+
+def _is_by_language(valid: Callable) -> Callable:
+    """A check for a dict from codes of languages to values that are `valid`."""
+    return lambda value: (
+        isinstance(value, dict) and all(isinstance(k, str) and k and valid(v) for k, v in value.items())
+    )
 
 
 # The fields of `lora_config`: those of `peft.LoraConfig` that change nothing but LoRA's own weights, so that a checkpoint
@@ -209,6 +227,15 @@ READER_FIELDS = {
     "word_bonus": (is_number, "a finite number"),
     "llm_prompt": (lambda value: value in ("audio", "none"), '"audio" or "none"'),
     "plain_text": (lambda value: isinstance(value, bool), "true or false"),
+    "previous_id": (lambda value: value is None or _is_count(value, 0, MOST_TOKENS), "a token id or null"),
+    "language": (lambda value: isinstance(value, str) and bool(value), "the code of a language"),
+    "languages": (_is_by_language(lambda value: _is_count(value, 0, MOST_TOKENS)), "token ids by code of language"),
+    "llm_weights": (_is_by_language(is_number), "finite numbers by code of language"),
+    "alignment_heads": (
+        lambda value: value is None or isinstance(value, (list, tuple)) and bool(value) and all(map(_is_head, value)),
+        "a list of layers and heads ([[3, 1], ...]) or null",
+    ),
+    "in_window": (lambda value: isinstance(value, bool), "true or false"),
 }
 
 REFERENCE_FIELDS = {
@@ -358,7 +385,17 @@ class VoxLMConfig(PreTrainedConfig):
             rescores its hypotheses (see `rescoring_voxlm`): "llm_weight" and "ctc_weight", weights of the log-probabilities
             beside the reader's; "word_bonus" for each word; "llm_prompt", "audio" for the LLM with LoRA behind audio and prompt,
             "none" for the base LLM as a plain language model, which never hears anything; "plain_text", whether the LLM with
-            LoRA was trained on texts without capitals and punctuation.
+            LoRA was trained on texts without capitals and punctuation. "language": code of the language in which it decodes
+            unless asked for another, and which LLM and projector were trained on; "llm_weights": the LLM's weight by code of any
+            other language, 0 where it is missing: the reader alone decides there. "languages": the decoder's token by code of
+            language, empty for a model of one language; "previous_id": the token in front of a text before (context, hotwords).
+            "alignment_heads": layers and heads of its cross-attention that follow the audio, for word times without a trained
+            alignment head. "in_window": whether the reader decodes each segment padded with silence to the encoder's window, for
+            end frames that are not trained.
+        projector_trained (`bool`, defaults to `True`), alignment_trained (`bool`, defaults to `True`):
+            Whether projector and alignment head have been trained; `from_base_models` makes new ones, and training them changes
+            it. With a reader, an untrained projector is left out: the LLM judges texts as a plain language model, and CTC and
+            frame gate say nothing. Without a trained alignment head the reader's cross-attention gives the word times.
         alignment_kind (`"frames"`, `"spelling"` or `"cross_attention"`, defaults to `"frames"`):
             `"frames"`: scores of the LLM's text states on the encoder's own frames. `"spelling"`: scores of the text's letters on
             the same frames, independent of the LLM. `"cross_attention"`: the original VoxLM's, for converted checkpoints:
@@ -411,6 +448,8 @@ class VoxLMConfig(PreTrainedConfig):
     frame_gate_threshold: int | float | None = None
     ctc_weight: int | float = 0.0
     reader_config: dict | None = None
+    projector_trained: bool = True
+    alignment_trained: bool = True
     alignment_kind: Literal["frames", "spelling", "cross_attention"] = "frames"
     alignment_hidden_size: int = 192
     alignment_num_blocks: int = 2
@@ -532,12 +571,36 @@ class VoxLMConfig(PreTrainedConfig):
         _require_fields("quality_gates", self.quality_gates, gates)
         if self.reader_config is not None:
             _require_fields("reader_config", self.reader_config, READER_FIELDS)
+            self._validate_languages()
+            self._validate_heads()
         temperatures = self.fallback_temperatures
         message = f"`fallback_temperatures` must be finite numbers above 0, got {temperatures}"
         _require(all(is_number(temperature) and temperature > 0 for temperature in temperatures), message)
         self._validate_lora()
         self._validate_calibration()
         self._validate_bases()
+
+    def _validate_languages(self):
+        """Raise a `ValueError` for languages of the reader that do not go together."""
+        reader = self.reader_config
+        own, languages = reader["language"], reader["languages"]
+        if languages:
+            message = f"`reader_config['language']` is {own!r}, which is none of `reader_config['languages']`"
+            _require(own in languages, message)
+            message = f"`reader_config['prompt_ids']` lacks the token of the language {own!r}, {languages[own]}"
+            _require(languages[own] in reader["prompt_ids"], message)
+        unknown = [code for code in reader["llm_weights"] if code not in languages]
+        message = f"`reader_config['llm_weights']` names {unknown}, which are none of `reader_config['languages']`"
+        _require(not unknown, message)
+
+    def _validate_heads(self):
+        """Raise a `ValueError` for alignment heads that the audio model's decoder does not have."""
+        layers, heads = (
+            getattr(self.audio_config, name, None) for name in ("decoder_layers", "decoder_attention_heads")
+        )
+        for layer, head in self.reader_config.get("alignment_heads") or []:
+            message = f"`reader_config['alignment_heads']` names head {head} of layer {layer}, the decoder has {heads} in {layers}"
+            _require(layers is None or heads is None or layer < layers and head < heads, message)
 
     def _validate_lora(self):
         """Raise a `ValueError` for a `lora_config` that peft would refuse, or with which saving or merging would not be exact."""

@@ -26,6 +26,7 @@ from .decoding_voxlm import (
     token_budgets,
 )
 from .processing_voxlm import VoxLMProcessor, context_length
+from .request_voxlm import Request
 from .rescoring_voxlm import SILENCE_S, rescore
 from .segmentation_voxlm import AudioSegment, SegmentSpan
 from .transcription_voxlm import Segment, merge_segments, timed_words
@@ -142,7 +143,7 @@ def transcribe_batch(
     model,
     processor: VoxLMProcessor,
     segments: list[AudioSegment],
-    prompts: list[str],
+    requests: list[Request],
     with_words: bool,
     generate_kwargs: dict,
     use_reader: bool = True,
@@ -154,14 +155,14 @@ def transcribe_batch(
         model ([`VoxLMForSpeechSeq2Seq`])
         processor ([`VoxLMProcessor`])
         segments (`list[AudioSegment]`)
-        prompts (`list[str]`): of each segment, as `VoxLMProcessor.render_prompt` returns them.
+        requests (`list[Request]`): of each segment.
         with_words (`bool`): whether to compute words with times and confidences; overlapping segments get them anyway, to be
             joined by.
         generate_kwargs (`dict`), use_reader (`bool`): see `transcribe_encoded`.
     """
     with_words = with_words or any(segment.overlap or segment.continues for segment in segments)
     token_budget(generate_kwargs)  # options that cannot be used are found before anything is encoded
-    batch = encode(model, processor, segments, prompts)
+    batch = encode(model, processor, segments, requests)
     return transcribe_encoded(model, processor, batch, with_words, generate_kwargs, use_reader)
 
 
@@ -187,6 +188,8 @@ def transcribe_encoded(
     use_reader = use_reader and model.reader is not None
     generate_kwargs = given_options(generate_kwargs)
     budget, searching = token_budget(generate_kwargs), search_options(model.generation_config, generate_kwargs)
+    if searching or not use_reader:
+        check_llm_can_write(model)
     if searching:
 
         def search(prompt, budgets, batch):
@@ -216,6 +219,18 @@ def transcribe_encoded(
     ]
 
 
+def check_llm_can_write(model):
+    """
+    Raises:
+        ValueError: for a model whose reader is all that hears, since its projector is not trained.
+    """
+    if model.leaves_projector_out:
+        raise ValueError(
+            "The projector of this model is untrained, so the LLM cannot hear and write by itself (`use_reader=False`, beams, "
+            "sampling, ...); only the reader's greedy default works until the projector is trained"
+        )
+
+
 def decode_segments(
     model, processor: VoxLMProcessor, batch: EncodedBatch, decode: Callable, budget: int | None, with_words: bool
 ) -> list[Segment]:
@@ -230,8 +245,8 @@ def decode_segments(
     prompt = pack_prompt(model, batch)
     texts = decode(prompt, token_budgets(batch, budget, context_length(model.config)), batch)
     has_text = any(text.ids for text in texts)
-    unknown = any(text.ids and text.states is None for text in texts)
-    if with_words and has_text and (unknown or model.alignment.states_at_tokens):
+    unknown = not model.times_by_attention and any(text.ids and text.states is None for text in texts)
+    if with_words and has_text and (unknown or model.alignment.states_at_tokens and not model.times_by_attention):
         teacher_force(model, prompt, texts)
     for text in texts:
         split_decoded(processor, text)
@@ -239,13 +254,12 @@ def decode_segments(
     if with_words and has_text:
         durations_s = [segment.duration_s for segment in batch.segments]
         words = timed_words(model, processor, texts, batch.audio, durations_s)
-    visible = batch.visible_frames or [None] * len(texts)
     gates = model.config.quality_gates
     return [
         judged_segment(
             segment, text, *timed, frames, spoken_tokens(processor, text), not text.ended and budget is None, gates
         )
-        for segment, text, timed, frames in zip(batch.segments, texts, words, visible)
+        for segment, text, timed, frames in zip(batch.segments, texts, words, batch.visible_frames)
     ]
 
 
@@ -299,8 +313,9 @@ def with_fallback(
     - "window": the reader decodes the segment padded with silence to the encoder's window, as it was trained to. (Where its
       list was in doubt, it has already decoded the segment with a second of silence; see `rescoring_voxlm.propose`.)
     - "halves": if something was left out, the text of each half by itself.
-    - "projector": greedy CTC.
-    - samples at the temperatures of the config, the same every time.
+    - "projector": greedy CTC, in the language that the projector was trained on.
+    - samples at the temperatures of the config, the same every time, in that language too. Like "projector", not with an untrained
+      projector.
 
     If all fire a gate, the text that fires the fewest and, of these, the likeliest.
 
@@ -328,12 +343,14 @@ def with_fallback(
 
     seconds = batch.segments[0].duration_s
     fallbacks: dict[str | float, Callable] = {}
-    if use_reader and batch.clips is not None and seconds + SILENCE_S <= model.config.audio_window_s:
+    reads_bare = use_reader and batch.clips is not None and not model.config.reader_config["in_window"]
+    if reads_bare and seconds + SILENCE_S <= model.config.audio_window_s:
         fallbacks["window"] = in_window
     if batch.clips is not None and "left_out" in first.gates and seconds >= SHORTEST_TO_HALVE_S:
         fallbacks["halves"] = default
-    fallbacks["projector"] = greedy_ctc
-    fallbacks.update((value, sample(value)) for value in model.config.fallback_temperatures)
+    if batch.requests[0].own_language and not model.leaves_projector_out:  # otherwise they would be nonsense
+        fallbacks["projector"] = greedy_ctc
+        fallbacks.update((value, sample(value)) for value in model.config.fallback_temperatures)
     attempts = [first]
     for name, decode in fallbacks.items():
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):

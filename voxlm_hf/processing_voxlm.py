@@ -64,17 +64,17 @@ def affine_lengths(length_of, limit: int) -> tuple[int, int]:
     return stride, offset
 
 
-def one_for_each(prompt: str | list | None, count: int) -> list:
-    """A prompt for each of `count` recordings, from one for all or a list of them.
+def one_for_each(prompt: str | list | None, count: int, name: str = "prompt") -> list:
+    """A prompt (or another text, `name`) for each of `count` recordings, from one for all or a list of them.
 
     Raises:
         ValueError: for a list of another length, and for what is neither a string nor a list.
     """
     if prompt is not None and not isinstance(prompt, (str, list, tuple)):
-        raise ValueError(f"The prompt must be a string, or a list with one for each recording, got {prompt!r}")
+        raise ValueError(f"The {name} must be a string, or a list with one for each recording, got {prompt!r}")
     prompts = [prompt] * count if prompt is None or isinstance(prompt, str) else list(prompt)
     if len(prompts) != count:
-        raise ValueError(f"Got {len(prompts)} prompts for {count} recordings")
+        raise ValueError(f"Got {len(prompts)} {name}s for {count} recordings")
     return prompts
 
 
@@ -283,6 +283,11 @@ class VoxLMProcessor(ProcessorMixin):
         return {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
 
     @property
+    def special_tokens(self) -> list[str]:
+        """Control tokens, which are not text."""
+        return [*self.tokenizer.all_special_tokens, *map(str, self.tokenizer.added_tokens_decoder.values())]
+
+    @property
     def feature_name(self) -> str:
         """`input_features` or `input_values`, whichever the encoder takes."""
         return self.feature_extractor.model_input_names[0]
@@ -486,12 +491,13 @@ class VoxLMProcessor(ProcessorMixin):
             content.append(item)
         return {**conversation, "content": content}
 
-    def render_prompt(self, prompt: str | None = None) -> str:
+    def render_prompt(self, prompt: str | None = None, context: str = "") -> str:
         """
         The text of one request, with one audio token.
 
         Args:
-            prompt (`str`, *optional*): instruction or context for the LLM; by default the one used in training.
+            prompt (`str`, *optional*): instruction for the LLM; by default the one used in training.
+            context (`str`): what the recording is about, or the text before it; in front of the instruction.
 
         Raises:
             ValueError: for what is no string or longer than the LLM's context, and when the prompt contains a special token,
@@ -499,10 +505,14 @@ class VoxLMProcessor(ProcessorMixin):
         """
         prompt = self.prompt if prompt is None else prompt
         check_text(prompt, "The prompt")
-        specials = [token for token in self.tokenizer.all_special_tokens if token in prompt]
+        if context:
+            check_text(context, "The context")
+            prompt = f"{context}\n{prompt}"
+        specials = [token for token in self.special_tokens if token in prompt]
         if specials:
             raise ValueError(
-                f"The prompt contains the special token {specials[0]!r}, which the model would take as control; remove it"
+                f"The {'context' if specials[0] in context else 'prompt'} contains the special token {specials[0]!r}, which the "
+                "model would take as control; remove it"
             )
         if self.context_length and len(prompt) >= self.context_length:  # a token may be a character
             check_context(self.context_length, len(self.tokenizer(prompt)["input_ids"]))

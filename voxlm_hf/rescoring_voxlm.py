@@ -7,6 +7,7 @@ it is without either.
 """
 
 import copy
+import functools
 import math
 import re
 from contextlib import nullcontext
@@ -22,6 +23,7 @@ from .decoding_voxlm import (
     DecodedText,
     EncodedBatch,
     encode_with_silence,
+    pack_prompts,
     pad_ids,
     padded_batches,
     spoken_tokens,
@@ -41,6 +43,8 @@ TOKENS_AT_ONCE = 160
 # CTC counts no more than this against a text, in nats for each token of the longest hypothesis: a projector knows fewer
 # words than a reader, but words that a short text leaves out count in full. Chosen by hand, not tuned.
 MIN_CTC_PER_TOKEN = -10.0
+# The weights of the models that judge what the reader proposes. Where none has any, the reader alone decides.
+JUDGES = ("llm_weight", "ctc_weight")
 # A word spelt letter by letter. LLM and frames cannot judge it, and its letters are no words that would earn a bonus, so it
 # would always lose against a shorter spelling ("DEREK"); the reader's own reward for length makes up for that.
 SPELT_OUT = re.compile(r"\W*\w(-\w)+\W*")
@@ -63,13 +67,15 @@ class Hypothesis:
 
     Args:
         decoded ([`DecodedText`]): the text in the LLM's tokens; `score_hypotheses` adds the LLM's states and scores.
-        known (`torch.BoolTensor` of shape `(tokens,)`): which of the tokens the LLM can judge: all but those of digits and of
-            words spelt letter by letter, where it was trained on texts without them.
+        known (`torch.BoolTensor` of shape `(tokens,)`): which of the tokens the LLM can judge: all but those of hotwords and,
+            where it was trained on texts without them, of digits and words spelt letter by letter.
         ctc_ids (`list[int]`): without capitals and punctuation, as the projector's frames spell it; `ANYTHING` stands for
-            words that they cannot spell: numbers in digits, words spelt letter by letter.
+            words that they cannot spell: numbers in digits, words spelt letter by letter, hotwords.
         reader_logprob (`float`): the reader's log-probability of the whole text.
         unjudged_tokens (`int`): number of the reader's tokens in such words, without the first of each word.
         end_logprob (`float`): the LLM's log-probability of the text ending there.
+        reader_score (`float`): what the reader alone compares texts by.
+        hotword_bonus (`float`): of the hotwords in it, see `biasing_voxlm`.
     """
 
     decoded: DecodedText
@@ -78,6 +84,8 @@ class Hypothesis:
     reader_logprob: float
     unjudged_tokens: int = 0
     end_logprob: float = 0.0
+    reader_score: float = 0.0
+    hotword_bonus: float = 0.0
 
     @property
     def llm_logprob(self) -> float:
@@ -98,7 +106,8 @@ def hypotheses_of(model, processor: VoxLMProcessor, n_best: list, budget: float 
     """
     hypotheses: dict[tuple[int, ...], Hypothesis] = {}
     for proposed in n_best:
-        proposed, groups = _within_budget(proposed, model.reader.to_llm_tokens(proposed.ids), budget)
+        groups = model.reader.to_llm_tokens(proposed.ids)
+        proposed, groups = _within_budget(proposed, groups, budget)
         flat = [token for group in groups for token in group]
         text, words = processor.decode_text(flat).strip(), processor.split_words(flat)
         surface = [word.text for word in words]
@@ -108,16 +117,19 @@ def hypotheses_of(model, processor: VoxLMProcessor, n_best: list, budget: float 
             same = hypotheses[key]
             same.reader_logprob = float(np.logaddexp(same.reader_logprob, proposed.logprob))
             continue
-        unjudged = np.array([is_unjudged(word) for word in surface], dtype=bool)
+        hot = {word for hotword in proposed.hotwords for word in plain_words(hotword.split())}
+        # Rare as they are, LLM and frames would undo hotwords.
+        expected = np.array([word.removesuffix("'s") in hot for word in plain_words(surface)], dtype=bool)
+        unjudged = expected | np.array([is_unjudged(word) for word in surface], dtype=bool)
         if model.config.judges_without_audio:
             ids, token_words = encode_words(processor.tokenizer, text, surface, surface)
-            known = torch.ones(len(ids), dtype=torch.bool)
+            known = torch.tensor([not expected[word] for word in token_words], dtype=torch.bool)
         elif model.config.reader_config["plain_text"]:
             ids, token_words = plain_ids, plain_token_words
             known = torch.tensor([not unjudged[word] for word in token_words], dtype=torch.bool)
         else:
             ids, token_words = processor.encode_words(text, surface, surface)
-            known = torch.ones(len(ids), dtype=torch.bool)
+            known = torch.tensor([not expected[word] for word in token_words], dtype=torch.bool)
         owners = _word_owners(groups, words)
         decoded = DecodedText(
             ids,
@@ -127,6 +139,8 @@ def hypotheses_of(model, processor: VoxLMProcessor, n_best: list, budget: float 
             token_words=token_words,
             mean_logprob=float(np.mean(proposed.logprobs)) if proposed.ids else proposed.end_logprob,
             reader_logprobs=_word_logprobs(processor, groups, owners, proposed.logprobs),
+            reader_ids=list(proposed.ids),
+            reader_words=_reader_words(owners, len(proposed.ids)),
         )
         # A word that comes again earns nothing, so that loops do not.
         novel = {word: len(parts) - 1 for word, parts in zip(surface, owners) if is_unjudged(word)}
@@ -135,7 +149,15 @@ def hypotheses_of(model, processor: VoxLMProcessor, n_best: list, budget: float 
         else:
             spelt = [(token, word) for word, ids in enumerate(processor.spell(plain_words(surface))) for token in ids]
             ctc_ids = _with_wildcards([token for token, _ in spelt], unjudged[[word for _, word in spelt]])
-        hypotheses[key] = Hypothesis(decoded, known, ctc_ids, proposed.logprob, sum(novel.values()))
+        hypotheses[key] = Hypothesis(
+            decoded,
+            known,
+            ctc_ids,
+            proposed.logprob,
+            sum(novel.values()),
+            reader_score=proposed.score,
+            hotword_bonus=proposed.bonus,
+        )
     return list(hypotheses.values())
 
 
@@ -168,6 +190,14 @@ def _word_owners(groups: list[list[int]], words: list) -> list[set[int]]:
     """
     owners = [number for number, group in enumerate(groups) for _ in group]
     return [{owners[token] for token in word.tokens} for word in words]
+
+
+def _reader_words(owners: list[set[int]], num_tokens: int) -> np.ndarray:
+    """The index of the word that each of the reader's tokens belongs to, the first of several, -1 for none; `owners` as above."""
+    words = np.full(num_tokens, -1)
+    for number, parts in reversed(list(enumerate(owners))):
+        words[list(parts)] = number
+    return words
 
 
 def _word_logprobs(processor, groups: list[list[int]], owners: list[set[int]], logprobs: list[float]) -> list[float]:
@@ -209,8 +239,15 @@ def rescore(
     """
     settings = model.config.reader_config
     hypotheses = propose(model, processor, budgets, batch, look_twice, in_window)
+    # In languages that neither knows, the reader alone decides.
+    weights = [request.judging(settings) for request in batch.requests]
+    hypotheses = [
+        texts if any(own[name] for name in JUDGES) else [max(texts, key=lambda text: text.reader_score)]
+        for texts, own in zip(hypotheses, weights)
+    ]
     judged = judge(model, prompt, batch, hypotheses, with_ctc=bool(settings["ctc_weight"]))
-    return [best_text(texts, known @ weights_of(settings)) for texts, known in zip(hypotheses, judged)]
+    totals = [known @ weights_of(own) for known, own in zip(judged, weights)]
+    return [best_text(texts, scores) for texts, scores in zip(hypotheses, totals)]
 
 
 def judge(
@@ -228,8 +265,9 @@ def judge(
     """
     # A projector without token scores affects the text only through the LLM's prompt.
     frames = ctc_frames(model, batch.audio) if with_ctc else [None] * len(hypotheses)
+    frames = [row if request.own_language else None for row, request in zip(frames, batch.requests)]
     embeddings = model.get_input_embeddings().weight
-    score_hypotheses(model, prompt, hypotheses)
+    score_hypotheses(model, prompt, hypotheses, [request.context_ids for request in batch.requests])
     return [evidence(texts, row, embeddings) for texts, row in zip(hypotheses, frames)]
 
 
@@ -252,23 +290,32 @@ def propose(
         model, processor, budgets, batch, look_twice, in_window: see `rescore`.
     """
 
-    def decode(audio, budgets, padded=False):
-        n_best = model.reader(audio.last_hidden_state, audio.frame_mask, budgets, padded)
+    settings = model.config.reader_config
+
+    def decode(audio, budgets, requests, padded=False):
+        room = model.reader.prompt_room
+        prompts = [request.reader_prompt(settings, room) for request in requests]
+        searches = [
+            functools.partial(request.hotword_search, settings, room) if request.hotwords else None
+            for request in requests
+        ]
+        n_best = model.reader(audio.last_hidden_state, audio.frame_mask, budgets, padded, prompts, searches)
         return [hypotheses_of(model, processor, *row) for row in zip(n_best, budgets)]
 
-    if in_window:
-        return decode(encode_with_silence(model, processor, batch.clips, None), budgets, padded=True)
-    hypotheses = decode(batch.audio, budgets)
-    visible = batch.visible_frames or [None] * len(budgets)
+    if in_window or settings["in_window"] and batch.clips is not None:
+        audio = encode_with_silence(model, processor, batch.clips, None)
+        return decode(audio, budgets, batch.requests, padded=True)
+    hypotheses = decode(batch.audio, budgets, batch.requests)
     longest_s = min(SHORT_S, processor.audio_window_s - SILENCE_S)
     doubtful = [
         row
-        for row, (segment, texts, frames) in enumerate(zip(batch.segments, hypotheses, visible))
+        for row, (segment, texts, frames) in enumerate(zip(batch.segments, hypotheses, batch.visible_frames))
         if look_twice and segment.duration_s <= longest_s and in_doubt(processor, texts, frames)
     ]
     if doubtful:
         audio = encode_with_silence(model, processor, [batch.clips[row] for row in doubtful], SILENCE_S)
-        for row, texts in zip(doubtful, decode(audio, [budgets[row] for row in doubtful])):
+        again = decode(audio, [budgets[row] for row in doubtful], [batch.requests[row] for row in doubtful])
+        for row, texts in zip(doubtful, again):
             for text in texts:
                 text.decoded.fallback = "window"
             hypotheses[row] = texts
@@ -303,8 +350,8 @@ def weights_of(settings: dict) -> np.ndarray:
 
 def evidence(texts: list[Hypothesis], frames: CTCFrames | None, embeddings: torch.Tensor) -> np.ndarray:
     """
-    What hypotheses are chosen by, `(hypotheses, 5)`: the log-probabilities of reader, LLM and CTC, the number of words, and the
-    number of tokens in words that only the reader can judge. The reader's is minus infinity for the empty text where CTC is
+    What hypotheses are chosen by, `(hypotheses, 5)`: the log-probabilities of reader (with the bonus of hotwords), LLM and CTC,
+    the number of words, and the number of tokens in words that only the reader can judge. The reader's is minus infinity for the empty text where CTC is
     sure of speech.
 
     Args:
@@ -323,7 +370,7 @@ def evidence(texts: list[Hypothesis], frames: CTCFrames | None, embeddings: torc
     return np.array(
         [
             [
-                text.reader_logprob if is_possible else -np.inf,
+                text.reader_logprob + text.hotword_bonus if is_possible else -np.inf,
                 text.llm_logprob,
                 score,
                 len(text.decoded.words),
@@ -334,17 +381,20 @@ def evidence(texts: list[Hypothesis], frames: CTCFrames | None, embeddings: torc
     )
 
 
-def beginning_of_text(model, count: int) -> dict[str, torch.Tensor]:
+def beginning_of_text(model, contexts: list[list[int]]) -> dict[str, torch.Tensor]:
     """
-    The prompts of `count` texts for a plain language model: its token for a text's beginning, else for its end, else padding.
+    The prompts of texts for a plain language model: its token for a text's beginning, else for its end, else padding, and behind
+    it the context of each (ids, empty for none).
     """
     ends = sorted(stop_tokens(model.config.eos_token_id))
     tokens = [token for token in (model.config.bos_token_id, *ends, model.config.pad_token_id) if token is not None]
-    ids = torch.tensor(tokens[:1], device=model.device).expand(count, -1)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    ids, mask = pack_prompts([torch.tensor([tokens[0], *ids], device=model.device) for ids in contexts])
+    return {"input_ids": ids, "attention_mask": mask}
 
 
-def score_hypotheses(model, prompt: dict | None, hypotheses: list[list[Hypothesis]]):
+def score_hypotheses(
+    model, prompt: dict | None, hypotheses: list[list[Hypothesis]], contexts: list[list[int]] | None = None
+):
     """
     Let the LLM score each hypothesis of each recording, in place: behind its prompt or, where `llm_prompt` is "none", without
     LoRA behind the token for the beginning of a text. Each prompt goes through the LLM once, and so does what a hypothesis
@@ -353,9 +403,10 @@ def score_hypotheses(model, prompt: dict | None, hypotheses: list[list[Hypothesi
     Args:
         prompt (`dict`, *optional*): of the recordings, padded on the left; not needed where `llm_prompt` is "none".
         hypotheses (`list[list[Hypothesis]]`): of each recording.
+        contexts (`list[list[int]]`, *optional*): the LLM's ids of the text before each recording, where `llm_prompt` is "none".
     """
     without_audio = model.config.judges_without_audio
-    prompt = beginning_of_text(model, len(hypotheses)) if without_audio else prompt
+    prompt = beginning_of_text(model, contexts or [[]] * len(hypotheses)) if without_audio else prompt
     longest = max((len(text.decoded.ids) for texts in hypotheses for text in texts), default=0)
     families = [(row, texts) for row, texts in enumerate(hypotheses) if texts]
     if prompt["input_ids"].shape[1] + 2 * longest > _smallest_window(model):

@@ -159,7 +159,7 @@ def join_texts(texts: list[str]) -> str:
     """Concatenate texts, with a space between them unless both sides are in a script without spaces."""
     whole = ""
     for text in texts:
-        if whole and text and not (_has_no_spaces(whole[-1]) and _has_no_spaces(text[0])):
+        if whole and text and not (has_no_spaces(whole[-1]) and has_no_spaces(text[0])):
             whole += " "
         whole += text
     return whole
@@ -230,8 +230,9 @@ def _starts_new_word(word: str, run: str) -> bool:
     first = run[0]
     if unicodedata.category(first)[0] in "PM":
         return False
-    return _has_no_spaces(first) or _has_no_spaces(word[-1])
+    return has_no_spaces(first) or has_no_spaces(word[-1])
 
 
-def _has_no_spaces(char: str) -> bool:
+def has_no_spaces(char: str) -> bool:
+    """Whether a character belongs to a script without spaces between words."""
     return unicodedata.name(char, "").startswith(NO_SPACE_SCRIPTS)

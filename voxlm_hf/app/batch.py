@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 # Formats that libsndfile reads.
 AUDIO_SUFFIXES = {".aif", ".aiff", ".au", ".caf", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".w64", ".wav"}
 # The columns of a result; words and segments are JSON in Parquet, so that every shard has the same schema.
-TEXT_COLUMNS = ("id", "text", "words", "segments", "error")
+TEXT_COLUMNS = ("id", "text", "words", "segments", "language", "error")
 # How the files are called that `shard_name` names.
 SHARD_NAME = re.compile(r"part-.*\.(jsonl|parquet)")
 # Rows of a Parquet file that are in memory at once.
@@ -152,7 +152,8 @@ def write_shard(path: str, rows: list[dict]):
             {key: json.dumps(value) if isinstance(value, list) else value for key, value in row.items()} for row in rows
         ]
         columns = [(name, pyarrow.string()) for name in TEXT_COLUMNS]
-        schema = pyarrow.schema([*columns, ("duration", pyarrow.float64()), ("truncated", pyarrow.bool_())])
+        numbers = [(name, pyarrow.float64()) for name in ("duration", "language_probability")]
+        schema = pyarrow.schema([*columns, *numbers, ("truncated", pyarrow.bool_())])
         sink = pyarrow.BufferOutputStream()
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(flat, schema), sink)
         content = sink.getvalue().to_pybytes()
@@ -243,6 +244,8 @@ class Worker:
                     "segments": result["segments"],
                     "duration": result["duration"],
                     "truncated": result["truncated"],
+                    "language": result.get("language"),
+                    "language_probability": result.get("language_probability"),
                     "error": result.get("error"),
                 }
             write_shard(path, list(rows.values()))

@@ -16,6 +16,7 @@ from .. import VoxLMConfig, VoxLMForSpeechSeq2Seq, VoxLMProcessor
 from ..audio_voxlm import file_duration_s
 from ..cpu_voxlm import can_be_packed
 from ..generation_voxlm import BATCHES_AHEAD, SHORTEST_CHUNK_S
+from ..request_voxlm import OWN_LANGUAGE
 from ..transcription_voxlm import error_line
 from . import batch
 from .files import output_paths
@@ -89,6 +90,21 @@ def build_parser() -> argparse.ArgumentParser:
     for command in (transcribe, many):
         command.add_argument("--vad", choices=["energy", "silero"], default="energy", help="voice activity detector")
         command.add_argument("--batch-size", type=at_least(1, int), default=8, help="segments in one pass (default: 8)")
+        command.add_argument(
+            "--context", type=plain_text, help="what the recordings are about, names, the text before; or @FILE"
+        )
+        command.add_argument(
+            "--hotwords",
+            type=plain_text,
+            metavar="WORDS",
+            help="words and terms to expect: between commas, or @FILE with one in each line",
+        )
+        command.add_argument(
+            "--language",
+            type=plain_text,
+            default=OWN_LANGUAGE,
+            help="such as de or German; auto detects it (default: the checkpoint's own)",
+        )
         command.add_argument(
             "--chunk-length",
             type=at_least(SHORTEST_CHUNK_S, float),
@@ -167,6 +183,9 @@ def check_arguments(arguments: argparse.Namespace):
     """
     if arguments.model is None and not DEFAULT_MODEL.is_dir():
         raise ValueError("the default model exists in a checkout only; give --model FOLDER or a Hub id")
+    if arguments.command in ("transcribe", "batch"):
+        arguments.context = None if arguments.context is None else text_of(arguments.context)
+        arguments.hotwords = hotwords_of(arguments.hotwords)
     if arguments.command == "batch":
         if "-" in arguments.sources:
             raise ValueError("`voxlm batch` cannot read standard input; give files, folders, globs or manifests")
@@ -300,11 +319,27 @@ def transcribe_options(arguments) -> dict:
     """The arguments of `transcribe` that the command line sets."""
     return {
         "prompt": arguments.prompt,
+        "context": arguments.context,
+        "hotwords": arguments.hotwords,
+        "language": None if arguments.language == "auto" else arguments.language,
         "vad": arguments.vad,
         "batch_size": arguments.batch_size,
         "chunk_length_s": arguments.chunk_length,
         "use_reader": not arguments.no_reader,
     }
+
+
+def hotwords_of(argument: str | None) -> list[str] | None:
+    """
+    The hotwords of `--hotwords`: between commas or, after an "@", the lines of the file of that name. Empty ones do not count.
+
+    Raises:
+        OSError, ValueError: when the file cannot be read.
+    """
+    if argument is None:
+        return None
+    items = text_of(argument).splitlines() if argument.startswith("@") else argument.split(",")
+    return [item.strip() for item in items if item.strip()]
 
 
 def transcribe_sources(source: str, arguments) -> int:
