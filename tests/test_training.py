@@ -19,6 +19,7 @@ from tests import tiny
 from voxlm_hf import VoxLMForSpeechSeq2Seq
 from voxlm_hf.subwords_voxlm import encode_subwords, subword_tokenizer, subword_vocabulary
 from voxlm_hf.timing_voxlm import AlignmentScores, alignment_targets
+from voxlm_training import label_words
 from voxlm_training.augment import Augmentation, misheard
 from voxlm_training.data import LengthBatchSampler, SpeechDataset, read_rows
 from voxlm_training.label_words import make_source, read_ctm, read_textgrid, teacher_words
@@ -454,6 +455,28 @@ def test_word_times_are_added_to_a_manifest(tmp_path, manifest):
     first, *others = [json.loads(line) for line in (manifest.parent / "labelled.jsonl").read_text().splitlines()]
     assert first["words"] == [{"word": "The", "start": 0.1, "end": 0.2}] and first["audio"] == "0.wav"
     assert len(others) >= 5 and "no word times" in done.stdout
+
+
+def test_labelling_a_part_elsewhere_resumes_after_any_byte(tmp_path, manifest, monkeypatch):
+    (tmp_path / "a.ctm").write_text("r1 1 0.50 0.25 over\nr5 1 0.1 0.2 the\n")
+    output = tmp_path / "elsewhere" / "labelled.jsonl"
+    output.parent.mkdir()
+    options = ["--ctm", str(tmp_path / "a.ctm"), "--exclude-speakers", "0"]
+    monkeypatch.setattr(sys, "argv", ["label_words", str(manifest), str(output), *options])
+    label_words.main()
+    whole = output.read_text()
+    rows = [json.loads(line) for line in whole.splitlines() if json.loads(line).get("speaker")]
+    assert [row["id"] for row in rows] == ["r1", "r3", "r5"]  # of speaker 1
+    assert [[word["word"] for word in row["words"]] for row in rows[::2]] == [["over"], ["the"]]
+    assert all((output.parent / row["audio"]).exists() for row in rows)
+    for cut in (0, 10, len(whole) // 2):
+        output.write_text(whole[:cut])
+        label_words.main()
+        assert output.read_text() == whole
+    monkeypatch.setattr(sys, "argv", ["label_words", str(manifest), str(output), "--every", "2", *options])
+    output.unlink()
+    label_words.main()
+    assert "r1" not in output.read_text()  # the second row of the manifest
 
 
 def trainer(toy, dataset, folder, **arguments):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests import tiny
 from voxlm_hf.alignment_voxlm import VoxLMSpellingAlignmentHead, spell_words
 from voxlm_hf.timing_voxlm import (
     RAMP_S,
@@ -50,6 +51,44 @@ def test_padding_of_text_and_audio_does_not_change_the_scores_of_a_spelling_head
     torch.testing.assert_close(padded.tokens[:, :7, :12], alone.tokens)
     torch.testing.assert_close(padded.pause[:, :12], alone.pause)
     torch.testing.assert_close(padded.onset[:, :12], alone.onset)
+
+
+def spoken(text, voice, rng):
+    """Frames in which each letter sounds for three frames of noise around its vector, and word times at 20 ms a frame."""
+    frames, times = [], []
+    for word in text.split():
+        frames += [voice[0]] * int(rng.integers(0, 12))  # a pause
+        start = len(frames)
+        frames += [voice[ord(letter) - 96] for letter in word for _ in range(3)]
+        times.append((0.02 * start, 0.02 * len(frames)))
+    frames += [voice[0]] * 5
+    noise = 0.5 * torch.randn(len(frames), len(voice[0]))
+    return torch.stack(frames) + noise, torch.tensor(times)
+
+
+def test_a_spelling_head_learns_letters_and_aligns_words_that_it_has_never_seen():
+    torch.manual_seed(0)
+    rng, voice = np.random.default_rng(0), list(torch.randn(27, 12))
+    texts = ["".join(rng.choice(list("abcdefghij "), 30)).split() for _ in range(24)]
+    head = VoxLMSpellingAlignmentHead(12, 32, 1).apply(tiny.model()._init_weights)
+    optimiser = torch.optim.Adam(head.parameters(), lr=1e-2)
+    for step in range(120):
+        words = texts[step % 20]
+        frames, times = spoken(" ".join(words), voice, rng)
+        ids, owners = (torch.tensor([part]) for part in spell_words(words))
+        centres = (torch.arange(len(frames)).unsqueeze(0) + 0.5) * 0.02
+        scores = head(ids, frames.unsqueeze(0), torch.ones(1, len(frames)))
+        optimiser.zero_grad()
+        alignment_loss(scores, owners.masked_fill(owners < 0, -100), times.unsqueeze(0), centres).sum().backward()
+        optimiser.step()
+    for words in texts[20:]:
+        frames, times = spoken(" ".join(words), voice, rng)
+        ids, owners = spell_words(words)
+        with torch.no_grad():
+            scores = head(torch.tensor([ids]), frames.unsqueeze(0), torch.ones(1, len(frames)))
+        found = word_times(scores, 0, np.array(owners), len(frames), 0.02, words=words)
+        expected = close_gaps(times.numpy().astype(float))
+        assert np.abs(np.array(found) - expected).mean() < 0.02
 
 
 def test_words_pauses_and_edges_are_found():

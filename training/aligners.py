@@ -1,6 +1,7 @@
 """Forced aligners of other projects: teachers of word times, and baselines in an evaluation."""
 
 import functools
+import math
 import re
 import shutil
 import subprocess
@@ -19,6 +20,9 @@ from .text import normalise
 
 # Sampling rate that PocketSphinx's English model was trained on, and the length of its frames, 100 a second by default.
 SPHINX_RATE, SPHINX_FRAME_S = 16000, 0.01
+# What PocketSphinx takes of a pause before a word and after it, in seconds: the medians of its errors on 60 sentences by
+# festival with exact times. Between words without a pause its median error is below 1 ms.
+SPHINX_EXCESS_S = (0.013, 0.024)
 # As in the original VoxLM: the length of its projected frames, and the width of its median filter in frames.
 ORIGINAL_FRAME_S, ORIGINAL_MEDIAN = 0.08, 7
 
@@ -124,6 +128,25 @@ def original_words(model, waveform: np.ndarray, text: str) -> list[dict]:
     duration_s = len(waveform) / processor.sampling_rate
     times = dtw_word_times(weights, owners, ORIGINAL_FRAME_S, duration_s, ORIGINAL_MEDIAN)
     return [{"word": word, "start": start, "end": end} for word, (start, end) in zip(scored.decoded.words, times)]
+
+
+def tightened(words: list[dict]) -> list[dict]:
+    """
+    PocketSphinx's words without what it takes of the pauses around them (`SPHINX_EXCESS_S`), none shorter than one of its
+    frames.
+
+    Args:
+        words: `{"word", "start", "end"}` in seconds, in order.
+    """
+    before = [0.0, *(word["end"] for word in words)]
+    after = [*(word["start"] for word in words[1:]), math.inf]
+    result = []
+    for word, left, right in zip(words, before, after):
+        start = word["start"] + (SPHINX_EXCESS_S[0] if word["start"] > left else 0.0)
+        end = word["end"] - (SPHINX_EXCESS_S[1] if word["end"] < right else 0.0)
+        start = min(start, word["end"] - SPHINX_FRAME_S)
+        result.append({"word": word["word"], "start": start, "end": max(end, start + SPHINX_FRAME_S)})
+    return result
 
 
 def agreed_words(ours: list[dict], theirs: list[dict] | None, within_s: float = 0.05) -> list[dict]:

@@ -26,7 +26,7 @@ from transformers import pipeline
 
 from voxlm_hf import VoxLMForSpeechSeq2Seq
 
-from .aligners import agreed_words, own_words, sphinx_words
+from .aligners import agreed_words, own_words, sphinx_words, tightened
 from .data import Report, sliced_rows
 from .text import normalise
 
@@ -125,7 +125,7 @@ def agreeing_words(model, audio: str, text: str) -> list[dict] | None:
     theirs = sphinx_words(waveform, text)
     if theirs is None:
         return None
-    return agreed_words(own_words(model, waveform, normalise(text)), theirs) or None
+    return agreed_words(own_words(model, waveform, normalise(text)), tightened(theirs)) or None
 
 
 def make_source(arguments: argparse.Namespace) -> Callable[[dict], list[dict] | None]:

@@ -483,7 +483,7 @@ def run_stage(model, train, dev, folder: Path, seed: int, kind: str, **options):
             if model.reader is None:
                 model.add_reader(base, **settings)
         if kind == "alignment" and "head" in options:
-            set_seed(seed)  # the new head is the same whatever ran before
+            set_seed(seed)  # the new head is the same whether the stages before it ran or were finished
             model.set_alignment_head(options.pop("head"))
         finished = load_trained(model, result, kind)
         processes.wait_for_everyone()  # nobody may see a result that this run is about to write
