@@ -11,7 +11,7 @@ from transformers.models.whisper import generation_whisper
 from tests import tiny
 from voxlm_hf import VoxLMForSpeechSeq2Seq
 from voxlm_hf.attention_times_voxlm import alignment_heads, head_mean
-from voxlm_training.train import mark_trained
+from voxlm_training.stages import mark_trained
 
 
 CLIPS = [tiny.noise(seconds, 3) for seconds in (1.3, 0.6)]

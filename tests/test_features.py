@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from tests import tiny
 from voxlm_training.augment import Augmentation
+from voxlm_training.corpus import make_dataset
 from voxlm_training.data import read_rows
 from voxlm_training.features import FeatureCache, audio_key, encode_missing, weights_key
-from voxlm_training.train import make_dataset
 
 
 MIXTURE = {"projector_readout": "token_mixture", "frame_gate_threshold": 0.5, "lora_config": {"r": 2}}

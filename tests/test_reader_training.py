@@ -13,7 +13,8 @@ from voxlm_hf import VoxLMForSpeechSeq2Seq
 from voxlm_hub_export.export import export
 from voxlm_training.data import Row, SpeechDataset
 from voxlm_training.reader import make_examples
-from voxlm_training.train import reader_trainer, reader_tuning_trainer, run
+from voxlm_training.stages import reader_trainer, reader_tuning_trainer
+from voxlm_training.train import run
 
 
 @pytest.fixture

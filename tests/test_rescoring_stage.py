@@ -10,8 +10,9 @@ import soundfile
 from tests import tiny
 from voxlm_hf import VoxLMForSpeechSeq2Seq
 from voxlm_training import rescoring
+from voxlm_training.recipe import RecipeError
 from voxlm_training.rescoring import ScoredList, search
-from voxlm_training.train import RecipeError, run
+from voxlm_training.train import run
 
 
 SETTINGS = {"llm_weight": 0.3, "ctc_weight": 0.0, "word_bonus": 1.0}

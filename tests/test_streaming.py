@@ -12,8 +12,9 @@ from transformers import TrainingArguments
 
 from tests import tiny
 from voxlm_training import data
+from voxlm_training.recipe import RecipeError
 from voxlm_training.streaming import SpeechStream
-from voxlm_training.train import RecipeError, run
+from voxlm_training.train import run
 from voxlm_training.trainer import VoxLMTrainer
 
 

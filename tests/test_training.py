@@ -21,9 +21,12 @@ from voxlm_hf.subwords_voxlm import encode_subwords, subword_tokenizer, subword_
 from voxlm_hf.timing_voxlm import AlignmentScores, alignment_targets
 from voxlm_training import label_words
 from voxlm_training.augment import Augmentation, misheard
+from voxlm_training.corpus import make_dataset
 from voxlm_training.data import LengthBatchSampler, SpeechDataset, read_rows
 from voxlm_training.label_words import make_source, read_ctm, read_textgrid, teacher_words
-from voxlm_training.train import make_dataset, read_recipe, run, transcription_trainer, warm_start_trainer
+from voxlm_training.recipe import read_recipe
+from voxlm_training.stages import transcription_trainer, warm_start_trainer
+from voxlm_training.train import run
 from voxlm_training.trainer import VoxLMTrainer, leave_out_hidden_frames, word_time_errors
 from voxlm_training.warm_start import ctc_losses
 

@@ -16,7 +16,9 @@ from voxlm_hf import VoxLMForSpeechSeq2Seq
 from voxlm_training.checkpoints import WriteError, last_whole_checkpoint, naming_unwritten_files, written_whole
 from voxlm_training.data import Row, SpeechDataset
 from voxlm_training.features import TensorStore
-from voxlm_training.train import RecipeError, run_stage, save_model
+from voxlm_training.recipe import RecipeError
+from voxlm_training.stages import run_stage
+from voxlm_training.train import save_model
 
 
 FIELDS = {"projector_readout": "token_mixture", "frame_gate_threshold": 0.3, "lora_config": {"r": 2}}

@@ -25,7 +25,7 @@ import torch, yaml
 from accelerate import PartialState
 from transformers import TrainingArguments
 from tests.second_device import SECOND, second_device
-from voxlm_training import train
+from voxlm_training import stages, train
 
 def second(arguments):
     arguments._setup_devices
@@ -35,7 +35,7 @@ def second(arguments):
 TrainingArguments.device = property(second)
 # safetensors reads the memory of a tensor, which those of this device do not have.
 devices = []
-train.save_file = lambda state, path, metadata: devices.append({tensor.device.type for tensor in state.values()}) or path.touch()
+stages.save_file = lambda state, path, metadata: devices.append({tensor.device.type for tensor in state.values()}) or path.touch()
 train.save_model = lambda model, folder: None
 with second_device():
     for path in sys.argv[1:]:

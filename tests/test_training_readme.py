@@ -11,7 +11,9 @@ from transformers import AutoConfig
 
 from tests import HANGS_AFTER_S
 from voxlm_hf import VoxLMConfig
-from voxlm_training.train import STAGES, check_keys, check_recipe, read_recipe
+from voxlm_training.checks import check_keys, check_recipe
+from voxlm_training.recipe import read_recipe
+from voxlm_training.stages import STAGES
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,7 +59,7 @@ def test_all_recipes_are_found():
 def test_a_recipe_has_options_that_exist(path, monkeypatch):
     """Everything that is checked before a run, but for the recordings, which are not here."""
     recipe = read_recipe(path, [])
-    monkeypatch.setattr("voxlm_training.train.ON_DISK", ())
+    monkeypatch.setattr("voxlm_training.checks.ON_DISK", ())
     check_recipe(recipe)
     with pytest.raises(ValueError, match="no option"):
         check_keys("stages.0", {"no_such_option": 1}, recipe["stages"][0])

@@ -7,7 +7,7 @@ from transformers.trainer_utils import EvalPrediction
 
 from voxlm_hf.timing_voxlm import alignment_loss, key_times
 
-from .trainer import StageTrainer, encoded_once, word_time_errors
+from .trainer import StageTrainer, add_noise, encoded_once, word_time_errors
 
 
 # What the loss is computed from, in the order of `AlignmentLoss.forward`.
@@ -39,8 +39,7 @@ class AlignmentTrainer(StageTrainer):
     Args:
         voxlm ([`VoxLMForSpeechSeq2Seq`]): on the device of `args`.
         seconds_per_batch (`float`): audio in one batch of one process, padding included.
-        state_noise (`float`): largest standard deviation of the noise that training adds to the encoder states; each row
-            draws its own.
+        state_noise (`float`): see `trainer.add_noise`.
     """
 
     def __init__(self, *, voxlm, seconds_per_batch: float, state_noise: float = 0.0, **kwargs):
@@ -63,10 +62,11 @@ class AlignmentTrainer(StageTrainer):
         losses = (inputs["labels"] != -100).sum(1).float()
         if "word_times" in inputs:
             inputs = encoded_once(self.voxlm, inputs)
+            mask = inputs["audio_states_mask"]
+            states = self.voxlm.finish_encoding(inputs["audio_states"], mask).detach()
             if model.training and self.state_noise:
-                states = inputs["audio_states"]
-                strength = self.state_noise * torch.rand(len(states), 1, 1, device=states.device)
-                inputs = {**inputs, "audio_states": states + strength * torch.randn_like(states)}
+                states = add_noise(states, mask, self.state_noise)
+            inputs = {**inputs, "audio_states": states}
             losses = losses * model(*(inputs[name] for name in INPUTS))
         else:  # nothing to learn
             losses = 0 * losses
