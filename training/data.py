@@ -504,6 +504,15 @@ class SpeechDataset(torch.utils.data.Dataset):
         ]
         return [max(1, round(item / self.processor.frame_s)) for item in seconds]
 
+    def timed(self, misheard: float) -> "SpeechDataset":
+        """The rows with word times, as a dataset with this `misheard`, which counts skipped rows together with this one."""
+        kept = [number for number, row in enumerate(self.rows) if row.words]
+        rows, augmentations = ([items[number] for number in kept] for items in (self.rows, self.augmentations))
+        keys = None if self.keys is None else [self.keys[number] for number in kept]
+        dataset = SpeechDataset(rows, self.processor, augmentations, self.cache, keys, misheard)
+        dataset.skipped = self.skipped
+        return dataset
+
     def draw(self, count: int, seed: int, longest_s: float) -> list[Row]:
         """At most `count` rows of at most `longest_s`, drawn at random."""
         rows = [row for row in self.rows if row.duration is None or row.duration <= longest_s]
