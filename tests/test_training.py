@@ -387,6 +387,15 @@ def test_evaluation_generates_from_the_prompts_of_inference(tmp_path, manifest):
     assert torch.equal(ids, alone[:, inputs["input_ids"].shape[1] :])
 
 
+def test_word_times_of_a_source_can_be_shifted(manifest):
+    (row, *_), _ = read_rows([{"manifest": manifest, "shift_s": -0.05}], "lower")
+    times = [(word["start"], word["end"]) for word in row.words]
+    assert np.array(times) == pytest.approx(np.array([(0.0, 0.05), (0.05, 0.15), (0.15, 0.25), (0.25, 0.35)]))
+    for value in ("x", None, float("nan")):
+        with pytest.raises(ValueError, match="`shift_s` of the source .* must be a finite number"):
+            read_rows([{"manifest": manifest, "shift_s": value}])
+
+
 def test_rows_with_word_times_by_themselves(manifest):
     rows, _ = read_rows([{"manifest": manifest, "count": 3}, {"silence": 1}], "lower")
     rows[1].words = None
