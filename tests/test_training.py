@@ -390,6 +390,24 @@ def test_evaluation_generates_from_the_prompts_of_inference(tmp_path, manifest):
     assert torch.equal(ids, alone[:, inputs["input_ids"].shape[1] :])
 
 
+def test_word_times_of_a_source_can_be_shifted(manifest):
+    (row, *_), _ = read_rows([{"manifest": manifest, "shift_s": -0.05}], "lower")
+    times = [(word["start"], word["end"]) for word in row.words]
+    assert np.array(times) == pytest.approx(np.array([(0.0, 0.05), (0.05, 0.15), (0.15, 0.25), (0.25, 0.35)]))
+    for value in ("x", None, float("nan")):
+        with pytest.raises(ValueError, match="`shift_s` of the source .* must be a finite number"):
+            read_rows([{"manifest": manifest, "shift_s": value}])
+
+
+def test_rows_with_word_times_by_themselves(manifest):
+    rows, _ = read_rows([{"manifest": manifest, "count": 3}, {"silence": 1}], "lower")
+    rows[1].words = None
+    dataset = SpeechDataset(rows, model().processor, keys=["k0", "k1", "k2", "k3"])
+    timed = dataset.timed(0.5)
+    assert ([row.id for row in timed.rows], timed.keys, timed.misheard) == (["r0", "r2"], ["k0", "k2"], 0.5)
+    assert timed.skipped is dataset.skipped and dataset.misheard == 0
+
+
 def test_word_time_errors_of_a_head_that_knows(tmp_path, manifest, monkeypatch):
     """Scores made from the targets give no error; moved by three frames, 60 ms."""
     toy = model()
@@ -627,7 +645,7 @@ def test_a_recipe_runs_all_stages_resumes_and_its_model_loads(tmp_path, manifest
             {"kind": "warm_start", "merges": 5, "steps": 2, "eval_steps": 1},
             {"kind": "transcription", "parts": ["lora"], "seconds_per_batch": 4, "max_steps": 2, "max_new_tokens": 3, "eval_steps": 2},
             {"kind": "alignment", "parts": ["alignment"], "seconds_per_batch": 4, "max_steps": 9, "bf16": True,
-             "head": "spelling", "state_noise": 0.2, "eval_steps": 2},
+             "head": "spelling", "state_noise": 0.2, "misheard": 0.2, "eval_steps": 2},
         ],
     }  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))

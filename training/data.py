@@ -236,7 +236,7 @@ def silent_rows(count: int, report: Report, seed: int = 0) -> Iterator[dict]:
 
 
 # Options of every kind of source.
-SLICE_OPTIONS = ("first", "count", "every", "exclude_speakers", "only_speakers", "streaming")
+SLICE_OPTIONS = ("first", "count", "every", "exclude_speakers", "only_speakers", "streaming", "shift_s")
 READERS: dict[str, Callable[..., Iterator[dict]]] = {
     "manifest": manifest_rows,
     "folder": folder_rows,
@@ -278,7 +278,7 @@ def read_rows(sources: Iterable[dict], normaliser: str = "none", **limits) -> tu
         sources: each names its kind and place, `{"manifest": PATH}`, `{"folder": FOLDER}`, `{"librispeech": FOLDER}`,
             `{"dataset": NAME, ...}` or `{"silence": COUNT}`, with the options of that kind (see the functions in
             `READERS`) and, for any kind: "first" and "count" (a slice), "every" (only each N-th), "exclude_speakers" or
-            "only_speakers".
+            "only_speakers", and "shift_s", seconds to add to all word times (a synthesiser may report them late).
         normaliser, **limits: of [`Limits`].
 
     Returns:
@@ -310,12 +310,15 @@ def usable_rows(
             )
         else:
             report.kept += 1
-            yield _make_row(raw, NORMALISERS[limits.normaliser], (source_number, number))
+            yield _make_row(raw, NORMALISERS[limits.normaliser], (source_number, number), source.get("shift_s", 0.0))
 
 
-def _make_row(raw: dict, normalise: Callable[[str], str], place: tuple[int, int]) -> Row:
-    """A usable raw row with its text and words normalised."""
-    words = [{**word, "word": normalise(word["word"])} for word in raw.get("words") or []]
+def _make_row(raw: dict, normalise: Callable[[str], str], place: tuple[int, int], shift_s: float) -> Row:
+    """A usable raw row with its text and words normalised, and the times of the words shifted."""
+    words = [
+        {**word, "word": normalise(word["word"]), **{edge: max(0.0, word[edge] + shift_s) for edge in ("start", "end")}}
+        for word in raw.get("words") or []
+    ]
     return Row(
         id=str(raw["id"]),
         audio=raw["audio"],
@@ -359,6 +362,9 @@ def sliced_rows(source: dict, report: Report, share: tuple[int, int] = (0, 1)) -
     kind, options = kind_of(source), dict(source)
     place = options.pop(kind)
     first, count, every = options.pop("first", 0), options.pop("count", None), options.pop("every", 1)
+    shift_s = options.pop("shift_s", 0.0)
+    if not is_number(shift_s):
+        raise ValueError(f"`shift_s` of the source {place} must be a finite number of seconds, got {shift_s!r}")
     exclude, only = list(options.pop("exclude_speakers", ())), options.pop("only_speakers", None)
     for name, value, least in (("first", first, 0), ("count", count, 0), ("every", every, 1)):
         if value is not None and not (isinstance(value, int) and value >= least):
@@ -514,6 +520,15 @@ class SpeechDataset(torch.utils.data.Dataset):
             for row, augmentation in zip(self.rows, self.augmentations)
         ]
         return [max(1, round(item / self.processor.frame_s)) for item in seconds]
+
+    def timed(self, misheard: float) -> "SpeechDataset":
+        """The rows with word times, as a dataset with this `misheard`, which counts skipped rows together with this one."""
+        kept = [number for number, row in enumerate(self.rows) if row.words]
+        rows, augmentations = ([items[number] for number in kept] for items in (self.rows, self.augmentations))
+        keys = None if self.keys is None else [self.keys[number] for number in kept]
+        dataset = SpeechDataset(rows, self.processor, augmentations, self.cache, keys, misheard)
+        dataset.skipped = self.skipped
+        return dataset
 
     def draw(self, count: int, seed: int, longest_s: float) -> list[Row]:
         """At most `count` rows of at most `longest_s`, drawn at random."""

@@ -146,14 +146,23 @@ def transcription_trainer(model, train, dev, folder: Path, seed: int, parts: lis
     )
 
 
-def alignment_trainer(model, train, dev, folder: Path, seed: int, parts: list[str], **options):
+def alignment_trainer(model, train, dev, folder: Path, seed: int, parts: list[str], misheard: float = 0.0, **options):
     """
     The trainer of a stage of kind "alignment": of the head alone where it reads the spelling, else that of
     `transcription_trainer`; arguments and errors as there.
+
+    Args:
+        misheard (`float`): for a head that reads the spelling, as `data.misheard`, but for this stage alone.
     """
     if not model.alignment.from_spelling or set(parts) != {"alignment"}:
+        if misheard:
+            raise ValueError("`misheard` is for a head that reads the spelling; here `data.misheard` does the same")
         return transcription_trainer(model, train, dev, folder, seed, parts, **options)
     check_parts(parts, train)
+    if train.rows is not None:  # what a stream holds is not known beforehand
+        train = train.timed(misheard or train.misheard)
+    elif misheard:
+        raise ValueError("`misheard` is for data in memory; for streamed data `data.misheard` does the same")
     own = {name: options.pop(name) for name in TRAINER_OPTIONS if name in options}
     own.pop("max_new_tokens", None)  # no text is generated
     arguments = training_arguments(folder, seed, bool(dev), **options)
