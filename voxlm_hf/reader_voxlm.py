@@ -7,6 +7,8 @@ ASR decoder and an LLM decode together is the idea of SALSA (Mittal et al. 2024)
 2023).
 """
 
+import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,6 +25,10 @@ BEAM_MARGIN = 6.0
 # nothing. Chosen by hand after segments of 20-28 s ended after their first sentence (WER of the first 20 minutes of
 # LibriSpeech dev-clean, 10 speakers: 5.46 % with it); not tuned.
 LENGTH_REWARD, REPEATED_RUN = 0.4, 4
+# Candidates that one step looks at, for each hypothesis that it may keep: the likeliest may end a text or be a variant.
+CANDIDATES = 3
+# How many steps a likelier hypothesis with the same words may be behind: as many punctuation marks.
+REMEMBERED = 4
 # Longest n-best list of one recording, without the empty text. Chosen by hand: one more than the shipped model's beams.
 MAX_HYPOTHESES = 6
 
@@ -39,6 +45,8 @@ class ReaderHypothesis:
         ended (`bool`): whether it ended by itself.
         novel_tokens (`int`): number of tokens outside runs that the text has had before.
         repeating (`bool`): whether the last token is inside such a run.
+        words (`str`): the text without capitals and punctuation, where the search compares texts by their words.
+        prefixes (`tuple[tuple[str, float], ...]`): `words` as they were lately, each with the log-probability of then.
     """
 
     ids: list[int]
@@ -47,6 +55,8 @@ class ReaderHypothesis:
     ended: bool = True
     novel_tokens: int = 0
     repeating: bool = False
+    words: str = ""
+    prefixes: tuple[tuple[str, float], ...] = ()
 
     @property
     def logprob(self) -> float:
@@ -98,6 +108,8 @@ class VoxLMReader(nn.Module):
         # The LLM's tokens for the decoder's token i are spelling[offsets[i] : offsets[i + 1]].
         self.register_buffer("spelling", torch.zeros(settings["spelling_size"], dtype=torch.int32))
         self.register_buffer("spelling_offsets", torch.zeros(audio_config.vocab_size + 1, dtype=torch.int32))
+        # Of tokens that have come up, what `plain_piece` makes of them.
+        self.pieces: dict[int, str] = {}
 
     def init_own_tensors(self):
         """Initialise what is in no layer."""
@@ -111,7 +123,9 @@ class VoxLMReader(nn.Module):
         return [self.spelling[first:end].tolist() for first, end in bounds]
 
     @torch.no_grad()
-    def forward(self, states, mask, budgets: list[int], padded: bool = False) -> list[list[ReaderHypothesis]]:
+    def forward(
+        self, states, mask, budgets: list[int], padded: bool = False, spell: Callable[[int], str] | None = None
+    ) -> list[list[ReaderHypothesis]]:
         """
         The n-best list of each recording of a batch, best first.
 
@@ -120,10 +134,11 @@ class VoxLMReader(nn.Module):
             mask (`torch.LongTensor` of shape `(batch, frames)`): 1 for real frames, which come first.
             budgets (`list[int]`): token budget of each recording.
             padded (`bool`): whether the audio was padded to the encoder's window with silence, as the decoder learnt it.
+            spell (`Callable`, *optional*): see [`BeamSearch`].
         """
         cross, mask = self._cross_attention_inputs(states, mask, self.end[:0] if padded else self.end)
         room = self.decoder.embed_positions.weight.shape[0] - len(self.prompt_ids)
-        searches = [BeamSearch(self.num_beams, min(budget, room)) for budget in budgets]
+        searches = [BeamSearch(self.num_beams, min(budget, room), spell) for budget in budgets]
         rows = [number for number, search in enumerate(searches) if search.open]
         cross, mask = _select_rows(cross, mask, rows)
         cache: list = [None] * len(self.decoder.layers)
@@ -243,15 +258,20 @@ def _select_rows(cross, mask, rows: list[int]):
 
 class BeamSearch:
     """
-    The hypotheses of one recording while they grow.
+    The hypotheses of one recording while they grow. Of those with the same words, which differ in capitals and punctuation
+    only, the likeliest goes on: variants of one text would take the places of other texts.
 
     Args:
         width (`int`): most hypotheses at a time.
         budget (`int`): most tokens.
+        spell (`Callable`, *optional*): function from a token to what it adds to a text's words, see `plain_piece`. Without one
+            all texts are different.
     """
 
-    def __init__(self, width: int, budget: int):
-        self.width, self.budget = width, budget
+    def __init__(self, width: int, budget: int, spell: Callable[[int], str] | None = None):
+        self.width, self.budget, self.spell = width, budget, spell
+        # The best log-probability of any hypothesis with these words.
+        self.likeliest: dict[str, float] = {}
         self.open = [ReaderHypothesis([], [])] if budget > 0 else []
         self.finished: list[ReaderHypothesis] = []
         self.empty: ReaderHypothesis | None = None
@@ -269,7 +289,7 @@ class BeamSearch:
         """
         logprobs = logprobs[: len(self.open)]
         totals = logprobs + logprobs.new_tensor([text.logprob for text in self.open]).unsqueeze(1)
-        best = totals.flatten().topk(min(2 * self.width, totals.numel())).indices.tolist()
+        best = totals.flatten().topk(min(CANDIDATES * self.width, totals.numel())).indices.tolist()
         if self.empty is None:
             self.empty = ReaderHypothesis([], [], float(logprobs[0, eos_token_id]))
         done = sorted((text.score for text in self.finished), reverse=True)
@@ -285,10 +305,11 @@ class BeamSearch:
             if token == eos_token_id:
                 text = before.finished(logprob)
                 if before.ids and text.score >= floor:
-                    self.finished.append(text)
+                    self._finish(text)
             elif len(grown) < self.width:
-                text = before.followed_by(token, logprob)
-                if text.score >= floor:
+                text = self._with_words(before, before.followed_by(token, logprob))
+                # The likeliest goes on in any case: what was likelier with the same words may have come to nothing.
+                if text.score >= floor and (self._is_likeliest(text) or not grown):
                     grown.append(text)
                     parents.append(parent)
         self.open = grown
@@ -296,6 +317,31 @@ class BeamSearch:
             self.finished += [text.finished(ended=False) for text in grown if not self.finished]
             self.open = []
         return parents if self.open else []
+
+    def _with_words(self, before: ReaderHypothesis, text: ReaderHypothesis) -> ReaderHypothesis:
+        """A hypothesis that is `before` and one more token, with its words."""
+        if self.spell is None:
+            return text
+        piece = self.spell(text.ids[-1])
+        if not piece:
+            return replace(text, words=before.words, prefixes=before.prefixes)
+        words = before.words + piece
+        return replace(text, words=words, prefixes=(*before.prefixes[1 - REMEMBERED :], (words, text.logprob)))
+
+    def _is_likeliest(self, text: ReaderHypothesis) -> bool:
+        """Whether no likelier hypothesis has, or lately had, the same words; punctuation puts it some steps behind others."""
+        if any(self.likeliest.get(words, -float("inf")) > logprob for words, logprob in text.prefixes):
+            return False
+        self.likeliest.update(text.prefixes[-1:])
+        return True
+
+    def _finish(self, text: ReaderHypothesis):
+        """Add a finished hypothesis, in the place of one with the same words that scores lower."""
+        same = [
+            other for other in self.finished if self.spell is not None and other.words.split() == text.words.split()
+        ]
+        if all(other.score < text.score for other in same):
+            self.finished = [*(other for other in self.finished if other not in same), text]
 
     def n_best(self) -> list[ReaderHypothesis]:
         """
@@ -305,6 +351,25 @@ class BeamSearch:
         ranked = sorted(self.finished, key=lambda text: -text.score)[:MAX_HYPOTHESES]
         likely = [text for text in ranked if text.score >= ranked[0].score - BEAM_MARGIN]
         return [*likely, self.empty or ReaderHypothesis([], [], ended=False)]
+
+
+def plain_piece(text: str, token: int) -> str:
+    """
+    What a token adds to a text's words: lower case, without punctuation and symbols other than apostrophes inside words.
+
+    Args:
+        text (`str`): what the token spells; with a replacement character where it is a part of one.
+        token (`int`): its id, which stands for what cannot be compared by letters.
+    """
+    if "\ufffd" in text:
+        return f"<{token}>"
+    text = text.replace("’", "'").replace("-", " ")
+    kept = [
+        char.lower()
+        for place, char in enumerate(text)
+        if unicodedata.category(char)[0] not in "PS" or char == "'" and text[place + 1 : place + 2].isalpha()
+    ]
+    return "".join(kept) if any(not char.isspace() for char in kept) else ""
 
 
 def token_table(audio_tokenizer, tokenizer, suppressed: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
