@@ -141,15 +141,6 @@ def test_the_quietest_place_is_the_middle_of_the_longest_dip():
     assert quietest(samples, 0, len(samples), RATE) / RATE == pytest.approx(1.1, abs=0.06)
 
 
-def test_halves_split_at_the_quietest_place_that_is_not_near_an_end():
-    waveform = np.concatenate([silence(0.5), tiny.noise(2, 0), silence(0.4), tiny.noise(1.1, 1)])
-    left, right = AudioSegment(waveform, RATE, 3 * RATE, active_s=3.0).halves()
-    assert left.start == 3 * RATE and right.start == left.start + len(left.waveform)
-    assert np.array_equal(np.concatenate([left.waveform, right.waveform]), waveform)
-    assert left.duration_s == pytest.approx(2.7, abs=0.21)
-    assert left.active_s + right.active_s == pytest.approx(3.0) and left.active_s == pytest.approx(2.0, abs=0.2)
-
-
 def test_long_recordings_are_split_at_pauses():
     recording = np.concatenate([tiny.noise(7, 0), silence(0.5), tiny.noise(6, 1), silence(0.5), tiny.noise(5, 2)])
     segments = segments_of(recording, 10.0)

@@ -119,13 +119,30 @@ def score_texts(references: list[str], hypotheses: list[str]) -> dict:
     }
 
 
-def transcribe_rows(model: str, rows: list[Row], batch_size: int, is_reference: bool) -> tuple[list[dict], float]:
+@dataclass
+class Decoding:
+    """
+    Which of a VoxLM model's ways to a text is scored.
+
+    Args:
+        use_reader (`bool`): whether the reader proposes it.
+        ctc_weight (`float`, *optional*): in place of `config.ctc_weight`, for texts by the LLM; 0 for the LLM alone.
+    """
+
+    use_reader: bool = True
+    ctc_weight: float | None = None
+
+
+def transcribe_rows(
+    model: str, rows: list[Row], batch_size: int, is_reference: bool, decoding: Decoding | None = None
+) -> tuple[list[dict], float]:
     """
     Transcribe the rows. Where any row has known word times, a reference model is asked for word times too.
 
     Args:
         model (`str`): folder or Hub id of a VoxLM checkpoint, or with `is_reference` of any model for transformers'
             `automatic-speech-recognition` pipeline.
+        decoding ([`Decoding`], *optional*): of VoxLM.
 
     Returns:
         for each row a dict with "text", "words" and, for VoxLM, "truncated", "word_scores" and, where times are known,
@@ -137,10 +154,14 @@ def transcribe_rows(model: str, rows: list[Row], batch_size: int, is_reference: 
     if is_reference:
         run = stock_runner(model, device, with_times, batch_size)
     else:
-        voxlm = VoxLMForSpeechSeq2Seq.from_pretrained(model).to(device)
+        voxlm, decoding = VoxLMForSpeechSeq2Seq.from_pretrained(model).to(device), decoding or Decoding()
+        if decoding.ctc_weight is not None:
+            voxlm.config.ctc_weight = decoding.ctc_weight
+            voxlm.config.validate()
 
         def run(files):
-            return [dict(result) for result in voxlm.transcribe(files, batch_size=batch_size)]
+            results = voxlm.transcribe(files, batch_size=batch_size, use_reader=decoding.use_reader)
+            return [dict(result) for result in results]
 
     # Recordings of similar length share a batch, for every model alike.
     order = sorted(range(len(rows)), key=lambda index: rows[index].duration or 0)
@@ -213,7 +234,12 @@ def score_aligners(model: str, rows: list[Row], data: str) -> list[timing.Timing
 
 
 def score_hard_cases(
-    models: list[tuple[str, bool]], results: list[tuple], rows: list[Row], data: str, batch_size: int
+    models: list[tuple[str, bool]],
+    results: list[tuple],
+    rows: list[Row],
+    data: str,
+    batch_size: int,
+    decoding: Decoding | None = None,
 ) -> list[hard_cases.Robustness]:
     """Robustness of each model's right word times in harder recordings; `results` as in `score_all_times`."""
     timed = [number for number, row in enumerate(rows) if timing.known_times(row)]
@@ -228,7 +254,7 @@ def score_hard_cases(
     ]
     for case in hard_cases.hard_cases(plain_rows, lambda audio: waveform_of(audio, hard_cases.SAMPLING_RATE)):
         for (model, stock), errors in zip(models, before):
-            harder, _ = transcribe_rows(model, case.rows, batch_size, stock)
+            harder, _ = transcribe_rows(model, case.rows, batch_size, stock, decoding)
             for condition, key in CONDITIONS:
                 if key not in harder[0]:
                     continue
@@ -261,7 +287,14 @@ def confidence_markdown(curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> str
     return "\n".join(lines) + "\n"
 
 
-def evaluate(model: str, rows: list[Row], data: str, batch_size: int = 8, is_reference: bool = False):
+def evaluate(
+    model: str,
+    rows: list[Row],
+    data: str,
+    batch_size: int = 8,
+    is_reference: bool = False,
+    decoding: Decoding | None = None,
+):
     """
     Score one model.
 
@@ -269,7 +302,7 @@ def evaluate(model: str, rows: list[Row], data: str, batch_size: int = 8, is_ref
         [`Scores`], and for each utterance `{"id", "reference", "errors", "reference_words", ...}` with its result (see
         `transcribe_rows`).
     """
-    results, seconds = transcribe_rows(model, rows, batch_size, is_reference)
+    results, seconds = transcribe_rows(model, rows, batch_size, is_reference, decoding)
     texts = score_texts([row.text for row in rows], [result["text"] for result in results])
     audio_s = sum(row.duration for row in rows)
     ended = None
@@ -386,6 +419,10 @@ def main():
         "--aligners", action="store_true", help="also score PocketSphinx and the original VoxLM's method"
     )
     parser.add_argument("--hard-cases", action="store_true", help="also score word times in recordings made harder")
+    parser.add_argument("--no-reader", action="store_true", help="score the texts that the LLM writes without the reader")
+    parser.add_argument(
+        "--ctc-weight", type=float, help="of the projector's CTC beside the LLM, with --no-reader (0: the LLM alone)"
+    )
     parser.add_argument("--worst", type=int, default=10, help="how many of the utterances with the most errors to list")
     parser.add_argument("--output", type=Path, required=True, help="folder for the results")
     arguments = parser.parse_args()
@@ -406,11 +443,16 @@ def measure(arguments: argparse.Namespace, rows: list[Row]) -> Results:
     """All that the command line asks for."""
     data = arguments.data_name or arguments.manifest.resolve().parent.name
     models = [(arguments.model, False), *((reference, True) for reference in arguments.reference)]
-    results = [evaluate(model, rows, data, arguments.batch_size, stock) for model, stock in models]
+    if arguments.ctc_weight is not None and not arguments.no_reader:
+        raise ValueError("--ctc-weight is for texts by the LLM: give it together with --no-reader")
+    decoding = Decoding(not arguments.no_reader, arguments.ctc_weight)
+    results = [evaluate(model, rows, data, arguments.batch_size, stock, decoding) for model, stock in models]
     measured = Results(
         texts=results,
         times=score_all_times(results, rows, data),
-        hard_cases=score_hard_cases(models, results, rows, data, arguments.batch_size) if arguments.hard_cases else [],
+        hard_cases=score_hard_cases(models, results, rows, data, arguments.batch_size, decoding)
+        if arguments.hard_cases
+        else [],
         curves=word_confidence_curves(results[0][1]),
     )
     if arguments.aligners:

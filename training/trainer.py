@@ -275,7 +275,7 @@ class VoxLMTrainer(StageTrainer):
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """
-        Loss of the reference text; the text that the model generates from the prompt alone; and the word-time errors on
+        Loss of the reference text; the text that the LLM writes from the prompt alone, without the reader; and the word-time errors on
         the reference text.
         """
         unwrapped = self.accelerator.unwrap_model(model)
@@ -285,7 +285,7 @@ class VoxLMTrainer(StageTrainer):
         if prediction_loss_only:
             return loss, None, None
         errors = word_time_errors(unwrapped, inputs, self.processor.frame_s)
-        ids = unwrapped.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
+        ids = unwrapped.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False, use_reader=False)
         return loss, (ids, errors), inputs["labels"]
 
     def text_metrics(self, prediction: EvalPrediction) -> dict[str, float]:

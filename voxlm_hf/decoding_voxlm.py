@@ -16,10 +16,11 @@ from transformers import DynamicCache
 from transformers.generation import GenerationConfig, GenerationMixin
 
 from .ctc_voxlm import CTCPrefix, choose, ctc_frames
+from .features_voxlm import halves, silence_behind
 from .outputs_voxlm import VoxLMAudioOutput
-from .placeholders_voxlm import marks_tokens
+from .placeholders_voxlm import marks_tokens, with_placeholders
 from .processing_voxlm import VoxLMProcessor, check_context, context_length
-from .segmentation_voxlm import AudioSegment
+from .segmentation_voxlm import AudioSegment, SegmentSpan
 from .words_voxlm import word_indices
 
 
@@ -105,18 +106,19 @@ class EncodedBatch:
     Segments that are encoded and projected, with their prompts.
 
     Args:
-        segments (`list[AudioSegment]`)
-        prompts (`list[str]`): as `VoxLMProcessor.render_prompt` returns them.
+        segments (`list[SegmentSpan]`)
         input_ids, attention_mask (`torch.LongTensor` of shape `(batch, length)`): the prompts with one placeholder per
-            projected frame, padded on the left.
+            projected frame.
         audio ([`VoxLMAudioOutput`])
+        clips (`list[np.ndarray]`, *optional*): input features of each segment without padding, of which more can be encoded;
+            `None` where the encoder's states alone were given.
     """
 
-    segments: list[AudioSegment]
-    prompts: list[str]
+    segments: list[SegmentSpan]
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     audio: VoxLMAudioOutput
+    clips: list[np.ndarray] | None = None
 
     @functools.cached_property
     def visible_frames(self) -> list[int] | None:
@@ -135,10 +137,10 @@ class EncodedBatch:
         }
         return EncodedBatch(
             [self.segments[number]],
-            [self.prompts[number]],
             self.input_ids[number][kept].unsqueeze(0),
             self.attention_mask[number][kept].unsqueeze(0),
             VoxLMAudioOutput(**fields),
+            None if self.clips is None else [self.clips[number]],
         )
 
 
@@ -149,18 +151,48 @@ def encode(model, processor: VoxLMProcessor, segments: list[AudioSegment], promp
     Args:
         model ([`VoxLMForSpeechSeq2Seq`])
         processor ([`VoxLMProcessor`])
-        segments (`list[AudioSegment]`), prompts (`list[str]`): see [`EncodedBatch`].
+        segments (`list[AudioSegment]`)
+        prompts (`list[str]`): of each, as `VoxLMProcessor.render_prompt` returns them.
 
     Raises:
         ValueError: for prompt and audio that leave no room in the LLM's context for a short text.
     """
-    features = processor.extract_features([segment.waveform for segment in segments])
-    inputs = processor.prompt_ids(prompts, processor.count_audio_tokens(features))
-    features, inputs = ({name: value.to(model.device) for name, value in part.items()} for part in (features, inputs))
+    clips = processor.extract_clips([segment.waveform for segment in segments])
+    features = on_device(model, processor.pad_clips(clips))
+    inputs = on_device(model, processor.prompt_ids(prompts, processor.count_audio_tokens(features)))
     audio = model.get_audio_features(**features)
-    visible = model.visible_positions(**inputs, audio=audio)
+    return encoded_batch(model, [segment.span for segment in segments], **inputs, audio=audio, clips=clips)
+
+
+def encoded_batch(
+    model, segments: list[SegmentSpan], input_ids, attention_mask, audio: VoxLMAudioOutput, clips=None
+) -> EncodedBatch:
+    """[`EncodedBatch`] of what is encoded already, checked as in `encode`."""
+    visible = model.visible_positions(input_ids, attention_mask, audio)
     check_prompt_length(model.config, visible, new_tokens=MIN_TOKENS)
-    return EncodedBatch(segments, prompts, **inputs, audio=audio)
+    return EncodedBatch(segments, input_ids, attention_mask, audio, clips)
+
+
+def encode_halves(model, processor: VoxLMProcessor, batch: EncodedBatch) -> EncodedBatch:
+    """Both halves of the one segment of a batch, each encoded by itself behind the same prompt."""
+    parts, share = halves(processor, batch.clips[0])
+    features = on_device(model, processor.pad_clips(parts))
+    counts, token = processor.count_audio_tokens(features), model.config.audio_token_id
+    prompts = pack_prompts([with_placeholders(batch.input_ids[0], token, count) for count in counts])
+    audio = model.get_audio_features(**features)
+    return encoded_batch(model, batch.segments[0].divided(share), *prompts, audio, parts)
+
+
+def pack_prompts(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts of unlike length as `input_ids` and `attention_mask` `(batch, length)`, padded on the left."""
+    ids = pad_sequence(rows, batch_first=True, padding_side="left")
+    lengths = torch.tensor([len(row) for row in rows], device=ids.device)
+    return ids, (torch.arange(ids.shape[1], 0, -1, device=ids.device) <= lengths.unsqueeze(1)).long()
+
+
+def on_device(model, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Inputs where the model is."""
+    return {name: value.to(model.device) for name, value in inputs.items()}
 
 
 def check_prompt_length(config, attention_mask, input_ids=None, new_tokens: int = 1):
@@ -181,13 +213,10 @@ def check_prompt_length(config, attention_mask, input_ids=None, new_tokens: int 
     check_context(context_length(config), longest, new_tokens)
 
 
-def encode_with_silence(model, processor: VoxLMProcessor, segments: list[AudioSegment], seconds: float | None):
-    """The encoder's output for segments with `seconds` of silence behind each, or with silence to the end of its window."""
-    rate = processor.sampling_rate
-    window, waveforms = round(processor.audio_window_s * rate), [segment.waveform for segment in segments]
-    silence = [window - len(waveform) if seconds is None else round(seconds * rate) for waveform in waveforms]
-    features = processor.extract_features([np.pad(*parts) for parts in zip(waveforms, [(0, size) for size in silence])])
-    return model.encode_audio(**{name: value.to(model.device) for name, value in features.items()})
+def encode_with_silence(model, processor: VoxLMProcessor, clips: list[np.ndarray], seconds: float | None):
+    """The encoder's output for clips with `seconds` of silence behind each, or with silence to the end of its window."""
+    features = processor.pad_clips([silence_behind(processor, clip, seconds) for clip in clips])
+    return model.encode_audio(**on_device(model, features))
 
 
 def pack_left(visible: torch.Tensor, columns: dict[str, tuple[torch.Tensor, int]]) -> dict[str, torch.Tensor]:

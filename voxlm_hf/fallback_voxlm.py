@@ -13,6 +13,7 @@ from .decoding_voxlm import (
     draft_and_decode,
     draft_texts,
     encode,
+    encode_halves,
     generate_text,
     given_options,
     pack_prompt,
@@ -24,7 +25,7 @@ from .decoding_voxlm import (
 )
 from .processing_voxlm import VoxLMProcessor, context_length
 from .rescoring_voxlm import SILENCE_S, rescore
-from .segmentation_voxlm import AudioSegment
+from .segmentation_voxlm import AudioSegment, SegmentSpan
 from .transcription_voxlm import Segment, merge_segments, timed_words
 from .words_voxlm import longest_loop, loop_units
 
@@ -124,10 +125,10 @@ def transcribe_batch(
     prompts: list[str],
     with_words: bool,
     generate_kwargs: dict,
+    use_reader: bool = True,
 ) -> list[Segment]:
     """
-    Transcribe segments in one pass. With greedy search and no `max_new_tokens`, retry those that fire a gate with the
-    fallbacks.
+    Transcribe segments in one pass.
 
     Args:
         model ([`VoxLMForSpeechSeq2Seq`])
@@ -136,32 +137,57 @@ def transcribe_batch(
         prompts (`list[str]`): of each segment, as `VoxLMProcessor.render_prompt` returns them.
         with_words (`bool`): whether to compute words with times and confidences; overlapping segments get them anyway, to be
             joined by.
-        generate_kwargs (`dict`): for `generate`.
+        generate_kwargs (`dict`), use_reader (`bool`): see `transcribe_encoded`.
     """
     with_words = with_words or any(segment.overlap or segment.continues for segment in segments)
+    token_budget(generate_kwargs)  # options that cannot be used are found before anything is encoded
+    batch = encode(model, processor, segments, prompts)
+    return transcribe_encoded(model, processor, batch, with_words, generate_kwargs, use_reader)
+
+
+def transcribe_encoded(
+    model,
+    processor: VoxLMProcessor,
+    batch: EncodedBatch,
+    with_words: bool,
+    generate_kwargs: dict,
+    use_reader: bool = True,
+) -> list[Segment]:
+    """
+    Transcribe an encoded batch. With greedy search and no `max_new_tokens`, retry those that fire a gate with the fallbacks.
+
+    Args:
+        model ([`VoxLMForSpeechSeq2Seq`])
+        processor ([`VoxLMProcessor`])
+        batch ([`EncodedBatch`])
+        with_words (`bool`): whether to compute words with times and confidences.
+        generate_kwargs (`dict`): for `generate`.
+        use_reader (`bool`): whether the reader, where there is one, proposes the text; otherwise the LLM writes it.
+    """
+    use_reader = use_reader and model.reader is not None
     generate_kwargs = given_options(generate_kwargs)
-    budget, batch = token_budget(generate_kwargs), encode(model, processor, segments, prompts)
-    searching = search_options(model.generation_config, generate_kwargs)
+    budget, searching = token_budget(generate_kwargs), search_options(model.generation_config, generate_kwargs)
     if searching:
 
         def search(prompt, budgets, batch):
             return generate_text(model, prompt, budgets, generate_kwargs)
 
         results = decode_segments(model, processor, batch, search, budget, with_words)
-        if model.reader is not None:  # only now, when `generate` has taken the options
+        if use_reader:  # only now, when `generate` has taken the options
             logger.warning_once(f"The reader cannot search with {', '.join(sorted(searching))}: the LLM decodes alone")
         return results
 
     def default(prompt, budgets, batch):
-        if model.reader is None:
+        if not use_reader:
             return draft_and_decode(model, processor, prompt, budgets, batch)
-        return rescore(model, processor, prompt, budgets, batch, look_twice=budget is None)
+        look_twice = budget is None and batch.clips is not None
+        return rescore(model, processor, prompt, budgets, batch, look_twice=look_twice)
 
     results = decode_segments(model, processor, batch, default, budget, with_words)
     if budget is not None:
         return results  # not the audio but the caller may have ended a short text
     return [
-        with_fallback(model, processor, batch.row(row), default, generate_kwargs, result)
+        with_fallback(model, processor, batch.row(row), default, generate_kwargs, result, use_reader)
         if result.gates and result.rejected is None
         else result
         for row, result in enumerate(results)
@@ -200,7 +226,7 @@ def decode_segments(
 
 
 def judged_segment(
-    audio: AudioSegment,
+    span: SegmentSpan,
     text: DecodedText,
     words: list[dict],
     word_scores: list[dict],
@@ -212,16 +238,16 @@ def judged_segment(
     The result for one segment, its words moved to where they are in the recording; rejected when it is music or noise.
 
     Args:
-        audio ([`AudioSegment`]), text ([`DecodedText`])
+        span ([`SegmentSpan`]), text ([`DecodedText`])
         words, word_scores (`list[dict]`): of `timed_words`.
         visible_frames, out_of_tokens, gates: see `fired_gates`.
     """
     fired = fired_gates(
-        text.text, text.mean_logprob, audio.active_s, visible_frames, len(text.ids), out_of_tokens, gates
+        text.text, text.mean_logprob, span.active_s, visible_frames, len(text.ids), out_of_tokens, gates
     )
     segment = Segment(
-        start=round(audio.start_s, 3),
-        end=round(audio.start_s + audio.duration_s, 3),
+        start=round(span.start_s, 3),
+        end=round(span.start_s + span.duration_s, 3),
         mean_logprob=None if text.mean_logprob is None else round(text.mean_logprob, 4),
         gates=fired,
         fallback=text.fallback,
@@ -230,12 +256,19 @@ def judged_segment(
         segment.rejected = text.text
         return segment
     segment.text, segment.truncated, segment.word_scores = text.text, not text.ended, word_scores
-    segment.words = [{**word, **{e: round(word[e] + audio.start_s, 3) for e in ("start", "end")}} for word in words]
+    segment.ids = text.ids if text.reader_logprobs is None else None
+    segment.words = [{**word, **{e: round(word[e] + span.start_s, 3) for e in ("start", "end")}} for word in words]
     return segment
 
 
 def with_fallback(
-    model, processor: VoxLMProcessor, batch: EncodedBatch, default: Callable, generate_kwargs: dict, first: Segment
+    model,
+    processor: VoxLMProcessor,
+    batch: EncodedBatch,
+    default: Callable,
+    generate_kwargs: dict,
+    first: Segment,
+    use_reader: bool,
 ) -> Segment:
     """
     The first text of one segment that fires no gate. The fallbacks in turn:
@@ -248,7 +281,7 @@ def with_fallback(
 
     If all fire a gate, the text that fires the fewest and, of these, the likeliest.
 
-    All but "window" and "halves" work on the audio as it is encoded. Whisper's states contain their position and their
+    All but "window" and "halves" work on the audio as it is encoded; these two need its features. Whisper's states contain their position and their
     context, so a half is encoded by itself; halves cut from the states of the whole gave other texts, and not better ones
     (six segments of LibriSpeech dev-clean, 438 words: 16 errors, 12 when encoded by themselves, 14 undivided).
 
@@ -257,6 +290,7 @@ def with_fallback(
         default: how `first` was decoded; see `decode_segments`.
         generate_kwargs (`dict`): of the caller.
         first ([`Segment`]): the text that fired a gate.
+        use_reader (`bool`): whether the reader proposed it.
     """
 
     def in_window(prompt, budgets, batch):
@@ -271,9 +305,9 @@ def with_fallback(
 
     seconds = batch.segments[0].duration_s
     fallbacks: dict[str | float, Callable] = {}
-    if model.reader is not None and seconds + SILENCE_S <= model.config.audio_window_s:
+    if use_reader and batch.clips is not None and seconds + SILENCE_S <= model.config.audio_window_s:
         fallbacks["window"] = in_window
-    if "left_out" in first.gates and seconds >= SHORTEST_TO_HALVE_S:
+    if batch.clips is not None and "left_out" in first.gates and seconds >= SHORTEST_TO_HALVE_S:
         fallbacks["halves"] = default
     fallbacks["projector"] = greedy_ctc
     fallbacks.update((value, sample(value)) for value in model.config.fallback_temperatures)
@@ -281,9 +315,7 @@ def with_fallback(
     for name, decode in fallbacks.items():
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(FALLBACK_SEED)
-            tried = batch
-            if name == "halves":
-                tried = encode(model, processor, batch.segments[0].halves(), batch.prompts * 2)
+            tried = encode_halves(model, processor, batch) if name == "halves" else batch
             attempt = merge_segments(decode_segments(model, processor, tried, decode, None, with_words=True))
         if attempt.text:
             attempt.fallback = name

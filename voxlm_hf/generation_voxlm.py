@@ -18,12 +18,21 @@ from .decoding_voxlm import MIN_TOKENS, check_prompt_length, pack_left, padded_b
 from .fallback_voxlm import transcribe_batch
 from .forced_alignment_voxlm import align_segments, align_text, known_text
 from .pipeline_voxlm import VoxLMASRPipeline, check_timestamps
-from .placeholders_voxlm import audio_by_prompt, cache_of, gated_mask, hidden_in_cache, past_length
+from .placeholders_voxlm import audio_by_prompt, cache_of, feature_mask, gated_mask, hidden_in_cache, past_length
 from .processing_voxlm import VoxLMProcessor, one_for_each
 from .segmentation_voxlm import DETECTORS, AudioSegment, segment_audio
+from .transcript_ids_voxlm import (
+    asked_step_outputs,
+    batch_for_transcript,
+    new_token_budget,
+    options_of_llm_alone,
+    padded_output,
+    transcript_ids,
+)
 from .transcription_voxlm import Segment, VoxLMTranscription, error_line, join_segments, trim_overlap
 
 
+logger = logging.get_logger(__name__)
 # Of recordings that fail alone; a caller who reports them anyway can disable it.
 recording_logger = logging.get_logger(f"{__name__}.recordings")
 
@@ -51,6 +60,7 @@ class TranscriptionOptions:
         batch_size (`int`): most segments in one pass.
         longest_s (`float`): longest segment, in seconds.
         vad (`str`): name of the voice activity detector.
+        use_reader (`bool`): whether the reader proposes the text.
         generate_kwargs (`dict`): for `generate`.
 
     Raises:
@@ -63,6 +73,7 @@ class TranscriptionOptions:
     batch_size: int = 8
     longest_s: float = math.inf
     vad: str = "energy"
+    use_reader: bool = True
     generate_kwargs: dict = field(default_factory=dict)
 
     def __post_init__(self):
@@ -70,6 +81,7 @@ class TranscriptionOptions:
             raise ValueError("`batch_size` must be an integer of at least 1, got None")
         check_number("batch_size", self.batch_size, 1, whole=True)
         check_number("num_beams", self.generate_kwargs.get("num_beams"), 1, whole=True)
+        check_flag("use_reader", self.use_reader)
         if self.sampling_rate is not None:
             check_rate(self.sampling_rate)
         if not isinstance(self.vad, str) or self.vad not in DETECTORS:
@@ -100,22 +112,39 @@ class VoxLMGenerationMixin(GenerationMixin):
     """`generate` as everywhere in transformers; `transcribe` and `align` on top of it."""
 
     @torch.no_grad()
-    def generate(self, inputs=None, *args, **kwargs):
+    def generate(self, inputs=None, *args, use_reader: bool = True, **kwargs):
         """
-        Token ids, as everywhere in transformers; the audio is encoded once, before the first step.
+        Token ids, as everywhere in transformers: with `input_ids`, the prompt and the new ids behind it.
 
-        For convenience, a waveform (an array, or a tensor of floating-point or 16-bit numbers) as the first argument, without
-        `input_ids`, is handed to `transcribe`, whose result has `["text"]` and `["words"]`.
+        Greedily, which is the default, they are the ids of the text that `transcribe` writes for the same audio, quality gates
+        and fallbacks included, in the LLM's vocabulary. `max_new_tokens`, `max_length` and `return_dict_in_generate` keep their
+        meaning. Every other search (beams, sampling, processors of scores, ...), and prompts with several audios, a cache or
+        embeddings, are the LLM's alone, which a warning says once where the model has a reader.
+
+        With the audio alone (no `input_ids`) the prompt is the trained one, and the result has the new ids alone. Input features
+        may be the first argument, as of Whisper. A waveform as the first argument (an array, or a tensor of floating-point or
+        16-bit numbers) is handed to `transcribe`, whose result has `["text"]` and `["words"]`.
+
+        Of audio longer than `config.chunk_length_s`, `transcribe` makes several segments; here it stays whole.
 
         With `labels`, as [`Seq2SeqTrainer`] passes them, the result is the new ids alone, to be compared with them; reference
         texts in `input_ids` (`VoxLMProcessor.collate` for training) are taken out of the prompt first.
 
+        Args:
+            use_reader (`bool`): whether the reader, where there is one, proposes the text. Without it the LLM writes by itself.
+
         Raises:
             ValueError: for audio that does not fit the placeholders of the prompt or, with a cache, of that part of the prompt
-                that is not in the cache yet; for a prompt longer than the LLM's context.
+                that is not in the cache yet; for a prompt longer than the LLM's context; and, with a reader, for a `streamer` or
+                outputs of every step (`output_scores`, ...), which only a text of the LLM's has: pass `use_reader=False`.
         """
+        check_flag("use_reader", use_reader)
         if is_waveform(inputs) and kwargs.get("input_ids") is None:
-            return self.transcribe(inputs, *args, **kwargs)
+            if inputs.ndim != 3:
+                return self.transcribe(inputs, *args, use_reader=use_reader, **kwargs)
+            inputs, kwargs["input_features"] = None, torch.as_tensor(inputs)
+        if args:  # of the rest, positional ones are rare, and they are the LLM's alone
+            kwargs["generation_config"], *args = args
         check_number("num_beams", kwargs.get("num_beams"), 1, whole=True)
         if kwargs.get("input_ids") is not None and inputs is None:
             inputs = kwargs.pop("input_ids")
@@ -124,10 +153,41 @@ class VoxLMGenerationMixin(GenerationMixin):
             kwargs.pop(name, None)
         if labels is not None and inputs is not None and labels.shape == inputs.shape:
             inputs, kwargs["attention_mask"] = self._without_answers(inputs, kwargs.get("attention_mask"), labels)
-        audio, only_new = self._encode_inputs(kwargs), labels is not None
+        features = self._input_features(kwargs)
+        audio, only_new = self._encode_inputs(features, kwargs), labels is not None
         if audio is not None and inputs is None and kwargs.get("inputs_embeds") is None:
             inputs, kwargs["attention_mask"] = self._trained_prompts(audio)
             only_new = True
+        if audio is not None and not args and self._writes_transcripts(inputs, audio, kwargs, use_reader):
+            processor = self.get_processor()
+            batch = batch_for_transcript(self, processor, inputs, kwargs.get("attention_mask"), features, audio)
+            budget = new_token_budget(kwargs, 0 if only_new else inputs.shape[1])
+            rows = transcript_ids(self, processor, batch, budget, use_reader)
+            return padded_output(self, None if only_new else inputs, rows, kwargs)
+        return self._generate_by_llm(inputs, audio, only_new, *args, **kwargs)
+
+    def _writes_transcripts(self, input_ids, audio, kwargs: dict, use_reader: bool) -> bool:
+        """
+        Whether `generate` is asked for what `transcribe` writes.
+
+        Raises:
+            ValueError: with a reader, for what only a text of the LLM's has.
+        """
+        has_reader = use_reader and self.reader is not None
+        others, outputs = options_of_llm_alone(self, input_ids, audio, kwargs), asked_step_outputs(kwargs)
+        if has_reader and others:
+            logger.warning_once(f"The reader cannot follow {', '.join(others)}: `generate` is the LLM alone")
+        elif has_reader and outputs:
+            raise ValueError(
+                f"`{outputs[0]}` is for texts that the LLM writes step by step, and here the reader proposes the text; pass "
+                "`use_reader=False` to have one by the LLM alone"
+            )
+        # A model that nobody gave a processor cannot transcribe.
+        has_processor = has_reader or self.processor is not None or bool(self.config._name_or_path)
+        return not others and not outputs and has_processor
+
+    def _generate_by_llm(self, inputs, audio, only_new: bool, *args, **kwargs):
+        """`generate` by the library's loops; the audio is encoded once, before the first step."""
         if only_new and audio is not None:
             kwargs["max_new_tokens"] = self._new_tokens(audio, kwargs)
         hidden = self._place_audio(inputs, audio, kwargs)
@@ -173,14 +233,23 @@ class VoxLMGenerationMixin(GenerationMixin):
         packed = pack_left(kept, columns)
         return packed["input_ids"], packed["attention_mask"]
 
-    def _encode_inputs(self, kwargs: dict):
-        """Encode and project the audio among the arguments of `generate`, which is taken out; `None` without any."""
+    def _input_features(self, kwargs: dict) -> dict[str, torch.Tensor]:
+        """
+        The encoder's inputs among the arguments of `generate`, which are taken out, with their mask. Without one, features that
+        are zero at the end of a clip are padding (no feature of audio is exactly 0), as pad tokens are in `input_ids`.
+        """
         features = {name: value for name in FEATURES if (value := kwargs.pop(name, None)) is not None}
-        states, states_mask = kwargs.pop("audio_states", None), kwargs.pop("audio_states_mask", None)
         for name in ("input_features", "input_values"):
             if name in features and not features[name].isfinite().all():
                 raise ValueError(f"`{name}` has values that are not finite (NaN or infinite)")
-        if "input_features" in features or "input_values" in features:
+            if name in features and f"{name}_mask" not in features:
+                features[f"{name}_mask"] = feature_mask(features[name], self.time_axis)
+        return features
+
+    def _encode_inputs(self, features: dict[str, torch.Tensor], kwargs: dict):
+        """Encode and project audio: features or, among the arguments of `generate`, states, which are taken out; `None` without."""
+        states, states_mask = kwargs.pop("audio_states", None), kwargs.pop("audio_states_mask", None)
+        if features:
             return self.get_audio_features(**features)
         return None if states is None else self.project(states, states_mask)
 
@@ -249,6 +318,7 @@ class VoxLMGenerationMixin(GenerationMixin):
         chunk_length_s: float | None = None,
         vad: str = "energy",
         stream: bool = False,
+        use_reader: bool = True,
         **generate_kwargs,
     ) -> VoxLMTranscription | list[VoxLMTranscription] | Iterator[VoxLMTranscription]:
         """
@@ -269,6 +339,8 @@ class VoxLMGenerationMixin(GenerationMixin):
             vad (`"energy"` or `"silero"`): voice activity detector; the second needs the extra `vad`.
             stream (`bool`): return an iterator that yields results as they are ready: the segments of one recording, or the
                 recordings of a list, in order.
+            use_reader (`bool`): whether the reader, where there is one, proposes the text. Without it the LLM writes by itself,
+                with the projector's CTC beside it where `config.ctc_weight` says so.
             **generate_kwargs: for `generate`. The default is greedy; any other search, and any text with a given
                 `max_new_tokens`, has no fallback.
 
@@ -291,6 +363,7 @@ class VoxLMGenerationMixin(GenerationMixin):
             batch_size=batch_size,
             longest_s=longest_segment(self.config, chunk_length_s),
             vad=vad,
+            use_reader=use_reader,
             generate_kwargs=generate_kwargs,
         )
         by_segment = stream and not many
@@ -373,6 +446,15 @@ def is_waveform(value) -> bool:
     if isinstance(value, torch.Tensor):
         return value.is_floating_point() or value.dtype == torch.int16
     return isinstance(value, np.ndarray)
+
+
+def check_flag(name: str, value):
+    """
+    Raises:
+        ValueError: for an argument of the caller that is no bool.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"`{name}` must be True or False, got {value!r}")
 
 
 def check_number(name: str, value, least: float, whole: bool = False):
@@ -487,8 +569,8 @@ def transcribe_tasks(
             open_tasks = sorted((task for task in group if task.audio is not None), key=task_seconds)
             for batch in padded_batches(open_tasks, task_seconds, limit_s, options.batch_size):
                 segments, requests = [task.audio for task in batch], [prompts[task.recording] for task in batch]
-                words, kwargs = options.with_words, options.generate_kwargs
-                results = transcribe_batch(model, processor, segments, requests, words, kwargs)
+                asked = options.with_words, options.generate_kwargs, options.use_reader
+                results = transcribe_batch(model, processor, segments, requests, *asked)
                 for task, result in zip(batch, results):
                     task.result = result
                     bar.update(round(task.audio.duration_s))

@@ -319,6 +319,11 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, VoxLMGenerationMixin, VoxLMInf
             self.encoder.eval()
         return self
 
+    @property
+    def time_axis(self) -> int:
+        """Axis of time in the encoder's inputs `(batch, mels, time)` or `(batch, time, ...)`."""
+        return 2 if self.config.audio_config.model_type in WINDOWED_ENCODERS else 1
+
     def audio_lengths(self, lengths: torch.Tensor) -> torch.Tensor:
         """Number of placeholders for `lengths` input features (or samples), a tensor of integers."""
         return self.projector.output_lengths(encoder_output_lengths(self.encoder, lengths))
@@ -357,9 +362,8 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, VoxLMGenerationMixin, VoxLMInf
         )
         if inputs is None:
             raise ValueError("Audio is missing: pass `input_features`, or `input_values` for encoders of raw audio")
-        time_axis = 2 if self.config.audio_config.model_type in WINDOWED_ENCODERS else 1
         if mask is None:
-            mask = torch.ones(inputs.shape[0], inputs.shape[time_axis], dtype=torch.long, device=inputs.device)
+            mask = torch.ones(inputs.shape[0], inputs.shape[self.time_axis], dtype=torch.long, device=inputs.device)
         mask = mask.long()
         parameter = next(self.encoder.parameters())
         inputs, mask = inputs.to(parameter.device, parameter.dtype), mask.to(parameter.device)

@@ -33,6 +33,13 @@ def check_placeholders(placeholders: torch.Tensor, audio_mask: torch.Tensor, tok
         )
 
 
+def with_placeholders(input_ids: torch.Tensor, token: int, count: int) -> torch.Tensor:
+    """A prompt `(length,)` with so many placeholders in place of its own, which stand in one row."""
+    places = (input_ids == token).nonzero().flatten().tolist()
+    before, after = input_ids[: places[0]], input_ids[places[-1] + 1 :]
+    return torch.cat([before, input_ids.new_full((count,), token), after])
+
+
 def real_frames(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """
     The frames `(audios * frames, ...)` of `values` `(audios, frames, ...)`, in order and those of the mask first: as
@@ -72,6 +79,22 @@ def append_answers(input_ids, attention_mask, labels, pad_token_id: int) -> tupl
         torch.cat([mask, answer.to(mask)], dim=1),
         torch.cat([torch.full_like(input_ids, -100), labels], dim=1),
     )
+
+
+def feature_mask(features: torch.Tensor, time_axis: int) -> torch.Tensor:
+    """
+    The mask `(batch, time)` of input features without one: 0 for what is zero at the end of a row. Samples `(batch, samples)`, and
+    rows that are zero altogether, are all real.
+
+    Args:
+        features (`torch.Tensor` of shape `(batch, mels, time)`, `(batch, time, features)` or `(batch, samples)`)
+        time_axis (`int`): 1 or 2.
+    """
+    if features.dim() == 2:
+        return torch.ones_like(features, dtype=torch.long)
+    filled = (features != 0).any(3 - time_axis).long()
+    behind = filled.flip(1).cumsum(1).flip(1)  # how many filled ones there are from here on
+    return ((behind > 0) | (behind[:, :1] == 0)).long()
 
 
 def marks_tokens(attention_mask) -> bool:

@@ -123,6 +123,11 @@ def check_context(context: int | None, prompt_length: int, new_tokens: int = 1):
         )
 
 
+def is_text(value) -> bool:
+    """Whether a value is a string or a list that begins with one (an empty list is taken for texts)."""
+    return isinstance(value, str) or isinstance(value, (list, tuple)) and (not value or isinstance(value[0], str))
+
+
 def check_text(text, name: str):
     """
     Raises:
@@ -425,15 +430,19 @@ class VoxLMProcessor(ProcessorMixin):
     def __call__(self, text=None, audio=None, **kwargs) -> BatchFeature:
         r"""
         Args:
-            text (`str` or `list[str]`): prompts. Each audio token in them stands for one recording, in order, and becomes one
-                placeholder per projected frame.
+            text (`str` or `list[str]`, *optional*): prompts. Each audio token in them stands for one recording, in order, and
+                becomes one placeholder per projected frame. What is neither a string nor a list of them is the audio, as the
+                first argument of Whisper's processor is.
             audio: one or many recordings, of any kind `read_audio` takes; a list for each prompt is taken as well.
             sampling_rate (`int`, *optional*): rate of bare arrays in Hz, by default the encoder's.
 
         Returns:
             [`BatchFeature`] with `input_ids`, `attention_mask` (padded on the left unless `padding_side` is given) and
-            `input_features` (or `input_values`) with its mask, as torch tensors unless `return_tensors` is given.
+            `input_features` (or `input_values`) with its mask, as torch tensors unless `return_tensors` is given; without texts,
+            the features alone, for which `generate` has the trained prompt.
         """
+        if audio is None and text is not None and not is_text(text):
+            text, audio = None, text
         if text is not None and isinstance(text, (list, tuple)) and not text:
             raise ValueError("`text` is an empty list")
         for item in [text] if isinstance(text, str) else text if isinstance(text, (list, tuple)) else []:
@@ -565,6 +574,10 @@ class VoxLMProcessor(ProcessorMixin):
             check_text(text, "A transcript")
         ids = self.tokenizer([self.text_prefix + text for text in texts], add_special_tokens=False)["input_ids"]
         return [row + [self.tokenizer.eos_token_id] for row in ids]
+
+    def text_ids(self, text: str) -> list[int]:
+        """Token ids of a text as an answer has them, without eos; none of an empty one."""
+        return self._answer_ids([text])[0][:-1] if text else []
 
     def answer_labels(self, texts: list[str], prompt_length: int) -> torch.Tensor:
         """

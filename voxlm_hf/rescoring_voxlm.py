@@ -258,7 +258,7 @@ def propose(
         return [hypotheses_of(model, processor, *row) for row in zip(n_best, budgets)]
 
     if in_window:
-        return decode(encode_with_silence(model, processor, batch.segments, None), budgets, padded=True)
+        return decode(encode_with_silence(model, processor, batch.clips, None), budgets, padded=True)
     hypotheses = decode(batch.audio, budgets)
     visible = batch.visible_frames or [None] * len(budgets)
     longest_s = min(SHORT_S, processor.audio_window_s - SILENCE_S)
@@ -268,7 +268,7 @@ def propose(
         if look_twice and segment.duration_s <= longest_s and in_doubt(texts, frames)
     ]
     if doubtful:
-        audio = encode_with_silence(model, processor, [batch.segments[row] for row in doubtful], SILENCE_S)
+        audio = encode_with_silence(model, processor, [batch.clips[row] for row in doubtful], SILENCE_S)
         for row, texts in zip(doubtful, decode(audio, [budgets[row] for row in doubtful])):
             for text in texts:
                 text.decoded.fallback = "window"

@@ -42,6 +42,7 @@ class Segment:
             `fallback_voxlm.with_fallback`) or the reader's list was in doubt (see `rescoring_voxlm.propose`): "window",
             "halves", "projector", or the temperature of a sample.
         rejected (`str`, *optional*): a text that was taken for music or noise, and is not part of the result.
+        ids (`list[int]`, *optional*): the tokens of the text, where the LLM wrote it by itself.
     """
 
     start: float
@@ -54,6 +55,7 @@ class Segment:
     gates: list[str] = field(default_factory=list)
     fallback: str | float | None = None
     rejected: str | None = None
+    ids: list[int] | None = None
 
     def summary(self) -> dict:
         """The segment as an item of `VoxLMTranscription.segments`."""

@@ -95,6 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
             metavar="SECONDS",
             help="longest segment of a long recording",
         )
+        command.add_argument("--no-reader", action="store_true", help="let the LLM write without the reader")
     for command in (transcribe, align, plot, many):
         command.add_argument("--model", help="folder or Hub id (default: hub_export/voxlm-135m of the checkout)")
         command.add_argument(
@@ -302,6 +303,7 @@ def transcribe_options(arguments) -> dict:
         "vad": arguments.vad,
         "batch_size": arguments.batch_size,
         "chunk_length_s": arguments.chunk_length,
+        "use_reader": not arguments.no_reader,
     }
 
 
