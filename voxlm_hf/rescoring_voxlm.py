@@ -31,8 +31,8 @@ from .decoding_voxlm import (
 from .loading_voxlm import without_lora
 from .placeholders_voxlm import cache_of
 from .processing_voxlm import VoxLMProcessor
-from .reader_voxlm import LENGTH_REWARD, ReaderHypothesis
-from .words_voxlm import encode_words, plain_words
+from .reader_voxlm import LENGTH_REWARD, ReaderHypothesis, plain_piece
+from .words_voxlm import encode_words, longest_loop, loop_units, novel_words, plain_words
 
 
 # Text tokens that are scored over the LLM's whole vocabulary at once. Chosen for memory: from 256 to 160 the first 7 minutes
@@ -46,6 +46,9 @@ JUDGES = ("llm_weight", "ctc_weight")
 # A word spelt letter by letter. LLM and frames cannot judge it, and its letters are no words that would earn a bonus, so it
 # would always lose against a shorter spelling ("DEREK"); the reader's own reward for length makes up for that.
 SPELT_OUT = re.compile(r"\W*\w(-\w)+\W*")
+# A phrase that comes more often in a row is a loop of the decoder where it proposes another text, too. Chosen by hand: people do
+# say "no, no, no, no".
+LOOP_TIMES = 4
 # Short unpadded audio is not what a decoder has learnt from: of 5 of 41 studio sentences of 2-4 s it left out most words, and
 # others it wrote twice. Its list shows it: the empty text is likelier than this (a log-probability), or the tokens of the first
 # text are outside these shares of the visible frames (too few of at least three, so that single words do not count). A second
@@ -152,7 +155,13 @@ def hypotheses_of(model, processor: VoxLMProcessor, n_best: list, budget: float 
             reader_score=proposed.score,
             hotword_bonus=proposed.bonus,
         )
-    return list(hypotheses.values())
+    return without_loops(list(hypotheses.values()))
+
+
+def without_loops(texts: list[Hypothesis]) -> list[Hypothesis]:
+    """The hypotheses in which no phrase comes more often in a row than anybody says it; all if there is no other with words."""
+    kept = [text for text in texts if longest_loop(loop_units(text.decoded.words)) <= LOOP_TIMES]
+    return kept if any(text.decoded.ids for text in kept) else texts
 
 
 def is_unjudged(word: str) -> bool:
@@ -278,6 +287,12 @@ def propose(
 
     settings = model.config.reader_config
 
+    def spell(token: int) -> str:
+        pieces = model.reader.pieces
+        if token not in pieces:
+            pieces[token] = plain_piece(processor.decode_text(model.reader.to_llm_tokens([token])[0]), token)
+        return pieces[token]
+
     def decode(audio, budgets, requests, padded=False):
         room = model.reader.prompt_room
         prompts = [request.reader_prompt(settings, room) for request in requests]
@@ -285,7 +300,8 @@ def propose(
             functools.partial(request.hotword_search, settings, room) if request.hotwords else None
             for request in requests
         ]
-        n_best = model.reader(audio.last_hidden_state, audio.frame_mask, budgets, padded, prompts, searches)
+        states, mask = audio.last_hidden_state, audio.frame_mask
+        n_best = model.reader(states, mask, budgets, padded, prompts, searches, spell)
         return [hypotheses_of(model, processor, *row) for row in zip(n_best, budgets)]
 
     if in_window:
@@ -336,7 +352,8 @@ def weights_of(settings: dict) -> np.ndarray:
 def evidence(texts: list[Hypothesis], frames: CTCFrames | None, embeddings: torch.Tensor) -> np.ndarray:
     """
     What hypotheses are chosen by, `(hypotheses, 5)`: the log-probabilities of reader (with the bonus of hotwords), LLM and CTC,
-    the number of words, and the number of tokens in words that only the reader can judge. The reader's is minus infinity for the empty text where CTC is
+    the number of words that do not repeat what was just said, and the number of tokens in words that only the reader can judge.
+    The reader's is minus infinity for the empty text where CTC is
     sure of speech.
 
     Args:
@@ -358,7 +375,7 @@ def evidence(texts: list[Hypothesis], frames: CTCFrames | None, embeddings: torc
                 text.reader_logprob + text.hotword_bonus if is_possible else -np.inf,
                 text.llm_logprob,
                 score,
-                len(text.decoded.words),
+                novel_words(loop_units(text.decoded.words)),
                 text.unjudged_tokens,
             ]
             for text, score, is_possible in zip(texts, ctc, possible)
