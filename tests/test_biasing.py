@@ -9,7 +9,7 @@ import torch
 from tests import tiny
 from tests.tiny import READER_END
 from voxlm_hf.biasing_voxlm import EARNED_TIMES, BiasState, Hotwords, ReaderVocabulary, most_like
-from voxlm_hf.reader_voxlm import BeamSearch, token_table, with_hotword_texts
+from voxlm_hf.reader_voxlm import BeamSearch, ReaderHypothesis, token_table, with_hotword_texts
 
 
 @pytest.fixture(scope="module")
@@ -214,8 +214,13 @@ def test_a_search_for_hotwords_begins_behind_its_own_prompt(vocabulary):
 
 @torch.no_grad()
 def test_a_long_text_is_compared_as_far_as_it_fits_behind_the_prompt():
-    reader, (states, mask) = tiny.with_reader(num_beams=1).reader, tiny.encoder_states(9)
-    words, room = reader.vocabulary(tiny.tokenizer()), len(reader.decoder.embed_positions.weight)
-    reader.decoder.embed_tokens.weight.data[READER_END] = -10.0 * reader.decoder.layer_norm.weight  # it never ends
-    (n_best,) = reader(states, mask, [10 * room], hotwords=[lambda heard: (Hotwords(["stew"], words), [4] * 50 + [1])])
-    assert len(n_best[0].ids) == room - 1 and not n_best[0].ended
+    reader, (states, mask) = tiny.with_reader().reader, tiny.encoder_states(9)
+    room, prompt = len(reader.decoder.embed_positions.weight), [4] * 50 + [1]
+    text = ReaderHypothesis([5, 6] * (room // 2 - 1), [-0.5] * (room - 2), ended=False)
+    cross, shown = reader._cross_attention_inputs(states, mask, reader.end)
+    fits = text.ids[: room - len(prompt)]
+    logprobs = reader.teacher_force(states, mask, torch.tensor([[*prompt, *fits]])).log_softmax(-1)[
+        0, len(prompt) - 1 :
+    ]
+    behind = sum(float(logprobs[place, token]) for place, token in enumerate(fits))
+    assert reader._lost_by(prompt, text, cross, shown) == pytest.approx(-0.5 * len(fits) - behind, rel=1e-4)
