@@ -226,6 +226,24 @@ def test_audio_may_be_the_processors_first_argument(model, audio):
     assert torch.equal(found["input_features"], named["input_features"])
 
 
+@pytest.mark.parametrize("options", [{"language": "en", "task": "transcribe"}, {"language": ["en"] * 3}], ids=str)
+def test_language_and_task_are_those_of_whisper(options):
+    made = tiny.with_reader(word_bonus=1e3, language="en", languages={"en": 1})
+    made.reader.decoder.embed_tokens.weight.data[tiny.READER_END] = 0
+    ids = made.generate(**made.processor(CLIPS), **options)
+    assert texts_of(made, ids) == [result.text for result in made.transcribe(CLIPS)]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [({"task": "translate"}, "`task` must be 'transcribe'"), ({"language": "en", "num_beams": 2}, "is for the reader")],
+    ids=str,
+)
+def test_what_the_reader_is_not_asked_for(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        model.generate(**model.processor(CLIPS), **options)
+
+
 # What features know of the samples
 
 

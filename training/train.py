@@ -430,7 +430,7 @@ def run_stage(model, train, dev, folder: Path, seed: int, kind: str, **options):
         processes.wait_for_everyone()  # nobody may see a result that this run is about to write
         if processes.is_main_process:
             print(f"stage {number}, {kind}" + (": finished before" if finished else ""))
-        parts = {"projector"} if kind == "warm_start" else set(options.get("parts", []))
+        parts = {"warm_start": {"projector"}, "reader": {"reader"}}.get(kind) or set(options.get("parts", []))
         if finished:
             mark_trained(model, parts)
             return
@@ -464,9 +464,11 @@ def run_stage(model, train, dev, folder: Path, seed: int, kind: str, **options):
 
 
 def mark_trained(model, parts: set[str]):
-    """Note in a model's config which of the `PARTS` that composing made anew have been trained."""
+    """Note in a model's config which parts that composing made anew, or the reader's end frames, have been trained."""
     for part in parts & {"projector", "alignment"}:
         setattr(model.config, f"{part}_trained", True)
+    if "reader" in parts:
+        model.config.reader_config["in_window"] = False
 
 
 def load_trained(model, path: Path) -> bool:

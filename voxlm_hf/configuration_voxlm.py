@@ -74,6 +74,7 @@ DEFAULT_READER = {
     "languages": {},
     "llm_weights": {},
     "alignment_heads": None,
+    "in_window": False,
 }
 
 # Temperatures at which a text that fires a gate is sampled anew, at most. Chosen by hand within Whisper's range of 0 to 1.
@@ -232,6 +233,7 @@ READER_FIELDS = {
         lambda value: value is None or isinstance(value, (list, tuple)) and bool(value) and all(map(_is_head, value)),
         "a list of layers and heads ([[3, 1], ...]) or null",
     ),
+    "in_window": (lambda value: isinstance(value, bool), "true or false"),
 }
 
 REFERENCE_FIELDS = {
@@ -380,7 +382,8 @@ class VoxLMConfig(PreTrainedConfig):
             other language, 0 where it is missing: the reader alone decides there. "languages": the decoder's token by code of
             language, empty for a model of one language; "previous_id": the token in front of a text before (context, hotwords).
             "alignment_heads": layers and heads of its cross-attention that follow the audio, for word times without a trained
-            alignment head.
+            alignment head. "in_window": whether the reader decodes each segment padded with silence to the encoder's window, for
+            end frames that are not trained.
         projector_trained (`bool`, defaults to `True`), alignment_trained (`bool`, defaults to `True`):
             Whether projector and alignment head have been trained; `from_base_models` makes new ones, and training them changes
             it. With a reader, an untrained projector is left out: the LLM judges texts as a plain language model, and CTC and

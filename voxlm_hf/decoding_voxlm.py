@@ -373,6 +373,15 @@ def token_budget(options: dict) -> int | None:
     return budget
 
 
+def check_flag(name: str, value):
+    """
+    Raises:
+        ValueError: for an argument of the caller that is no bool.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"`{name}` must be True or False, got {value!r}")
+
+
 def given_options(options: dict) -> dict:
     """
     Options that are not `None`, those of a `generation_config` among them.

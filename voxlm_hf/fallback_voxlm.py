@@ -320,7 +320,8 @@ def with_fallback(
 
     seconds = batch.segments[0].duration_s
     fallbacks: dict[str | float, Callable] = {}
-    if use_reader and batch.clips is not None and seconds + SILENCE_S <= model.config.audio_window_s:
+    reads_bare = use_reader and batch.clips is not None and not model.config.reader_config["in_window"]
+    if reads_bare and seconds + SILENCE_S <= model.config.audio_window_s:
         fallbacks["window"] = in_window
     if batch.clips is not None and "left_out" in first.gates and seconds >= SHORTEST_TO_HALVE_S:
         fallbacks["halves"] = default

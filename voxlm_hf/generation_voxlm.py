@@ -14,7 +14,15 @@ from transformers.generation import GenerationMixin
 from transformers.utils import logging
 
 from .audio_voxlm import RATES, check_rate, file_duration_s, is_batch, stream_audio
-from .decoding_voxlm import MIN_TOKENS, check_prompt_length, pack_left, padded_batches, search_options, token_budget
+from .decoding_voxlm import (
+    MIN_TOKENS,
+    check_flag,
+    check_prompt_length,
+    pack_left,
+    padded_batches,
+    search_options,
+    token_budget,
+)
 from .fallback_voxlm import check_llm_can_write, transcribe_batch
 from .forced_alignment_voxlm import align_segments, align_text, known_text
 from .language_voxlm import with_languages
@@ -26,9 +34,11 @@ from .segmentation_voxlm import DETECTORS, AudioSegment, segment_audio
 from .transcript_ids_voxlm import (
     asked_step_outputs,
     batch_for_transcript,
+    check_own_language,
     new_token_budget,
     options_of_llm_alone,
     padded_output,
+    popped_language,
     transcript_ids,
 )
 from .transcription_voxlm import Segment, VoxLMTranscription, error_line, join_segments, trim_overlap
@@ -127,15 +137,15 @@ class VoxLMGenerationMixin(GenerationMixin):
 
         With the audio alone (no `input_ids`) the prompt is the trained one, and the result has the new ids alone. Input features
         may be the first argument, as of Whisper. A waveform as the first argument (an array, or a tensor of floating-point or
-        16-bit numbers) is handed to `transcribe`, whose result has `["text"]` and `["words"]`.
-
-        Of audio longer than `config.chunk_length_s`, `transcribe` makes several segments; here it stays whole.
+        16-bit numbers) is handed to `transcribe`, whose result has `["text"]` and `["words"]`. Audio longer than
+        `config.chunk_length_s`, of which `transcribe` makes several segments, stays whole.
 
         With `labels`, as [`Seq2SeqTrainer`] passes them, the result is the new ids alone, to be compared with them; reference
         texts in `input_ids` (`VoxLMProcessor.collate` for training) are taken out of the prompt first.
 
         Args:
             use_reader (`bool`): whether the reader, where there is one, proposes the text. Without it the LLM writes by itself.
+            **kwargs: also `language` (not `None`, which stands for the checkpoint's) and `task`, "transcribe", as of Whisper.
 
         Raises:
             ValueError: for audio that does not fit the placeholders of the prompt or, with a cache, of that part of the prompt
@@ -152,7 +162,7 @@ class VoxLMGenerationMixin(GenerationMixin):
         check_number("num_beams", kwargs.get("num_beams"), 1, whole=True)
         if kwargs.get("input_ids") is not None and inputs is None:
             inputs = kwargs.pop("input_ids")
-        labels = kwargs.pop("labels", None)
+        labels, language = kwargs.pop("labels", None), popped_language(kwargs)
         for name in TARGETS:
             kwargs.pop(name, None)
         if labels is not None and inputs is not None and labels.shape == inputs.shape:
@@ -164,10 +174,14 @@ class VoxLMGenerationMixin(GenerationMixin):
             only_new = True
         if audio is not None and not args and self._writes_transcripts(inputs, audio, kwargs, use_reader):
             processor = self.get_processor()
-            batch = batch_for_transcript(self, processor, inputs, kwargs.get("attention_mask"), features, audio)
+            requests = make_requests(self, processor, len(inputs), language=language, use_reader=use_reader)
+            batch = batch_for_transcript(
+                self, processor, inputs, kwargs.get("attention_mask"), features, audio, requests
+            )
             budget = new_token_budget(kwargs, 0 if only_new else inputs.shape[1])
             rows = transcript_ids(self, processor, batch, budget, use_reader)
             return padded_output(self, None if only_new else inputs, rows, kwargs)
+        check_own_language(language)
         return self._generate_by_llm(inputs, audio, only_new, *args, **kwargs)
 
     def _writes_transcripts(self, input_ids, audio, kwargs: dict, use_reader: bool) -> bool:
@@ -427,11 +441,6 @@ class VoxLMGenerationMixin(GenerationMixin):
                 recording also for a text without words or that is no string, and for audio that cannot be read, is long and
                 without speech, or has fewer frames than the text has words; of a list, such a recording has an `error`.
         """
-        if not self.config.alignment_trained and self.reader is not None:
-            raise ValueError(
-                "`align` needs a trained alignment head, which this model lacks; `transcribe` gives word times by the reader's "
-                "cross-attention"
-            )
         processor, many = self.get_processor(), is_batch(audio)
         items, texts = (list(audio), text) if many else ([audio], [text])
         if not items:
@@ -475,15 +484,6 @@ def is_waveform(value) -> bool:
     if isinstance(value, torch.Tensor):
         return value.is_floating_point() or value.dtype == torch.int16
     return isinstance(value, np.ndarray)
-
-
-def check_flag(name: str, value):
-    """
-    Raises:
-        ValueError: for an argument of the caller that is no bool.
-    """
-    if not isinstance(value, bool):
-        raise ValueError(f"`{name}` must be True or False, got {value!r}")
 
 
 def check_number(name: str, value, least: float, whole: bool = False):

@@ -296,8 +296,9 @@ class VoxLMLoadingMixin:
     @torch.no_grad()
     def add_reader(self, audio: str, language: str = "en", **settings):
         """
-        Keep the decoder of the audio model as a reader (see `reader_voxlm`), in place. It works at once; a recipe's stage of
-        kind `reader` teaches it better where audio ends.
+        Keep the decoder of the audio model as a reader (see `reader_voxlm`), in place. It works at once, on segments padded to
+        the encoder's window (`reader_config["in_window"]`). A recipe's stage of kind `reader` teaches it where audio ends that is
+        not padded, which takes less time; until then the encoder's mean states of silence are the end of such audio.
 
         Where the projector is not trained, the LLM judges the reader's texts as a plain language model (`llm_prompt` "none"), and
         confidences are the reader's probabilities.
@@ -333,6 +334,7 @@ class VoxLMLoadingMixin:
             "eos_token_id": self.config.audio_config.eos_token_id,
             "spelling_size": len(table[0]),
             "alignment_heads": getattr(generation, "alignment_heads", None),
+            "in_window": True,
             **({} if self.config.projector_trained else PLAIN_LLM),
             **settings,
         }

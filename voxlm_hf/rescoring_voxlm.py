@@ -304,7 +304,7 @@ def propose(
         n_best = model.reader(states, mask, budgets, padded, prompts, searches, spell)
         return [hypotheses_of(model, processor, *row) for row in zip(n_best, budgets)]
 
-    if in_window:
+    if in_window or settings["in_window"] and batch.clips is not None:
         audio = encode_with_silence(model, processor, batch.clips, None)
         return decode(audio, budgets, batch.requests, padded=True)
     hypotheses = decode(batch.audio, budgets, batch.requests)
