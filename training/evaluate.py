@@ -419,7 +419,9 @@ def main():
         "--aligners", action="store_true", help="also score PocketSphinx and the original VoxLM's method"
     )
     parser.add_argument("--hard-cases", action="store_true", help="also score word times in recordings made harder")
-    parser.add_argument("--no-reader", action="store_true", help="score the texts that the LLM writes without the reader")
+    parser.add_argument(
+        "--no-reader", action="store_true", help="score the texts that the LLM writes without the reader"
+    )
     parser.add_argument(
         "--ctc-weight", type=float, help="of the projector's CTC beside the LLM, with --no-reader (0: the LLM alone)"
     )
