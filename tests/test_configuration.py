@@ -103,7 +103,7 @@ BAD_VALUES = {
         for name in ("llm_weight", "ctc_weight", "word_bonus")
         for value in ("x", None, NAN, True)
     ]
-    + [{**READER, "llm_prompt": value} for value in ("text", None, True, 0)],
+    + [{**READER, name: value} for name in ("llm_prompt", "ctc_text") for value in ("text", None, True, 0)],
     "lora_config": [
         "r=4",
         [4],

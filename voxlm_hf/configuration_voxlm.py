@@ -69,6 +69,7 @@ DEFAULT_READER = {
     "word_bonus": 1.0,
     "llm_prompt": "audio",
     "plain_text": False,
+    "ctc_text": "plain",
 }
 
 # Temperatures at which a text that fires a gate is sampled anew, at most. Chosen by hand within Whisper's range of 0 to 1.
@@ -207,6 +208,7 @@ READER_FIELDS = {
     "word_bonus": (is_number, "a finite number"),
     "llm_prompt": (lambda value: value in ("audio", "none"), '"audio" or "none"'),
     "plain_text": (lambda value: isinstance(value, bool), "true or false"),
+    "ctc_text": (lambda value: value in ("plain", "cased"), '"plain" or "cased"'),
 }
 
 REFERENCE_FIELDS = {
@@ -350,7 +352,8 @@ class VoxLMConfig(PreTrainedConfig):
             rescores its hypotheses (see `rescoring_voxlm`): "llm_weight" and "ctc_weight", weights of the log-probabilities
             beside the reader's; "word_bonus" for each word; "llm_prompt", "audio" for the LLM with LoRA behind audio and prompt,
             "none" for the base LLM as a plain language model, which never hears anything; "plain_text", whether the LLM with
-            LoRA was trained on texts without capitals and punctuation.
+            LoRA was trained on texts without capitals and punctuation; "ctc_text", the text that the projector's CTC was trained
+            on, "plain" (without capitals, punctuation and figures) or "cased".
         alignment_kind (`"frames"` or `"cross_attention"`, defaults to `"frames"`):
             `"frames"`: scores on the encoder's own frames. `"cross_attention"`: the original VoxLM's, for converted checkpoints:
             the attention weights of post-norm cross-attention layers from text states to projected frames.

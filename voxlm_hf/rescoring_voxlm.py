@@ -66,8 +66,8 @@ class Hypothesis:
         decoded ([`DecodedText`]): the text in the LLM's tokens; `score_hypotheses` adds the LLM's states and scores.
         known (`torch.BoolTensor` of shape `(tokens,)`): which of the tokens the LLM can judge: all but those of digits and of
             words spelt letter by letter, where it was trained on texts without them.
-        ctc_ids (`list[int]`): without capitals and punctuation, as the projector's frames spell it; `ANYTHING` stands for
-            words that they cannot spell: numbers in digits, words spelt letter by letter.
+        ctc_ids (`list[int]`): as the projector's frames spell it. Where that is without capitals and punctuation, `ANYTHING`
+            stands for words that they cannot spell: numbers in digits, words spelt letter by letter.
         reader_logprob (`float`): the reader's log-probability of the whole text.
         unjudged_tokens (`int`): number of the reader's tokens in such words, without the first of each word.
         end_logprob (`float`): the LLM's log-probability of the text ending there.
@@ -131,7 +131,10 @@ def hypotheses_of(model, processor: VoxLMProcessor, n_best: list, budget: float 
         )
         # A word that comes again earns nothing, so that loops do not.
         novel = {word: len(parts) - 1 for word, parts in zip(surface, owners) if is_unjudged(word)}
-        ctc_ids = _with_wildcards(plain_ids, unjudged[plain_token_words])
+        if model.config.reader_config["ctc_text"] == "plain":
+            ctc_ids = _with_wildcards(plain_ids, unjudged[plain_token_words])
+        else:
+            ctc_ids, _ = processor.encode_words(text, surface, surface)
         hypotheses[key] = Hypothesis(decoded, known, ctc_ids, proposed.logprob, sum(novel.values()))
     return without_loops(list(hypotheses.values()))
 
