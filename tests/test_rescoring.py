@@ -112,6 +112,12 @@ def test_frames_that_cannot_spell_digits_get_a_wildcard(digits):
     assert len(digits.ctc_ids) == int(digits.known.sum()) + 1
 
 
+def test_frames_that_were_trained_on_cased_text_spell_it():
+    model = tiny.with_reader("Hi 18.", plain_text=True, ctc_text="cased")
+    (found,) = hypotheses_of(model, model.processor, [ReaderHypothesis([3, 4, 5, 6, 7, 8], [-1.0] * 6)])
+    assert model.processor.decode_text(found.ctc_ids) == "Hi 18."
+
+
 @pytest.mark.parametrize("word", ["18.", "D-E-R-E-K.", "'A-B'", "é-à", "4th"])
 def test_digits_and_spelt_words_are_judged_by_the_reader_alone(word):
     assert is_unjudged(word)

@@ -75,6 +75,7 @@ DEFAULT_READER = {
     "llm_weights": {},
     "alignment_heads": None,
     "in_window": False,
+    "ctc_text": "plain",
 }
 
 # Temperatures at which a text that fires a gate is sampled anew, at most. Chosen by hand within Whisper's range of 0 to 1.
@@ -234,6 +235,7 @@ READER_FIELDS = {
         "a list of layers and heads ([[3, 1], ...]) or null",
     ),
     "in_window": (lambda value: isinstance(value, bool), "true or false"),
+    "ctc_text": (lambda value: value in ("plain", "cased"), '"plain" or "cased"'),
 }
 
 REFERENCE_FIELDS = {
@@ -377,13 +379,14 @@ class VoxLMConfig(PreTrainedConfig):
             rescores its hypotheses (see `rescoring_voxlm`): "llm_weight" and "ctc_weight", weights of the log-probabilities
             beside the reader's; "word_bonus" for each word; "llm_prompt", "audio" for the LLM with LoRA behind audio and prompt,
             "none" for the base LLM as a plain language model, which never hears anything; "plain_text", whether the LLM with
-            LoRA was trained on texts without capitals and punctuation. "language": code of the language in which it decodes
-            unless asked for another, and which LLM and projector were trained on; "llm_weights": the LLM's weight by code of any
-            other language, 0 where it is missing: the reader alone decides there. "languages": the decoder's token by code of
-            language, empty for a model of one language; "previous_id": the token in front of a text before (context, hotwords).
-            "alignment_heads": layers and heads of its cross-attention that follow the audio, for word times without a trained
-            alignment head. "in_window": whether the reader decodes each segment padded with silence to the encoder's window, for
-            end frames that are not trained.
+            LoRA was trained on texts without capitals and punctuation; "ctc_text", the text that the projector's CTC was trained
+            on, "plain" (without capitals, punctuation and figures) or "cased". "language": code of the language in which it
+            decodes unless asked for another, and which LLM and projector were trained on; "llm_weights": the LLM's weight by code
+            of any other language, 0 where it is missing: the reader alone decides there. "languages": the decoder's token by code
+            of language, empty for a model of one language; "previous_id": the token in front of a text before (context,
+            hotwords). "alignment_heads": layers and heads of its cross-attention that follow the audio, for word times without a
+            trained alignment head. "in_window": whether the reader decodes each segment padded with silence to the encoder's
+            window, for end frames that are not trained.
         projector_trained (`bool`, defaults to `True`), alignment_trained (`bool`, defaults to `True`):
             Whether projector and alignment head have been trained; `from_base_models` makes new ones, and training them changes
             it. With a reader, an untrained projector is left out: the LLM judges texts as a plain language model, and CTC and

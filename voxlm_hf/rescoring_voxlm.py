@@ -70,8 +70,8 @@ class Hypothesis:
         decoded ([`DecodedText`]): the text in the LLM's tokens; `score_hypotheses` adds the LLM's states and scores.
         known (`torch.BoolTensor` of shape `(tokens,)`): which of the tokens the LLM can judge: all but those of hotwords and,
             where it was trained on texts without them, of digits and words spelt letter by letter.
-        ctc_ids (`list[int]`): without capitals and punctuation, as the projector's frames spell it; `ANYTHING` stands for
-            words that they cannot spell: numbers in digits, words spelt letter by letter, hotwords.
+        ctc_ids (`list[int]`): as the projector's frames spell it. `ANYTHING` stands for hotwords and, where they are without
+            capitals and punctuation, for words that they cannot spell: numbers in digits, words spelt letter by letter.
         reader_logprob (`float`): the reader's log-probability of the whole text.
         unjudged_tokens (`int`): number of the reader's tokens in such words, without the first of each word.
         end_logprob (`float`): the LLM's log-probability of the text ending there.
@@ -145,7 +145,11 @@ def hypotheses_of(model, processor: VoxLMProcessor, n_best: list, budget: float 
         )
         # A word that comes again earns nothing, so that loops do not.
         novel = {word: len(parts) - 1 for word, parts in zip(surface, owners) if is_unjudged(word)}
-        ctc_ids = _with_wildcards(plain_ids, unjudged[plain_token_words])
+        if model.config.reader_config["ctc_text"] == "plain":
+            ctc_ids = _with_wildcards(plain_ids, unjudged[plain_token_words])
+        else:
+            ctc_ids, ctc_words = processor.encode_words(text, surface, surface)
+            ctc_ids = _with_wildcards(ctc_ids, expected[ctc_words])
         hypotheses[key] = Hypothesis(
             decoded,
             known,
