@@ -118,19 +118,9 @@ def hypotheses_of(model, processor: VoxLMProcessor, n_best: list, budget: float 
             same = hypotheses[key]
             same.reader_logprob = float(np.logaddexp(same.reader_logprob, proposed.logprob))
             continue
-        hot = {word for hotword in proposed.hotwords for word in plain_words(hotword.split())}
-        # Rare as they are, LLM and frames would undo hotwords.
-        expected = np.array([word.removesuffix("'s") in hot for word in plain_words(surface)], dtype=bool)
-        unjudged = expected | np.array([is_unjudged(word) for word in surface], dtype=bool)
-        if model.config.judges_without_audio:
-            ids, token_words = encode_words(processor.tokenizer, text, surface, surface)
-            known = torch.tensor([not expected[word] for word in token_words], dtype=torch.bool)
-        elif model.config.reader_config["plain_text"]:
-            ids, token_words = plain_ids, plain_token_words
-            known = torch.tensor([not unjudged[word] for word in token_words], dtype=torch.bool)
-        else:
-            ids, token_words = processor.encode_words(text, surface, surface)
-            known = torch.tensor([not expected[word] for word in token_words], dtype=torch.bool)
+        ids, token_words, known, ctc_ids = _judged_tokens(
+            model, processor, text, surface, (plain_ids, plain_token_words), proposed.hotwords
+        )
         owners = _word_owners(groups, words)
         decoded = DecodedText(
             ids,
@@ -145,11 +135,6 @@ def hypotheses_of(model, processor: VoxLMProcessor, n_best: list, budget: float 
         )
         # A word that comes again earns nothing, so that loops do not.
         novel = {word: len(parts) - 1 for word, parts in zip(surface, owners) if is_unjudged(word)}
-        if model.config.reader_config["ctc_text"] == "plain":
-            ctc_ids = _with_wildcards(plain_ids, unjudged[plain_token_words])
-        else:
-            ctc_ids, ctc_words = processor.encode_words(text, surface, surface)
-            ctc_ids = _with_wildcards(ctc_ids, expected[ctc_words])
         hypotheses[key] = Hypothesis(
             decoded,
             known,
@@ -166,6 +151,29 @@ def without_loops(texts: list[Hypothesis]) -> list[Hypothesis]:
     """The hypotheses in which no phrase comes more often in a row than anybody says it; all if there is no other with words."""
     kept = [text for text in texts if longest_loop(loop_units(text.decoded.words)) <= LOOP_TIMES]
     return kept if any(text.decoded.ids for text in kept) else texts
+
+
+def _judged_tokens(model, processor, text: str, surface: list[str], plain: tuple, hotwords: list[str]) -> tuple:
+    """
+    `ids`, `token_words`, `known` and `ctc_ids` of a [`Hypothesis`].
+
+    Args:
+        text (`str`), surface (`list[str]`): the text and its words.
+        plain (`tuple[list[int], np.ndarray]`): of `encode_words`, without capitals and punctuation.
+        hotwords (`list[str]`): those in the text.
+    """
+    settings, cased = model.config.reader_config, processor.encode_words(text, surface, surface)
+    hot = {word for hotword in hotwords for word in plain_words(hotword.split())}
+    # Rare as they are, LLM and frames would undo hotwords.
+    expected = np.array([word.removesuffix("'s") in hot for word in plain_words(surface)], dtype=bool)
+    unjudged = expected | np.array([is_unjudged(word) for word in surface], dtype=bool)
+    if model.config.judges_without_audio:
+        (ids, words), unknown = encode_words(processor.tokenizer, text, surface, surface), expected
+    else:
+        (ids, words), unknown = (plain, unjudged) if settings["plain_text"] else (cased, expected)
+    known = torch.tensor([not unknown[word] for word in words], dtype=torch.bool)
+    (ctc_ids, ctc_words), unknown = (plain, unjudged) if settings["ctc_text"] == "plain" else (cased, expected)
+    return ids, words, known, _with_wildcards(ctc_ids, unknown[ctc_words])
 
 
 def is_unjudged(word: str) -> bool:
