@@ -204,5 +204,5 @@ def test_attention_is_normalised_as_by_transformers(bases, tokens, frames, monke
         cross_attentions = [[weights]]
         sequences = torch.zeros(1, tokens + 1)
 
-    bases[1]._extract_token_timestamps(Outputs(), [[0, 0], [0, 1]], num_frames=2 * frames)
+    bases[1]._extract_token_timestamps(Outputs(), [[0, 0], [0, 1]], num_frames=2 * frames, num_input_ids=0)
     np.testing.assert_allclose(head_mean(weights[0].numpy()), -seen[0], atol=1e-5)

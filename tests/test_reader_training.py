@@ -13,7 +13,7 @@ from voxlm_hf import VoxLMForSpeechSeq2Seq
 from voxlm_hub_export.export import export
 from voxlm_training.data import Row, SpeechDataset
 from voxlm_training.reader import make_examples
-from voxlm_training.train import reader_trainer, run
+from voxlm_training.train import mark_trained, reader_trainer, run
 
 
 @pytest.fixture
@@ -61,6 +61,7 @@ def test_an_end_that_has_learned_goes_on_from_there(model, tmp_path):
     data = SpeechDataset([Row("0", tiny.noise(0.5, 0), "")], model.processor)
     with torch.no_grad():
         model.reader.end.fill_(0.25)
+    mark_trained(model, {"reader"})
     made = reader_trainer(model, data, None, tmp_path, 0, max_steps=1, **QUIET)
     assert torch.all(made.model.reader.end == 0.25)
 
@@ -79,7 +80,7 @@ def test_a_recipe_adds_and_trains_a_reader_and_resumes_after_it(tmp_path, bases)
         "stages": [stage],
     }
     first = VoxLMForSpeechSeq2Seq.from_pretrained(run(recipe))
-    assert first.reader.end.any()
+    assert first.reader.end.any() and first.config.reader_config["in_window"] is False
     again = VoxLMForSpeechSeq2Seq.from_pretrained(run(recipe))  # the finished stage is loaded
     for name in ("end", "spelling", "spelling_offsets"):
         torch.testing.assert_close(getattr(first.reader, name), getattr(again.reader, name))

@@ -181,10 +181,11 @@ class ReaderTrainer(StageTrainer):
 
     Args:
         reader ([`VoxLMReader`]), train_dataset ([`ReaderExamples`])
+        fresh (`bool`): whether its end has not been trained: it then starts as the mean silence of the recordings.
     """
 
-    def __init__(self, *, reader, train_dataset: ReaderExamples, **kwargs):
-        if not reader.end.any():  # otherwise an earlier training goes on
+    def __init__(self, *, reader, train_dataset: ReaderExamples, fresh: bool, **kwargs):
+        if fresh:
             with torch.no_grad():
                 reader.end.copy_(train_dataset.mean_silence(len(reader.end)))
         reader.requires_grad_(False)

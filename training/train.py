@@ -247,7 +247,11 @@ def reader_trainer(model, train, dev, folder: Path, seed: int, recordings=300, f
     rows = train.draw(recordings, seed, longest_s)
     examples = reader.make_examples(model.to(arguments.device), rows, folder / "examples")
     return reader.ReaderTrainer(
-        reader=model.reader, args=arguments, frames_per_batch=frames_per_batch, train_dataset=examples
+        reader=model.reader,
+        fresh=model.config.reader_config["in_window"],
+        args=arguments,
+        frames_per_batch=frames_per_batch,
+        train_dataset=examples,
     )
 
 
