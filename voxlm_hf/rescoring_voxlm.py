@@ -104,10 +104,10 @@ def hypotheses_of(model, processor: VoxLMProcessor, n_best: list, budget: float 
         text, words = processor.decode_text(flat).strip(), processor.split_words(flat)
         surface = [word.text for word in words]
         plain_ids, plain_token_words = processor.encode_words(text, surface, plain_words(surface))
-        key = tuple(plain_ids)
+        key, logprob = tuple(plain_ids), proposed.logprob + proposed.variants
         if key in hypotheses:
             same = hypotheses[key]
-            same.reader_logprob = float(np.logaddexp(same.reader_logprob, proposed.logprob))
+            same.reader_logprob = float(np.logaddexp(same.reader_logprob, logprob))
             continue
         unjudged = np.array([is_unjudged(word) for word in surface], dtype=bool)
         if model.config.judges_without_audio:
@@ -135,7 +135,7 @@ def hypotheses_of(model, processor: VoxLMProcessor, n_best: list, budget: float 
             ctc_ids = _with_wildcards(plain_ids, unjudged[plain_token_words])
         else:
             ctc_ids, _ = processor.encode_words(text, surface, surface)
-        hypotheses[key] = Hypothesis(decoded, known, ctc_ids, proposed.logprob, sum(novel.values()))
+        hypotheses[key] = Hypothesis(decoded, known, ctc_ids, logprob, sum(novel.values()))
     return without_loops(list(hypotheses.values()))
 
 
