@@ -8,6 +8,7 @@ ASR decoder and an LLM decode together is the idea of SALSA (Mittal et al. 2024)
 """
 
 import functools
+import math
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -33,6 +34,8 @@ LENGTH_REWARD, REPEATED_RUN = 0.4, 4
 CANDIDATES = 3
 # How many steps a likelier hypothesis with the same words may be behind: as many punctuation marks.
 REMEMBERED = 4
+# Ends the words of a finished text, so that they are no beginning of others.
+END_OF_WORDS = "\n"
 # Longest n-best list of one recording, without the empty text. Chosen by hand: one more than the shipped model's beams.
 MAX_HYPOTHESES = 6
 
@@ -54,6 +57,7 @@ class ReaderHypothesis:
         shift (`float`): what makes its log-probability one behind the prompt of the others, see `with_hotword_texts`.
         words (`str`): the text without capitals and punctuation, where the search compares texts by their words.
         prefixes (`tuple[tuple[str, float], ...]`): `words` as they were lately, each with the log-probability of then.
+        variants (`float`): what variants in capitals and punctuation add to the log-probability of the words.
     """
 
     ids: list[int]
@@ -68,6 +72,7 @@ class ReaderHypothesis:
     hotwords: list[str] = field(default_factory=list)
     words: str = ""
     prefixes: tuple[tuple[str, float], ...] = ()
+    variants: float = 0.0
 
     @property
     def logprob(self) -> float:
@@ -434,8 +439,9 @@ class BeamSearch:
         self, width: int, budget: int, spell: Callable[[int], str] | None = None, hotwords: Hotwords | None = None
     ):
         self.width, self.budget, self.spell, self.hotwords = width, budget, spell, hotwords
-        # The best log-probability of any hypothesis with these words.
+        # The best log-probability of any hypothesis with these words, and those of the variants that were dropped for it.
         self.likeliest: dict[str, float] = {}
+        self.dropped: dict[str, set[float]] = {}
         self.open = [ReaderHypothesis([], [])] if budget > 0 else []
         self.finished: list[ReaderHypothesis] = []
         self.empty: ReaderHypothesis | None = None
@@ -501,18 +507,34 @@ class BeamSearch:
 
     def _is_likeliest(self, text: ReaderHypothesis) -> bool:
         """Whether no likelier hypothesis has, or lately had, the same words; punctuation puts it some steps behind others."""
-        if any(self.likeliest.get(words, -float("inf")) > logprob for words, logprob in text.prefixes):
-            return False
+        for words, logprob in text.prefixes:
+            if self.likeliest.get(words, -float("inf")) > logprob:
+                self.dropped.setdefault(words, set()).add(logprob)
+                return False
         self.likeliest.update(text.prefixes[-1:])
         return True
 
     def _finish(self, text: ReaderHypothesis):
-        """Add a finished hypothesis, in the place of one with the same words that scores lower."""
-        same = [
-            other for other in self.finished if self.spell is not None and other.words.split() == text.words.split()
+        """Add a finished hypothesis, in the place of a variant that is less likely."""
+        if self.spell is not None:
+            words = text.words + END_OF_WORDS
+            text = replace(text, words=words, prefixes=((words, text.logprob),))
+            if not self._is_likeliest(text):
+                return
+            for variant in self.finished:
+                if variant.words == words:
+                    self.dropped.setdefault(words, set()).add(variant.logprob)
+            self.finished = [other for other in self.finished if other.words != words]
+        self.finished.append(text)
+
+    def _with_variants(self, text: ReaderHypothesis) -> ReaderHypothesis:
+        """A finished hypothesis with the probability of the variants that were dropped on its way."""
+        shares = [
+            sum(math.exp(logprob - self.likeliest[words]) for logprob in logprobs)
+            for words, logprobs in self.dropped.items()
+            if text.words.startswith(words)
         ]
-        if all(other.score < text.score for other in same):
-            self.finished = [*(other for other in self.finished if other not in same), text]
+        return replace(text, variants=sum(map(math.log1p, shares)))
 
     def n_best(self) -> list[ReaderHypothesis]:
         """
@@ -521,7 +543,7 @@ class BeamSearch:
         """
         ranked = sorted(self.finished, key=lambda text: -text.score)[:MAX_HYPOTHESES]
         likely = [text for text in ranked if text.score >= ranked[0].score - BEAM_MARGIN]
-        return [*likely, self.empty or ReaderHypothesis([], [], ended=False)]
+        return [*map(self._with_variants, likely), self.empty or ReaderHypothesis([], [], ended=False)]
 
 
 def with_hotword_texts(
@@ -532,7 +554,7 @@ def with_hotword_texts(
     have more of them than its best one.
 
     Both searches started from other prompts. So that their log-probabilities can be compared, those of the second are shifted by
-    what the best text of the first lost by the other prompt.
+    what the best text of the first lost by the other prompt, and by what its variants add to it.
 
     Args:
         plain, biased (`list[ReaderHypothesis]`): of `BeamSearch.n_best`.
@@ -542,7 +564,7 @@ def with_hotword_texts(
     plain, biased = ([with_found(text, hotwords) for text in texts] for texts in (plain, biased))
     had, known = plain[0].bonus, [text.ids for text in plain]
     more = [text for text in biased[:-1] if text.bonus > had and text.ids not in known]
-    return [*plain[:-1], *(replace(text, shift=lost) for text in more), plain[-1]]
+    return [*plain[:-1], *(replace(text, shift=lost + plain[0].variants) for text in more), plain[-1]]
 
 
 def with_found(text: ReaderHypothesis, hotwords: Hotwords) -> ReaderHypothesis:

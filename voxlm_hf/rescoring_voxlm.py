@@ -113,10 +113,10 @@ def hypotheses_of(model, processor: VoxLMProcessor, n_best: list, budget: float 
         text, words = processor.decode_text(flat).strip(), processor.split_words(flat)
         surface = [word.text for word in words]
         plain_ids, plain_token_words = processor.encode_words(text, surface, plain_words(surface))
-        key = tuple(plain_ids)
+        key, logprob = tuple(plain_ids), proposed.logprob + proposed.variants
         if key in hypotheses:
             same = hypotheses[key]
-            same.reader_logprob = float(np.logaddexp(same.reader_logprob, proposed.logprob))
+            same.reader_logprob = float(np.logaddexp(same.reader_logprob, logprob))
             continue
         ids, token_words, known, ctc_ids = _judged_tokens(
             model, processor, text, surface, (plain_ids, plain_token_words), proposed.hotwords
@@ -139,7 +139,7 @@ def hypotheses_of(model, processor: VoxLMProcessor, n_best: list, budget: float 
             decoded,
             known,
             ctc_ids,
-            proposed.logprob,
+            logprob,
             sum(novel.values()),
             reader_score=proposed.score,
             hotword_bonus=proposed.bonus,
