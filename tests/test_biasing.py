@@ -9,7 +9,7 @@ import torch
 from tests import tiny
 from tests.tiny import READER_END
 from voxlm_hf.biasing_voxlm import EARNED_TIMES, BiasState, Hotwords, ReaderVocabulary, most_like
-from voxlm_hf.reader_voxlm import BeamSearch, token_table, with_hotword_texts
+from voxlm_hf.reader_voxlm import BeamSearch, ReaderHypothesis, token_table, with_hotword_texts
 
 
 @pytest.fixture(scope="module")
@@ -102,12 +102,12 @@ def search(vocabulary, words: list[str], likely: dict[str, float]):
     """The n-best list of searches in which texts have these log-probabilities, token by token alike."""
     tree = Hotwords(words, vocabulary)
     plain, biased = (search_with(vocabulary, hotwords, likely) for hotwords in (None, tree))
-    return with_hotword_texts(plain, biased, tree, plain[0].logprob)
+    return with_hotword_texts(plain, biased, tree, 0.0)
 
 
 def search_with(vocabulary, hotwords: Hotwords | None, likely: dict[str, float]):
     texts = [(vocabulary.encode(text), logprob) for text, logprob in likely.items()]
-    found = BeamSearch(2, 20, hotwords)
+    found = BeamSearch(2, 20, hotwords=hotwords)
     while found.open:
         logprobs = torch.full((len(found.open), len(vocabulary.bytes)), -50.0)
         for row, hypothesis in enumerate(found.open):
@@ -160,8 +160,8 @@ def test_the_likeness_is_the_edit_distance_to_the_closest_part():
 def test_log_probabilities_behind_another_prompt_are_shifted_to_those_of_the_first(vocabulary):
     tree = Hotwords(["fox"], vocabulary)
     plain, biased = (search_with(vocabulary, hotwords, LIKELY) for hotwords in (None, tree))
-    hot = [with_hotword_texts(plain, biased, tree, plain[0].logprob + change)[-2].logprob for change in (0.0, 3.0)]
-    assert hot[1] == pytest.approx(hot[0] - 3.0)
+    hot = [with_hotword_texts(plain, biased, tree, lost)[-2].logprob for lost in (0.0, 3.0)]
+    assert hot[1] == pytest.approx(hot[0] + 3.0)
 
 
 # In a reader
@@ -210,3 +210,17 @@ def test_a_search_for_hotwords_begins_behind_its_own_prompt(vocabulary):
         logprobs = reader.teacher_force(states, mask, torch.tensor([[*prompt, *answer]])).log_softmax(-1)[0]
         found.append(sum(float(logprobs[len(prompt) - 1 + place, token]) for place, token in enumerate(answer)))
     assert hot[0].logprob == pytest.approx(found[3] + found[1] - found[2], abs=1e-3)
+
+
+@torch.no_grad()
+def test_a_long_text_is_compared_as_far_as_it_fits_behind_the_prompt():
+    reader, (states, mask) = tiny.with_reader().reader, tiny.encoder_states(9)
+    room, prompt = len(reader.decoder.embed_positions.weight), [4] * 50 + [1]
+    text = ReaderHypothesis([5, 6] * (room // 2 - 1), [-0.5] * (room - 2), ended=False)
+    cross, shown = reader._cross_attention_inputs(states, mask, reader.end)
+    fits = text.ids[: room - len(prompt)]
+    logprobs = reader.teacher_force(states, mask, torch.tensor([[*prompt, *fits]])).log_softmax(-1)[
+        0, len(prompt) - 1 :
+    ]
+    behind = sum(float(logprobs[place, token]) for place, token in enumerate(fits))
+    assert reader._lost_by(prompt, text, cross, shown) == pytest.approx(-0.5 * len(fits) - behind, rel=1e-4)

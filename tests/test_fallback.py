@@ -8,8 +8,9 @@ from tests import tiny
 from voxlm_hf import fallback_voxlm, rescoring_voxlm
 from voxlm_hf.configuration_voxlm import DEFAULT_GATES
 from voxlm_hf.decoding_voxlm import DecodedText
-from voxlm_hf.fallback_voxlm import fired_gates, judged_segment, longest_loop
+from voxlm_hf.fallback_voxlm import fired_gates, judged_segment
 from voxlm_hf.segmentation_voxlm import AudioSegment
+from voxlm_hf.words_voxlm import longest_loop
 
 
 # Gates

@@ -116,10 +116,11 @@ def test_generate_options_reach_the_model(pipe):
     "audio, options, message",
     [
         (AUDIO, {"return_timestamps": "char"}, "return_timestamps"),
+        (AUDIO, {"generate_kwargs": {"task": "translate"}}, "knows 'transcribe' alone"),
         (np.full(16000, np.nan), {}, "NaN"),
         (np.zeros(0), {}, "empty"),
     ],
-    ids=["option", "NaN", "empty"],
+    ids=["option", "task", "NaN", "empty"],
 )
 def test_bad_options_and_bad_audio(pipe, audio, options, message):
     with pytest.raises(ValueError, match=message):
@@ -174,5 +175,6 @@ def test_language_and_hotwords_reach_the_model(monkeypatch, language):
     monkeypatch.setattr(model, "transcribe", lambda *args, **given: asked.update(given) or transcribe(*args, **given))
     options = {"language": language, "hotwords": ["stew"], "context": "about dinner"}
     expected = transcribe(AUDIO, **options).text
-    assert model.transcription_pipeline()(AUDIO, generate_kwargs=options)["text"] == expected
+    given = {**options, "task": "transcribe"}  # as code for Whisper has it
+    assert model.transcription_pipeline()(AUDIO, generate_kwargs=given)["text"] == expected
     assert {name: asked[name] for name in options} == options

@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -10,7 +11,7 @@ from transformers import AutoTokenizer
 from tests import tiny
 from tests.tiny import READER_END, READER_START
 from voxlm_hf import VoxLMForSpeechSeq2Seq, reader_voxlm
-from voxlm_hf.reader_voxlm import BeamSearch, ReaderHypothesis, token_table
+from voxlm_hf.reader_voxlm import BeamSearch, ReaderHypothesis, plain_piece, token_table
 
 
 @torch.no_grad()
@@ -81,9 +82,9 @@ def test_without_a_budget_there_is_nothing_to_propose():
     assert reader(states, mask, [4, 0])[1] == [ReaderHypothesis([], [], ended=False)]
 
 
-def search_by(rule, budget: int, vocabulary: int = 40) -> list[ReaderHypothesis]:
+def search_by(rule, budget: int, vocabulary: int = 40, spell=None) -> list[ReaderHypothesis]:
     """The n-best list of a search in which `rule` maps a text to the log-probabilities `{token: logprob}` of what follows."""
-    search = BeamSearch(3, budget)
+    search = BeamSearch(3, budget, spell)
     while search.open:
         logprobs = torch.full((len(search.open), vocabulary), -50.0)
         for row, text in enumerate(search.open):
@@ -111,6 +112,61 @@ def test_a_loop_scores_no_more_than_what_it_repeats():
         return {3 + len(ids) % 6: -0.01, READER_END: -0.7 if ids and len(ids) % 6 == 0 else -20.0}
 
     assert search_by(rule, 120)[0].ids == [3, 4, 5, 6, 7, 8]
+
+
+# Tokens of a search that compares texts by their words.
+PIECES = {3: " he", 4: " said", 5: "", 6: " sad", 7: " sat", 8: " he"}
+
+
+def test_variants_of_one_text_take_no_places():
+    """Three beams, and "he" with and without a capital or a comma is likelier than other words; all of them end alike."""
+
+    def rule(ids):
+        words = [token for token in ids if token != 5]
+        if len(words) == 2:
+            return {READER_END: -0.1}
+        if not words:
+            return {3: -0.5, 8: -1.0}
+        return {4: -1.0, 6: -2.5, 7: -3.0} | ({} if 5 in ids else {5: -0.2})
+
+    plain, by_words = (search_by(rule, 5, spell=spell) for spell in (None, PIECES.get))
+    heard = [
+        [{tuple(PIECES[token] for token in text.ids if token != 5) for text in found[:-1]}]
+        for found in (plain, by_words)
+    ]
+    assert by_words[0].logprob == max(text.logprob for text in plain)
+    assert [len(texts) for (texts,) in heard] == [2, 3]
+
+
+def test_a_likelier_variant_replaces_one_that_is_ahead():
+    """ "He, said" comes a step after "he said", and is likelier."""
+    rules = {(): {3: -0.1}, (3,): {5: -0.3, 4: -2.0}, (3, 5): {4: -0.1}}
+    found = search_by(lambda ids: rules.get(tuple(ids), {READER_END: -0.1}), 5, spell=PIECES.get)
+    assert [text.ids for text in found[:-1]] == [[3, 5, 4]]
+
+
+def test_words_are_as_likely_as_all_their_variants():
+    """ "he said" with two spellings of "he", with and without a comma, in every order of events."""
+    first, comma, end = {3: -0.5, 8: -1.0}, {4: -1.2, 5: -0.4}, {READER_END: -0.1}
+    rules = {(): first} | {(one,): comma for one in first} | {(one, 5): {4: -0.2} for one in first}
+    (found, _) = search_by(lambda ids: rules.get(tuple(ids), end), 5, spell=PIECES.get)
+    said = np.logaddexp(-1.2, -0.4 - 0.2)
+    assert found.logprob + found.variants == pytest.approx(np.logaddexp(-0.5, -1.0) + said - 0.1, abs=1e-3)
+
+
+def test_the_likeliest_text_goes_on_though_another_with_its_words_was_likelier():
+    rules = {(): {3: -0.1}, (3,): {4: -0.5, 5: -1.0}, (3, 4): {7: -40.0}, (3, 5): {4: -0.1}}
+    found = search_by(lambda ids: rules.get(tuple(ids), {READER_END: -0.1}), 5, spell=PIECES.get)
+    assert found[0].ids == [3, 5, 4]
+
+
+@pytest.mark.parametrize(
+    "text, piece",
+    [(" The", " the"), (",", ""), (" -", ""), (" “", ""), ("'s", "'s"), (" '", ""), ("’t", "'t"), ("well-known", "well known"),
+     (" $5", " 5"), ("É", "é"), ("你", "你"), ("a\ufffd", "<9>")],
+)  # fmt: skip
+def test_what_a_token_adds_to_the_words(text, piece):
+    assert plain_piece(text, 9) == piece
 
 
 def test_the_empty_text_comes_last_with_its_probability():

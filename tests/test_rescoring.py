@@ -113,6 +113,14 @@ def test_frames_that_cannot_spell_digits_get_a_wildcard(digits):
     assert len(digits.ctc_ids) == int(digits.known.sum()) + 1
 
 
+def test_frames_spell_in_the_projectors_own_subwords():
+    model = tiny.with_reader("Hi 18.")
+    model.config.projector_merges = model.processor.projector_merges = 0
+    (found,) = hypotheses_of(model, model.processor, [ReaderHypothesis([3, 4, 5, 6, 7, 8], [-1.0] * 6)])
+    assert [model.processor.decode_text([token]) for token in found.ctc_ids[:-1]] == [" ", "h", "i"]
+    assert found.ctc_ids[-1] == ANYTHING
+
+
 @pytest.mark.parametrize("word", ["18.", "D-E-R-E-K.", "'A-B'", "é-à", "4th"])
 def test_digits_and_spelt_words_are_judged_by_the_reader_alone(word):
     assert is_unjudged(word)
@@ -149,6 +157,17 @@ def test_with_capitals_in_training_the_llm_scores_the_text_as_it_is():
     model = tiny.with_reader(LETTERS)
     (found,) = hypotheses_of(model, model.processor, [ReaderHypothesis([3, 4, 5], [-1.0] * 3)])
     assert model.processor.decode_text(found.decoded.ids) == "Hi," and found.known.all()
+
+
+@pytest.mark.parametrize(
+    "texts, kept", [(["hhhh", "h h h h h", "h"], [0, 2, 3]), (["h h h h h", "h h h h h h"], [0, 1, 2])]
+)
+def test_loops_are_left_out_where_there_is_another_text(texts, kept):
+    model = tiny.with_reader("h ")
+    n_best = [ReaderHypothesis([3 if char == "h" else 4 for char in text], [-1.0] * len(text)) for text in texts]
+    n_best.append(ReaderHypothesis([], []))
+    found = hypotheses_of(model, model.processor, n_best)
+    assert [text.decoded.text for text in found] == [[*texts, ""][number] for number in kept]
 
 
 # Scores of the LLM
@@ -250,6 +269,13 @@ def totals(texts, monkeypatch=None, by_frames=None, log_odds=0.0, **settings):
 def test_the_weighted_sum_by_hand():
     text = hypothesis([5, 6], -4.0, [-1.0, -2.0], end_logprob=-1.0, words=["a", "b", "c"])
     assert totals([text], llm_weight=0.5, word_bonus=1.5) == pytest.approx([-4.0 + 0.5 * -4.0 + 3 * 1.5])
+
+
+def test_what_was_just_said_earns_no_bonus_again():
+    texts = [
+        hypothesis([5], words=text.split(), llm_logprobs=[0.0]) for text in ("go on", "go on, Go on go on", "no no")
+    ]
+    assert totals(texts, word_bonus=1.0) == pytest.approx([2.0, 2.0, 1.0])
 
 
 def test_frames_have_their_weight(monkeypatch):

@@ -12,6 +12,7 @@ from voxlm_hf.words_voxlm import (
     join_texts,
     match_in_order,
     match_words,
+    novel_words,
     plain_words,
     split_words,
     word_indices,
@@ -304,3 +305,19 @@ def test_rapidfuzz_is_asked_for_by_name(monkeypatch):
     monkeypatch.setattr(words_voxlm, "cdist", None)
     with pytest.raises(ImportError, match="pip install rapidfuzz"):
         match_words(["a"], ["a"])
+
+
+@pytest.mark.parametrize(
+    "text, count",
+    [
+        ("", 0),
+        ("a b c", 3),
+        ("a a a a", 1),
+        ("a b a b a b", 2),
+        ("a b a", 3),
+        ("x a b c a b c y", 5),
+        ("a a b a a b", 2),
+    ],
+)
+def test_words_that_repeat_what_was_just_said_are_not_novel(text, count):
+    assert novel_words(text.split()) == count

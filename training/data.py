@@ -22,8 +22,8 @@ from datasets.distributed import split_dataset_by_node
 from datasets.exceptions import DatasetGenerationError
 from torch.utils.data import get_worker_info
 
-from voxlm_hf.configuration_voxlm import is_number
 from voxlm_hf.decoding_voxlm import padded_batches
+from voxlm_hf.fields_voxlm import is_number
 from voxlm_hf.transcription_voxlm import error_line as line_of
 
 from .augment import Augmentation, misheard, non_speech

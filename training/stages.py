@@ -259,7 +259,9 @@ def run_stage(model, train, dev, folder: Path, seed: int, kind: str, **options):
         processes.wait_for_everyone()  # nobody may see a result that this run is about to write
         if processes.is_main_process:
             print(f"stage {number}, {kind}" + (": finished before" if finished else ""))
-        parts = {"warm_start": {"projector"}, "reader": {"reader"}, "reader_tuning": {"reader"}}.get(kind) or set(options.get("parts", []))
+        parts = {"warm_start": {"projector"}, "reader": {"reader"}, "reader_tuning": {"reader"}}.get(kind) or set(
+            options.get("parts", [])
+        )
         if finished:
             mark_trained(model, parts)
             return

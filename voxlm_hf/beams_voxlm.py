@@ -32,7 +32,7 @@ def decode_with_ctc(model, processor: VoxLMProcessor, prompt: dict, budgets: lis
     for texts, row in zip(beams, frames):
         for text, _ in texts:
             split_decoded(processor, text)
-        spelt = [[token for ids in processor.spell(plain_words(text.words)) for token in ids] for text, _ in texts]
+        spelt = [processor.spell_words(plain_words(text.words))[0] for text, _ in texts]
         ctc = text_logprobs(row, embeddings, spelt)
         scores = [logprob + model.config.ctc_weight * score for (_, logprob), score in zip(texts, ctc)]
         best.append(texts[int(np.argmax(scores))][0])

@@ -670,7 +670,7 @@ def spoken_tokens(processor: VoxLMProcessor, text: DecodedText) -> int:
     """How many tokens the projector's frames would need for a split text."""
     if processor.projector_merges is None:
         return len(text.ids)
-    return sum(map(len, processor.spell(plain_words(text.words))))
+    return len(processor.spell_words(plain_words(text.words))[0])
 
 
 def pad_ids(rows: list[list[int]], device) -> torch.Tensor:

@@ -30,16 +30,14 @@ from .request_voxlm import Request
 from .rescoring_voxlm import SILENCE_S, rescore
 from .segmentation_voxlm import AudioSegment, SegmentSpan
 from .transcription_voxlm import Segment, merge_segments, timed_words
-from .words_voxlm import plain_words
+from .words_voxlm import longest_loop, loop_units
 
 
 logger = logging.get_logger(__name__)
 
-# Longest phrase, in words, that is looked for in loops. It may come so often in a row, or so often if there are not frames
-# enough for half its tokens. Chosen by hand: people do say "no, no, no, no", not eight times.
-LOOP_WORDS, LOOP_TIMES, UNHEARD_LOOP_TIMES, UNHEARD_TOKENS_PER_FRAME = 8, 8, 3, 2.0
-# More characters without a space than this are a text in a script without spaces. Chosen by hand.
-LONGEST_WORD = 30
+# A phrase may come so often in a row, or so often if there are not frames enough for half its tokens. Chosen by hand: people do
+# say "no, no, no, no", not eight times.
+LOOP_TIMES, UNHEARD_LOOP_TIMES, UNHEARD_TOKENS_PER_FRAME = 8, 3, 2.0
 # The compression of shorter texts (bytes) says nothing: zlib's own header weighs in. Chosen by hand.
 COMPRESSION_FROM = 100
 # Shorter activity than this (seconds) may be a word or two, of which few frames carry a token. Chosen by hand.
@@ -109,11 +107,6 @@ def fired_gates(
     return fired
 
 
-def loop_units(words: list[str]) -> list[str]:
-    """What may come again and again: words without capitals and punctuation, or the characters of scripts without spaces."""
-    return [unit for word in plain_words(words) for unit in (word if len(word) > LONGEST_WORD else [word])]
-
-
 def is_loop(times: int, tokens_per_frame: float, other_gate: bool) -> bool:
     """
     Whether a phrase that comes so many times in a row is nonsense.
@@ -126,17 +119,6 @@ def is_loop(times: int, tokens_per_frame: float, other_gate: bool) -> bool:
     if times > LOOP_TIMES:
         return other_gate or tokens_per_frame > 1
     return times > UNHEARD_LOOP_TIMES and UNHEARD_TOKENS_PER_FRAME < tokens_per_frame < math.inf
-
-
-def longest_loop(words: list[str]) -> int:
-    """How often in a row a phrase of one to `LOOP_WORDS` words comes at most."""
-    most = 1
-    for length in range(1, min(LOOP_WORDS, len(words) // 2) + 1):
-        same = 0
-        for first in range(len(words) - length):
-            same = same + 1 if words[first] == words[first + length] else 0
-            most = max(most, same // length + 1)
-    return most
 
 
 def transcribe_batch(

@@ -84,6 +84,8 @@ class VoxLMASRPipeline(AutomaticSpeechRecognitionPipeline):
         # Accepted for compatibility and without effect: `stride_length_s` (segments are split at pauses and need no overlap)
         # and `truncation` (which `evaluate`'s evaluator passes to every pipeline; no audio is cut off here).
         forward = {"prompt": prompt, "chunk_length_s": chunk_length_s, **(generate_kwargs or {}), **kwargs}
+        if forward.pop("task", "transcribe") != "transcribe":  # as Whisper's pipelines are told
+            raise ValueError("The model transcribes; of `generate_kwargs['task']` it knows 'transcribe' alone")
         # The language may be `None`: it is detected then.
         forward = {name: value for name, value in forward.items() if value is not None or name == "language"}
         postprocess = {} if return_timestamps is None else {"return_timestamps": return_timestamps}

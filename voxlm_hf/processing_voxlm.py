@@ -655,11 +655,12 @@ class VoxLMProcessor(ProcessorMixin):
             batch |= word_time_targets(words, timed, batch["labels"], self.frame_s)
         return {**batch, **audio}
 
-    def spell(self, words: list[str]) -> list[list[int]]:
-        """The tokens in which a projector with `projector_merges` spells each of some plain words."""
+    def spell_words(self, words: list[str]) -> tuple[list[int], np.ndarray]:
+        """The tokens in which a projector with `projector_merges` spells plain words, and the index of the word of each."""
         if self._spelling is None or self._spelling[0] != self.projector_merges:
             self._spelling = self.projector_merges, subword_tokenizer(self.tokenizer, self.projector_merges)
-        return [encode_subwords(self._spelling[1], word) for word in words]
+        spelt = [encode_subwords(self._spelling[1], word) for word in words]
+        return [token for ids in spelt for token in ids], np.repeat(np.arange(len(words)), list(map(len, spelt)))
 
     def decode_text(self, token_ids) -> str:
         """The text of token ids, without special tokens and with white space as it is."""

@@ -7,6 +7,9 @@ ASR decoder and an LLM decode together is the idea of SALSA (Mittal et al. 2024)
 2023).
 """
 
+import functools
+import math
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -27,6 +30,12 @@ BEAM_MARGIN = 6.0
 # nothing. Chosen by hand after segments of 20-28 s ended after their first sentence (WER of the first 20 minutes of
 # LibriSpeech dev-clean, 10 speakers: 5.46 % with it); not tuned.
 LENGTH_REWARD, REPEATED_RUN = 0.4, 4
+# Candidates that one step looks at, for each hypothesis that it may keep: the likeliest may end a text or be a variant.
+CANDIDATES = 3
+# How many steps a likelier hypothesis with the same words may be behind: as many punctuation marks.
+REMEMBERED = 4
+# Ends the words of a finished text, so that they are no beginning of others.
+END_OF_WORDS = "\n"
 # Longest n-best list of one recording, without the empty text. Chosen by hand: one more than the shipped model's beams.
 MAX_HYPOTHESES = 6
 
@@ -46,6 +55,9 @@ class ReaderHypothesis:
         bias ([`BiasState`]), bonus (`float`): the hotwords in it and what they have earned, see `biasing_voxlm`.
         hotwords (`list[str]`): those in a finished text.
         shift (`float`): what makes its log-probability one behind the prompt of the others, see `with_hotword_texts`.
+        words (`str`): the text without capitals and punctuation, where the search compares texts by their words.
+        prefixes (`tuple[tuple[str, float], ...]`): `words` as they were lately, each with the log-probability of then.
+        variants (`float`): what variants in capitals and punctuation add to the log-probability of the words.
     """
 
     ids: list[int]
@@ -58,6 +70,9 @@ class ReaderHypothesis:
     bonus: float = 0.0
     shift: float = 0.0
     hotwords: list[str] = field(default_factory=list)
+    words: str = ""
+    prefixes: tuple[tuple[str, float], ...] = ()
+    variants: float = 0.0
 
     @property
     def logprob(self) -> float:
@@ -110,6 +125,8 @@ class VoxLMReader(nn.Module):
         self.register_buffer("spelling", torch.zeros(settings["spelling_size"], dtype=torch.int32))
         self.register_buffer("spelling_offsets", torch.zeros(audio_config.vocab_size + 1, dtype=torch.int32))
         self._vocabulary: ReaderVocabulary | None = None
+        # Of tokens that have come up, what `plain_piece` makes of them.
+        self.pieces: dict[int, str] = {}
 
     def init_own_tensors(self):
         """Initialise what is in no layer."""
@@ -142,6 +159,7 @@ class VoxLMReader(nn.Module):
         padded: bool = False,
         prompts: list[list[int]] | None = None,
         hotwords: list[Callable | None] | None = None,
+        spell: Callable[[int], str] | None = None,
     ) -> list[list[ReaderHypothesis]]:
         """
         The n-best list of each recording of a batch, best first.
@@ -155,43 +173,54 @@ class VoxLMReader(nn.Module):
                 whose prompts are of the same length are searched together.
             hotwords (`list[Callable]`, *optional*): for each recording `None` or a function that returns, for the ids of its best
                 text, [`Hotwords`] and a prompt for a second search, so that wrong hotwords push nothing out of the first one's.
+            spell (`Callable`, *optional*): see [`BeamSearch`].
         """
         prompts = prompts or [self.prompt_ids] * len(budgets)
         cross, mask = self._cross_attention_inputs(states, mask, self.end[:0] if padded else self.end)
-        plain = {row: (prompt, budgets[row], None) for row, prompt in enumerate(prompts)}
+        begin = functools.partial(BeamSearch, self.num_beams)
+        room = self.decoder.embed_positions.weight.shape[0]
+        plain = {
+            row: (prompt, begin(min(budgets[row], room - len(prompt)), spell)) for row, prompt in enumerate(prompts)
+        }
         n_best = self._search_all(plain, cross, mask)
         again = {}
         for row, sought in enumerate(hotwords or []):
             if sought is not None:
                 words, prompt = sought(n_best[row][0].ids)
-                again[row] = (prompt, budgets[row], words)
+                again[row] = (prompt, begin(min(budgets[row], room - len(prompt)), hotwords=words))
         for row, biased in self._search_all(again, cross, mask).items():
-            prompt, _, words = again[row]
-            logprob = self._logprob(prompt, n_best[row][0], *_select_rows(cross, mask, [row]))
-            n_best[row] = with_hotword_texts(n_best[row], biased, words, logprob)
+            prompt, search = again[row]
+            lost = self._lost_by(prompt, n_best[row][0], *_select_rows(cross, mask, [row]))
+            n_best[row] = with_hotword_texts(n_best[row], biased, search.hotwords, lost)
         return list(n_best.values())
 
-    def _logprob(self, prompt: list[int], text: ReaderHypothesis, cross, mask) -> float:
-        """The log-probability of a text behind another prompt than it was found with; the rest is of its one recording."""
+    def _lost_by(self, prompt: list[int], text: ReaderHypothesis, cross, mask) -> float:
+        """
+        How much less likely, in nats, a text is behind another prompt than that which it was found with; of a long text, as much
+        of it as fits behind the prompt. `cross` and `mask` are of its one recording.
+        """
         answer = [*text.ids, *([self.eos_token_id] if text.ended else [])]
+        answer = answer[: self.decoder.embed_positions.weight.shape[0] - len(prompt)]
         ids = torch.tensor([[[*prompt, *answer]]], device=mask.device)
         hidden_states = self._hidden_states(ids[..., :-1], 0, cross, mask, [None] * len(cross))
         logits = self._logits(hidden_states[0, 0, len(prompt) - 1 :], self._forbidden_tokens())
-        return float(logits.log_softmax(-1).gather(-1, ids[0, 0, len(prompt) :, None]).sum())
+        behind = float(logits.log_softmax(-1).gather(-1, ids[0, 0, len(prompt) :, None]).sum())
+        return sum([*text.logprobs, text.end_logprob][: len(answer)]) - behind
 
-    def _search_all(self, asked: dict[int, tuple], cross, mask) -> dict[int, list[ReaderHypothesis]]:
+    def _search_all(
+        self, asked: dict[int, tuple[list[int], "BeamSearch"]], cross, mask
+    ) -> dict[int, list[ReaderHypothesis]]:
         """
         The n-best lists of some recordings of a batch.
 
         Args:
-            asked (`dict[int, tuple[list[int], int, Hotwords | None]]`): prompt, token budget and hotwords by recording.
+            asked (`dict[int, tuple[list[int], BeamSearch]]`): prompt and search by recording.
             cross, mask: of `_cross_attention_inputs`, for all recordings.
         """
-        room, searches = self.decoder.embed_positions.weight.shape[0], {}
+        searches = {row: search for row, (_, search) in asked.items()}
         lengths: dict[int, list[int]] = {}
-        for row, (prompt, budget, words) in asked.items():
-            searches[row] = BeamSearch(self.num_beams, min(budget, room - len(prompt)), words)
-            if searches[row].open:
+        for row, (prompt, search) in asked.items():
+            if search.open:
                 lengths.setdefault(len(prompt), []).append(row)
         for rows in lengths.values():
             self._search(searches, rows, [asked[row][0] for row in rows], *_select_rows(cross, mask, rows))
@@ -395,16 +424,24 @@ def _select_rows(cross, mask, rows: list[int]):
 
 class BeamSearch:
     """
-    The hypotheses of one recording while they grow.
+    The hypotheses of one recording while they grow. Of those with the same words, which differ in capitals and punctuation
+    only, the likeliest goes on: variants of one text would take the places of other texts.
 
     Args:
         width (`int`): most hypotheses at a time.
         budget (`int`): most tokens.
+        spell (`Callable`, *optional*): function from a token to what it adds to a text's words, see `plain_piece`. Without one
+            all texts are different.
         hotwords ([`Hotwords`], *optional*): what earns a hypothesis a bonus.
     """
 
-    def __init__(self, width: int, budget: int, hotwords: Hotwords | None = None):
-        self.width, self.budget, self.hotwords = width, budget, hotwords
+    def __init__(
+        self, width: int, budget: int, spell: Callable[[int], str] | None = None, hotwords: Hotwords | None = None
+    ):
+        self.width, self.budget, self.spell, self.hotwords = width, budget, spell, hotwords
+        # The best log-probability of any hypothesis with these words, and those of the variants that were dropped for it.
+        self.likeliest: dict[str, float] = {}
+        self.dropped: dict[str, set[float]] = {}
         self.open = [ReaderHypothesis([], [])] if budget > 0 else []
         self.finished: list[ReaderHypothesis] = []
         self.empty: ReaderHypothesis | None = None
@@ -426,7 +463,7 @@ class BeamSearch:
         if self.hotwords is not None:
             changes = torch.stack([self.hotwords.changes(text.bias) for text in self.open]).to(totals)
             totals = totals + changes
-        best = totals.flatten().topk(min(2 * self.width, totals.numel())).indices.tolist()
+        best = totals.flatten().topk(min(CANDIDATES * self.width, totals.numel())).indices.tolist()
         if self.empty is None:
             self.empty = ReaderHypothesis([], [], float(logprobs[0, eos_token_id]))
         done = sorted((text.score for text in self.finished), reverse=True)
@@ -443,12 +480,13 @@ class BeamSearch:
             if token == eos_token_id:
                 text = replace(before.finished(logprob), bonus=bonus)
                 if before.ids and text.score >= floor:
-                    self.finished.append(text)
+                    self._finish(text)
             elif len(grown) < self.width:
-                text = before.followed_by(token, logprob)
+                text = self._with_words(before, before.followed_by(token, logprob))
                 if self.hotwords is not None:
                     text = replace(text, bias=self.hotwords.advance(before.bias, token), bonus=bonus)
-                if text.score >= floor:
+                # The likeliest goes on in any case: what was likelier with the same words may have come to nothing.
+                if text.score >= floor and (self._is_likeliest(text) or not grown):
                     grown.append(text)
                     parents.append(parent)
         self.open = grown
@@ -457,6 +495,47 @@ class BeamSearch:
             self.open = []
         return parents if self.open else []
 
+    def _with_words(self, before: ReaderHypothesis, text: ReaderHypothesis) -> ReaderHypothesis:
+        """A hypothesis that is `before` and one more token, with its words."""
+        if self.spell is None:
+            return text
+        piece = self.spell(text.ids[-1])
+        if not piece:
+            return replace(text, words=before.words, prefixes=before.prefixes)
+        words = before.words + piece
+        return replace(text, words=words, prefixes=(*before.prefixes[1 - REMEMBERED :], (words, text.logprob)))
+
+    def _is_likeliest(self, text: ReaderHypothesis) -> bool:
+        """Whether no likelier hypothesis has, or lately had, the same words; punctuation puts it some steps behind others."""
+        for words, logprob in text.prefixes:
+            if self.likeliest.get(words, -float("inf")) > logprob:
+                self.dropped.setdefault(words, set()).add(logprob)
+                return False
+        self.likeliest.update(text.prefixes[-1:])
+        return True
+
+    def _finish(self, text: ReaderHypothesis):
+        """Add a finished hypothesis, in the place of a variant that is less likely."""
+        if self.spell is not None:
+            words = text.words + END_OF_WORDS
+            text = replace(text, words=words, prefixes=((words, text.logprob),))
+            if not self._is_likeliest(text):
+                return
+            for variant in self.finished:
+                if variant.words == words:
+                    self.dropped.setdefault(words, set()).add(variant.logprob)
+            self.finished = [other for other in self.finished if other.words != words]
+        self.finished.append(text)
+
+    def _with_variants(self, text: ReaderHypothesis) -> ReaderHypothesis:
+        """A finished hypothesis with the probability of the variants that were dropped on its way."""
+        shares = [
+            sum(math.exp(logprob - self.likeliest[words]) for logprob in logprobs)
+            for words, logprobs in self.dropped.items()
+            if text.words.startswith(words)
+        ]
+        return replace(text, variants=sum(map(math.log1p, shares)))
+
     def n_best(self) -> list[ReaderHypothesis]:
         """
         The finished hypotheses within `BEAM_MARGIN` of the best, best first; last, whatever its score, the empty text, which
@@ -464,35 +543,53 @@ class BeamSearch:
         """
         ranked = sorted(self.finished, key=lambda text: -text.score)[:MAX_HYPOTHESES]
         likely = [text for text in ranked if text.score >= ranked[0].score - BEAM_MARGIN]
-        return [*likely, self.empty or ReaderHypothesis([], [], ended=False)]
+        return [*map(self._with_variants, likely), self.empty or ReaderHypothesis([], [], ended=False)]
 
 
 def with_hotword_texts(
-    plain: list[ReaderHypothesis], biased: list[ReaderHypothesis], hotwords: Hotwords, logprob: float
+    plain: list[ReaderHypothesis], biased: list[ReaderHypothesis], hotwords: Hotwords, lost: float
 ) -> list[ReaderHypothesis]:
     """
     The n-best list of a search without hotwords and, between it and the empty text, the hypotheses of a search with them that
     have more of them than its best one.
 
     Both searches started from other prompts. So that their log-probabilities can be compared, those of the second are shifted by
-    how much likelier the best text of the first is behind the first one's.
+    what the best text of the first lost by the other prompt, and by what its variants add to it.
 
     Args:
         plain, biased (`list[ReaderHypothesis]`): of `BeamSearch.n_best`.
         hotwords ([`Hotwords`])
-        logprob (`float`): of the best text of the first search behind the prompt of the second.
+        lost (`float`): by the best text, in nats.
     """
     plain, biased = ([with_found(text, hotwords) for text in texts] for texts in (plain, biased))
     had, known = plain[0].bonus, [text.ids for text in plain]
     more = [text for text in biased[:-1] if text.bonus > had and text.ids not in known]
-    shift = plain[0].logprob - logprob
-    return [*plain[:-1], *(replace(text, shift=shift) for text in more), plain[-1]]
+    return [*plain[:-1], *(replace(text, shift=lost + plain[0].variants) for text in more), plain[-1]]
 
 
 def with_found(text: ReaderHypothesis, hotwords: Hotwords) -> ReaderHypothesis:
     """A finished hypothesis with the hotwords in it and their bonus."""
     state = BiasState(found=hotwords.found_in(text.ids))
     return replace(text, hotwords=[hotwords.words[number] for number in state.found], bonus=hotwords.bonus(state))
+
+
+def plain_piece(text: str, token: int) -> str:
+    """
+    What a token adds to a text's words: lower case, without punctuation and symbols other than apostrophes inside words.
+
+    Args:
+        text (`str`): what the token spells; with a replacement character where it is a part of one.
+        token (`int`): its id, which stands for what cannot be compared by letters.
+    """
+    if "\ufffd" in text:
+        return f"<{token}>"
+    text = text.replace("’", "'").replace("-", " ")
+    kept = [
+        char.lower()
+        for place, char in enumerate(text)
+        if unicodedata.category(char)[0] not in "PS" or char == "'" and text[place + 1 : place + 2].isalpha()
+    ]
+    return "".join(kept) if any(not char.isspace() for char in kept) else ""
 
 
 def token_table(audio_tokenizer, tokenizer, suppressed: list[int]) -> tuple[torch.Tensor, torch.Tensor]:

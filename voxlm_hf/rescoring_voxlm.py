@@ -33,8 +33,8 @@ from .decoding_voxlm import (
 from .loading_voxlm import without_lora
 from .placeholders_voxlm import cache_of
 from .processing_voxlm import VoxLMProcessor
-from .reader_voxlm import LENGTH_REWARD, ReaderHypothesis
-from .words_voxlm import encode_words, plain_words
+from .reader_voxlm import LENGTH_REWARD, ReaderHypothesis, plain_piece
+from .words_voxlm import encode_words, longest_loop, loop_units, novel_words, plain_words
 
 
 # Text tokens that are scored over the LLM's whole vocabulary at once. Chosen for memory: from 256 to 160 the first 7 minutes
@@ -48,6 +48,9 @@ JUDGES = ("llm_weight", "ctc_weight")
 # A word spelt letter by letter. LLM and frames cannot judge it, and its letters are no words that would earn a bonus, so it
 # would always lose against a shorter spelling ("DEREK"); the reader's own reward for length makes up for that.
 SPELT_OUT = re.compile(r"\W*\w(-\w)+\W*")
+# A phrase that comes more often in a row is a loop of the decoder where it proposes another text, too. Chosen by hand: people do
+# say "no, no, no, no".
+LOOP_TIMES = 4
 # Short unpadded audio is not what a decoder has learnt from: of 5 of 41 studio sentences of 2-4 s it left out most words, and
 # others it wrote twice. Its list shows it: the empty text is likelier than this (a log-probability), or the tokens of the first
 # text are outside these shares of the visible frames (too few of at least three, so that single words do not count). A second
@@ -69,8 +72,8 @@ class Hypothesis:
         decoded ([`DecodedText`]): the text in the LLM's tokens; `score_hypotheses` adds the LLM's states and scores.
         known (`torch.BoolTensor` of shape `(tokens,)`): which of the tokens the LLM can judge: all but those of hotwords and,
             where it was trained on texts without them, of digits and words spelt letter by letter.
-        ctc_ids (`list[int]`): without capitals and punctuation, as the projector's frames spell it; `ANYTHING` stands for
-            words that they cannot spell: numbers in digits, words spelt letter by letter, hotwords.
+        ctc_ids (`list[int]`): as the projector's frames spell it. `ANYTHING` stands for hotwords and, where they are without
+            capitals and punctuation, for words that they cannot spell: numbers in digits, words spelt letter by letter.
         reader_logprob (`float`): the reader's log-probability of the whole text.
         unjudged_tokens (`int`): number of the reader's tokens in such words, without the first of each word.
         end_logprob (`float`): the LLM's log-probability of the text ending there.
@@ -112,24 +115,14 @@ def hypotheses_of(model, processor: VoxLMProcessor, n_best: list, budget: float 
         text, words = processor.decode_text(flat).strip(), processor.split_words(flat)
         surface = [word.text for word in words]
         plain_ids, plain_token_words = processor.encode_words(text, surface, plain_words(surface))
-        key = tuple(plain_ids)
+        key, logprob = tuple(plain_ids), proposed.logprob + proposed.variants
         if key in hypotheses:
             same = hypotheses[key]
-            same.reader_logprob = float(np.logaddexp(same.reader_logprob, proposed.logprob))
+            same.reader_logprob = float(np.logaddexp(same.reader_logprob, logprob))
             continue
-        hot = {word for hotword in proposed.hotwords for word in plain_words(hotword.split())}
-        # Rare as they are, LLM and frames would undo hotwords.
-        expected = np.array([word.removesuffix("'s") in hot for word in plain_words(surface)], dtype=bool)
-        unjudged = expected | np.array([is_unjudged(word) for word in surface], dtype=bool)
-        if model.config.judges_without_audio:
-            ids, token_words = encode_words(processor.tokenizer, text, surface, surface)
-            known = torch.tensor([not expected[word] for word in token_words], dtype=torch.bool)
-        elif model.config.reader_config["plain_text"]:
-            ids, token_words = plain_ids, plain_token_words
-            known = torch.tensor([not unjudged[word] for word in token_words], dtype=torch.bool)
-        else:
-            ids, token_words = processor.encode_words(text, surface, surface)
-            known = torch.tensor([not expected[word] for word in token_words], dtype=torch.bool)
+        ids, token_words, known, ctc_ids = _judged_tokens(
+            model, processor, text, surface, (plain_ids, plain_token_words), proposed.hotwords
+        )
         owners = _word_owners(groups, words)
         decoded = DecodedText(
             ids,
@@ -144,21 +137,45 @@ def hypotheses_of(model, processor: VoxLMProcessor, n_best: list, budget: float 
         )
         # A word that comes again earns nothing, so that loops do not.
         novel = {word: len(parts) - 1 for word, parts in zip(surface, owners) if is_unjudged(word)}
-        if processor.projector_merges is None:
-            ctc_ids = _with_wildcards(plain_ids, unjudged[plain_token_words])
-        else:
-            spelt = [(token, word) for word, ids in enumerate(processor.spell(plain_words(surface))) for token in ids]
-            ctc_ids = _with_wildcards([token for token, _ in spelt], unjudged[[word for _, word in spelt]])
         hypotheses[key] = Hypothesis(
             decoded,
             known,
             ctc_ids,
-            proposed.logprob,
+            logprob,
             sum(novel.values()),
             reader_score=proposed.score,
             hotword_bonus=proposed.bonus,
         )
-    return list(hypotheses.values())
+    return without_loops(list(hypotheses.values()))
+
+
+def without_loops(texts: list[Hypothesis]) -> list[Hypothesis]:
+    """The hypotheses in which no phrase comes more often in a row than anybody says it; all if there is no other with words."""
+    kept = [text for text in texts if longest_loop(loop_units(text.decoded.words)) <= LOOP_TIMES]
+    return kept if any(text.decoded.ids for text in kept) else texts
+
+
+def _judged_tokens(model, processor, text: str, surface: list[str], plain: tuple, hotwords: list[str]) -> tuple:
+    """
+    `ids`, `token_words`, `known` and `ctc_ids` of a [`Hypothesis`].
+
+    Args:
+        text (`str`), surface (`list[str]`): the text and its words.
+        plain (`tuple[list[int], np.ndarray]`): of `encode_words`, without capitals and punctuation.
+        hotwords (`list[str]`): those in the text.
+    """
+    settings, cased = model.config.reader_config, processor.encode_words(text, surface, surface)
+    hot = {word for hotword in hotwords for word in plain_words(hotword.split())}
+    # Rare as they are, LLM and frames would undo hotwords.
+    expected = np.array([word.removesuffix("'s") in hot for word in plain_words(surface)], dtype=bool)
+    unjudged = expected | np.array([is_unjudged(word) for word in surface], dtype=bool)
+    if model.config.judges_without_audio:
+        (ids, words), unknown = encode_words(processor.tokenizer, text, surface, surface), expected
+    else:
+        (ids, words), unknown = (plain, unjudged) if settings["plain_text"] else (cased, expected)
+    known = torch.tensor([not unknown[word] for word in words], dtype=torch.bool)
+    ctc_ids, ctc_words = plain if processor.projector_merges is None else processor.spell_words(plain_words(surface))
+    return ids, words, known, _with_wildcards(ctc_ids, unjudged[ctc_words])
 
 
 def is_unjudged(word: str) -> bool:
@@ -292,6 +309,12 @@ def propose(
 
     settings = model.config.reader_config
 
+    def spell(token: int) -> str:
+        pieces = model.reader.pieces
+        if token not in pieces:
+            pieces[token] = plain_piece(processor.decode_text(model.reader.to_llm_tokens([token])[0]), token)
+        return pieces[token]
+
     def decode(audio, budgets, requests, padded=False):
         room = model.reader.prompt_room
         prompts = [request.reader_prompt(settings, room) for request in requests]
@@ -299,7 +322,8 @@ def propose(
             functools.partial(request.hotword_search, settings, room) if request.hotwords else None
             for request in requests
         ]
-        n_best = model.reader(audio.last_hidden_state, audio.frame_mask, budgets, padded, prompts, searches)
+        states, mask = audio.last_hidden_state, audio.frame_mask
+        n_best = model.reader(states, mask, budgets, padded, prompts, searches, spell)
         return [hypotheses_of(model, processor, *row) for row in zip(n_best, budgets)]
 
     if in_window or settings["in_window"] and batch.clips is not None:
@@ -351,7 +375,8 @@ def weights_of(settings: dict) -> np.ndarray:
 def evidence(texts: list[Hypothesis], frames: CTCFrames | None, embeddings: torch.Tensor) -> np.ndarray:
     """
     What hypotheses are chosen by, `(hypotheses, 5)`: the log-probabilities of reader (with the bonus of hotwords), LLM and CTC,
-    the number of words, and the number of tokens in words that only the reader can judge. The reader's is minus infinity for the empty text where CTC is
+    the number of words that do not repeat what was just said, and the number of tokens in words that only the reader can judge.
+    The reader's is minus infinity for the empty text where CTC is
     sure of speech.
 
     Args:
@@ -373,7 +398,7 @@ def evidence(texts: list[Hypothesis], frames: CTCFrames | None, embeddings: torc
                 text.reader_logprob + text.hotword_bonus if is_possible else -np.inf,
                 text.llm_logprob,
                 score,
-                len(text.decoded.words),
+                novel_words(loop_units(text.decoded.words)),
                 text.unjudged_tokens,
             ]
             for text, score, is_possible in zip(texts, ctc, possible)

@@ -17,6 +17,10 @@ except ImportError:
 
 # Unicode names of the scripts that are written without spaces between words begin with these.
 NO_SPACE_SCRIPTS = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
+# Longest phrase, in words, that is looked for in loops. Chosen by hand.
+LOOP_WORDS = 8
+# More characters without a space than this are a text in a script without spaces. Chosen by hand.
+LONGEST_WORD = 30
 # Costs of `match_words`: a substitution costs at most this, by how differently the words are spelt, and a word on one
 # side only costs GAP. Chosen by hand so that two unlike words are matched rather than both left out (1.2 < 2 x 0.7).
 SUBSTITUTION, GAP = 1.2, 0.7
@@ -153,6 +157,32 @@ def plain_words(words: list[str]) -> list[str]:
         bare = word[kept[0] : kept[-1] + 1].lower() if kept else word
         plain.append(bare.replace("-", " ").replace("’", "'") if kept else word)
     return plain
+
+
+def loop_units(words: list[str]) -> list[str]:
+    """What may come again and again: words without capitals and punctuation, or the characters of scripts without spaces."""
+    return [unit for word in plain_words(words) for unit in (word if len(word) > LONGEST_WORD else [word])]
+
+
+def longest_loop(words: list[str]) -> int:
+    """How often in a row a phrase of one to `LOOP_WORDS` words comes at most."""
+    most = 1
+    for length in range(1, min(LOOP_WORDS, len(words) // 2) + 1):
+        same = 0
+        for first in range(len(words) - length):
+            same = same + 1 if words[first] == words[first + length] else 0
+            most = max(most, same // length + 1)
+    return most
+
+
+def novel_words(words: list[str]) -> int:
+    """How many words are not in a phrase of one to `LOOP_WORDS` words that has just been said."""
+    repeated = set()
+    for length in range(1, min(LOOP_WORDS, len(words) // 2) + 1):
+        for end in range(2 * length, len(words) + 1):
+            if words[end - length : end] == words[end - 2 * length : end - length]:
+                repeated.update(range(end - length, end))
+    return len(words) - len(repeated)
 
 
 def join_texts(texts: list[str]) -> str:

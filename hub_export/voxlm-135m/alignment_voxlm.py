@@ -116,6 +116,7 @@ class VoxLMSpellingAlignmentHead(nn.Module):
     def __init__(self, audio_size: int, hidden_size: int, num_blocks: int):
         super().__init__()
         self.spelling = nn.Embedding(256, hidden_size)
+        self.text_norm = nn.LayerNorm(hidden_size)
         self.text_blocks = nn.ModuleList([VoxLMConvNeXtBlock(hidden_size, 9, 2) for _ in range(num_blocks)])
         self.query_norm = nn.LayerNorm(hidden_size)
         self.frame_norm = nn.LayerNorm(audio_size)
@@ -139,7 +140,7 @@ class VoxLMSpellingAlignmentHead(nn.Module):
             [`AlignmentScores`] with one row of `tokens` for each byte, unnormalised and in float32.
         """
         dtype = self.frame_proj.weight.dtype
-        queries, text_mask = self.spelling(spelling), (spelling != NO_BYTE).unsqueeze(-1).to(dtype)
+        queries, text_mask = self.text_norm(self.spelling(spelling)), (spelling != NO_BYTE).unsqueeze(-1).to(dtype)
         for block in self.text_blocks:
             queries = block(queries, text_mask)
         mask = frame_mask.unsqueeze(-1).to(dtype)

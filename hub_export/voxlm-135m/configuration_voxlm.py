@@ -1,9 +1,7 @@
 """Configuration of VoxLM: an audio encoder, a projector, a causal LLM with LoRA and an alignment head."""
 
 import functools
-import math
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -27,6 +25,20 @@ from huggingface_hub.dataclasses import strict  # noqa: E402
 from huggingface_hub.errors import StrictDataclassError  # noqa: E402
 from transformers import CONFIG_MAPPING, AutoConfig  # noqa: E402
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec  # noqa: E402
+
+from .fields_voxlm import (  # noqa: E402
+    DEEPEST,
+    DEFAULT_LORA,
+    DEFAULT_READER,
+    LORA_DESCRIPTION,
+    LORA_FIELDS,
+    LORA_NO_EFFECT,
+    MOST_TOKENS,
+    READER_FIELDS,
+    REFERENCE_FIELDS,
+    WIDEST,
+    is_number,
+)
 
 
 # preset -> (audio encoder, causal LLM, fields that differ from the defaults)
@@ -52,32 +64,11 @@ DEFAULT_GATES = {
     "tokens_per_frame": 0.5,
 }
 
-# Rank and alpha are those of the original VoxLM.
-DEFAULT_LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
-
-# `llm_weight` and `word_bonus` are from the best of 90 combinations on 150 sentences by synthetic voices (flite, festival,
-# espeak-ng), which had a `ctc_weight` of 0.1; that needs a token mixture, so it is 0 by default. With fewer than a hundred
-# learned end frames the decoder does not know where to stop.
-DEFAULT_READER = {
-    "prompt_ids": [],
-    "eos_token_id": 0,
-    "end_frames": 100,
-    "spelling_size": 0,
-    "num_beams": 5,
-    "llm_weight": 0.3,
-    "ctc_weight": 0.0,
-    "word_bonus": 1.0,
-    "llm_prompt": "audio",
-    "plain_text": False,
-}
 
 # Temperatures at which a text that fires a gate is sampled anew, at most. Chosen by hand within Whisper's range of 0 to 1.
 DEFAULT_TEMPERATURES = (0.2, 0.6, 1.0)
 
 
-# Widest layer, most layers and largest vocabulary of any model that is known, times ten at least. A config beyond them is
-# broken, and building its model would never end.
-WIDEST, DEEPEST, MOST_TOKENS = 2**20, 2000, 2**24
 # Least and largest values of numeric fields; fields may be `None` where that is their default.
 LIMITS = {
     "projector_encoder_layers": (0, DEEPEST),
@@ -100,121 +91,6 @@ BASE_LIMITS = {
     **dict.fromkeys(("max_source_positions", "max_target_positions"), (1, MOST_TOKENS)),
     **dict.fromkeys(("num_hidden_layers", "encoder_layers", "decoder_layers", "n_layer"), (0, DEEPEST)),
     "vocab_size": (1, MOST_TOKENS),
-}
-
-
-def is_number(value, least=-math.inf, most=math.inf) -> bool:
-    """Whether a value is a finite number within limits; bools are none."""
-    return (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-        and least <= value <= most
-    )
-
-
-def _is_count(value, least=0, most=WIDEST) -> bool:
-    """Whether a value is an integer within limits; bools are none."""
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
-
-
-def _is_names(value) -> bool:
-    """Whether a value is a name or a list of at least one."""
-    names = [value] if isinstance(value, str) else value
-    return isinstance(names, (list, tuple)) and bool(names) and all(isinstance(name, str) and name for name in names)
-
-
-def _is_expression(value) -> bool:
-    """Whether a value is a regular expression, of which a name is one."""
-    try:
-        return isinstance(value, str) and bool(value) and re.compile(value) is not None
-    except (re.error, OverflowError, RecursionError):  # a count or a nesting beyond what `re` can hold
-        return False
-
-
-def _is_targets(value) -> bool:
-    """Whether a value is a list of names or a regular expression."""
-    return _is_expression(value) if isinstance(value, str) else _is_names(value)
-
-
-def _is_pattern(valid: Callable) -> Callable:
-    """A check for a dict from regular expressions to values that are `valid`."""
-    return lambda value: isinstance(value, dict) and all(_is_expression(k) and valid(v) for k, v in value.items())
-
-
-# The fields of `lora_config`: those of `peft.LoraConfig` that change nothing but LoRA's own weights, so that a checkpoint
-# holds the base's weights and LoRA's, and merging is exact. Of each its check and what it must be.
-LORA_FIELDS = {
-    "r": (lambda value: _is_count(value, 1), "a positive integer"),
-    "lora_alpha": (lambda value: is_number(value) and value > 0, "a number above 0"),
-    "lora_dropout": (lambda value: is_number(value, 0) and value < 1, "a number in [0, 1)"),
-    "target_modules": (_is_targets, 'a list of names, a regular expression or "all-linear"'),
-    "exclude_modules": (lambda value: value is None or _is_targets(value), "a list of names or a regular expression"),
-    "use_rslora": (lambda value: isinstance(value, bool), "true or false"),
-    "use_dora": (lambda value: isinstance(value, bool), "true or false"),
-    "layers_to_transform": (
-        lambda value: (
-            value is None or _is_count(value) or isinstance(value, (list, tuple)) and all(map(_is_count, value))
-        ),
-        "a layer's number or a list of them",
-    ),
-    "layers_pattern": (
-        lambda value: (
-            value is None or _is_names(value) and all(map(_is_expression, [value] if isinstance(value, str) else value))
-        ),
-        "a name (or regular expression) or a list of them",
-    ),
-    "rank_pattern": (
-        _is_pattern(lambda value: _is_count(value, 1)),
-        "positive integers by name (or regular expression)",
-    ),
-    "alpha_pattern": (
-        _is_pattern(lambda value: is_number(value) and value > 0),
-        "numbers above 0 by name (or regular expression)",
-    ),
-    "init_lora_weights": (lambda value: value in (True, "gaussian"), 'true or "gaussian"'),
-}
-# Other fields of `peft.LoraConfig`, with values that mean the same as their absence; `None`, `False` and what is empty mean
-# that for every field.
-LORA_NO_EFFECT = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    "megatron_core": ("megatron.core",),
-    "qalora_group_size": (16,),
-    "runtime_config": ({"ephemeral_gpu_offload": False},),
-}
-# Fields that describe an adapter and change nothing.
-LORA_DESCRIPTION = (
-    "task_type",
-    "peft_version",
-    "base_model_name_or_path",
-    "revision",
-    "inference_mode",
-    "auto_mapping",
-)
-
-READER_FIELDS = {
-    "prompt_ids": (
-        lambda value: (
-            isinstance(value, (list, tuple)) and bool(value) and all(_is_count(v, 0, MOST_TOKENS) for v in value)
-        ),
-        "a list of token ids, not empty",
-    ),
-    "eos_token_id": (lambda value: _is_count(value, 0, MOST_TOKENS), "a token id"),
-    "end_frames": (lambda value: _is_count(value, 0, 10_000), "an integer from 0 to 10000"),
-    "spelling_size": (lambda value: _is_count(value, 0, 2**28), "the length of a table"),
-    "num_beams": (lambda value: _is_count(value, 1, 1000), "an integer from 1 to 1000"),
-    "llm_weight": (is_number, "a finite number"),
-    "ctc_weight": (is_number, "a finite number"),
-    "word_bonus": (is_number, "a finite number"),
-    "llm_prompt": (lambda value: value in ("audio", "none"), '"audio" or "none"'),
-    "plain_text": (lambda value: isinstance(value, bool), "true or false"),
-}
-
-REFERENCE_FIELDS = {
-    "name": (lambda value: isinstance(value, str) and bool(value), "a folder or a Hub id"),
-    "revision": (lambda value: value is None or isinstance(value, str) and bool(value), "a commit or null"),
-    "sha256": (lambda value: isinstance(value, str) and len(value) == 64, "64 hexadecimal digits"),
 }
 
 
@@ -358,7 +234,17 @@ class VoxLMConfig(PreTrainedConfig):
             rescores its hypotheses (see `rescoring_voxlm`): "llm_weight" and "ctc_weight", weights of the log-probabilities
             beside the reader's; "word_bonus" for each word; "llm_prompt", "audio" for the LLM with LoRA behind audio and prompt,
             "none" for the base LLM as a plain language model, which never hears anything; "plain_text", whether the LLM with
-            LoRA was trained on texts without capitals and punctuation.
+            LoRA was trained on texts without capitals and punctuation. "language": code of the language in which it
+            decodes unless asked for another, and which LLM and projector were trained on; "llm_weights": the LLM's weight by code
+            of any other language, 0 where it is missing: the reader alone decides there. "languages": the decoder's token by code
+            of language, empty for a model of one language; "previous_id": the token in front of a text before (context,
+            hotwords). "alignment_heads": layers and heads of its cross-attention that follow the audio, for word times without a
+            trained alignment head. "in_window": whether the reader decodes each segment padded with silence to the encoder's
+            window, for end frames that are not trained.
+        projector_trained (`bool`, defaults to `True`), alignment_trained (`bool`, defaults to `True`):
+            Whether projector and alignment head have been trained; `from_base_models` makes new ones, and training them changes
+            it. With a reader, an untrained projector is left out: the LLM judges texts as a plain language model, and CTC and
+            frame gate say nothing. Without a trained alignment head the reader's cross-attention gives the word times.
         alignment_kind (`"frames"`, `"spelling"` or `"cross_attention"`, defaults to `"frames"`):
             `"frames"`: scores of the LLM's text states on the encoder's own frames. `"spelling"`: scores of the text's letters on
             the same frames, independent of the LLM. `"cross_attention"`: the original VoxLM's, for converted checkpoints:
@@ -411,6 +297,8 @@ class VoxLMConfig(PreTrainedConfig):
     frame_gate_threshold: int | float | None = None
     ctc_weight: int | float = 0.0
     reader_config: dict | None = None
+    projector_trained: bool = True
+    alignment_trained: bool = True
     alignment_kind: Literal["frames", "spelling", "cross_attention"] = "frames"
     alignment_hidden_size: int = 192
     alignment_num_blocks: int = 2
@@ -472,6 +360,7 @@ class VoxLMConfig(PreTrainedConfig):
         """Raise a `ValueError` for fields of the projector that do not go together."""
         kind, mixes = self.projector_kind, self.projector_readout == "token_mixture"
         gated, whole_vocabulary = self.frame_gate_threshold is not None, not self.projector_vocab_size
+        spells = whole_vocabulary or self.projector_merges is not None
         message = "`projector_readout='token_mixture'` needs a `frame_gate_threshold`: not every frame is a token"
         _require(gated or not mixes, message)
         copied, audio = self.projector_encoder_layers, self.audio_config
@@ -488,10 +377,11 @@ class VoxLMConfig(PreTrainedConfig):
             ("reader_config['ctc_weight']", (self.reader_config or {}).get("ctc_weight")),
         ):
             message = (
-                f"`{name}` above 0 needs `projector_readout='token_mixture'` without a `projector_vocab_size`: only then can "
+                f"`{name}` above 0 needs `projector_readout='token_mixture'`, and with a `projector_vocab_size` also "
+                "`projector_merges`: only then can "
                 "frames be scored as any of the LLM's tokens"
             )
-            _require(not weight or mixes and whole_vocabulary, message)
+            _require(not weight or mixes and spells, message)
 
     def validate_alignment(self):
         """Raise a `ValueError` for fields of the alignment head that do not go together."""
@@ -530,12 +420,36 @@ class VoxLMConfig(PreTrainedConfig):
         _require_fields("quality_gates", self.quality_gates, gates)
         if self.reader_config is not None:
             _require_fields("reader_config", self.reader_config, READER_FIELDS)
+            self._validate_languages()
+            self._validate_heads()
         temperatures = self.fallback_temperatures
         message = f"`fallback_temperatures` must be finite numbers above 0, got {temperatures}"
         _require(all(is_number(temperature) and temperature > 0 for temperature in temperatures), message)
         self._validate_lora()
         self._validate_calibration()
         self._validate_bases()
+
+    def _validate_languages(self):
+        """Raise a `ValueError` for languages of the reader that do not go together."""
+        reader = self.reader_config
+        own, languages = reader["language"], reader["languages"]
+        if languages:
+            message = f"`reader_config['language']` is {own!r}, which is none of `reader_config['languages']`"
+            _require(own in languages, message)
+            message = f"`reader_config['prompt_ids']` lacks the token of the language {own!r}, {languages[own]}"
+            _require(languages[own] in reader["prompt_ids"], message)
+        unknown = [code for code in reader["llm_weights"] if code not in languages]
+        message = f"`reader_config['llm_weights']` names {unknown}, which are none of `reader_config['languages']`"
+        _require(not unknown, message)
+
+    def _validate_heads(self):
+        """Raise a `ValueError` for alignment heads that the audio model's decoder does not have."""
+        layers, heads = (
+            getattr(self.audio_config, name, None) for name in ("decoder_layers", "decoder_attention_heads")
+        )
+        for layer, head in self.reader_config.get("alignment_heads") or []:
+            message = f"`reader_config['alignment_heads']` names head {head} of layer {layer}, the decoder has {heads} in {layers}"
+            _require(layers is None or heads is None or layer < layers and head < heads, message)
 
     def _validate_lora(self):
         """Raise a `ValueError` for a `lora_config` that peft would refuse, or with which saving or merging would not be exact."""

@@ -49,7 +49,9 @@ class CTCFrames:
 
 def ctc_frames(model, audio) -> list[CTCFrames]:
     """The frames of each recording of a batch ([`VoxLMAudioOutput`] with `ctc_states`)."""
-    embeddings = model.get_input_embeddings().weight
+    embeddings, token_ids = model.get_input_embeddings().weight, model.projector.token_ids
+    if token_ids is not None:
+        embeddings = embeddings[token_ids]
     scaled, mask = audio.ctc_states * model.projector.log_scale.exp(), audio.audio_embeds_mask.bool()
     rows = []
     for queries, log_odds, real in zip(scaled, audio.gate_logits.float(), mask):
@@ -57,13 +59,14 @@ def ctc_frames(model, audio) -> list[CTCFrames]:
         queries, log_odds = queries[kept], log_odds[kept]
         scores = (queries @ embeddings.to(queries.dtype).T).float()
         offsets = torch.nn.functional.logsigmoid(log_odds) - scores.logsumexp(-1)
-        best = scores.topk(FRAME_TOKENS, dim=-1)
+        best = scores.topk(min(FRAME_TOKENS, len(embeddings)), dim=-1)
+        best_ids = best.indices if token_ids is None else token_ids[best.indices]
         rows.append(
             CTCFrames(
                 queries=queries,
                 offsets=offsets,
                 blanks=torch.nn.functional.logsigmoid(-log_odds).double().cpu().numpy(),
-                best=best.indices.cpu().numpy(),
+                best=best_ids.cpu().numpy(),
                 best_logprobs=(best.values + offsets[:, None]).double().cpu().numpy(),
             )
         )

@@ -20,13 +20,16 @@ from .features_voxlm import halves, silence_behind
 from .outputs_voxlm import VoxLMAudioOutput
 from .placeholders_voxlm import marks_tokens, with_placeholders
 from .processing_voxlm import VoxLMProcessor, check_context, context_length
+from .request_voxlm import Request
 from .segmentation_voxlm import AudioSegment, SegmentSpan
-from .words_voxlm import word_indices
+from .words_voxlm import plain_words, word_indices
 
 
 # Token budget of a segment. English speech has about 4 tokens a second; generous for fast speech and for scripts that need
 # a token or more per character. Chosen by hand.
 TOKENS_PER_SECOND, MIN_TOKENS = 15, 16
+# The same in languages that the LLM does not know: its vocabulary spells many scripts byte by byte. Chosen by hand.
+FOREIGN_TOKENS_PER_SECOND = 60
 # With a frame gate the number of visible frames bounds the text more tightly: what is this much longer is a loop. Chosen by
 # hand: most tokens have a frame of their own, since CTC merges repeats.
 TOKENS_PER_VISIBLE_FRAME = 1.25
@@ -86,6 +89,8 @@ class DecodedText:
         reader_logprobs (`list[float]`, *optional*): the reader's log-probability of each word, where it proposed the text.
         posteriors (`list[float]`, *optional*): of each word, among the hypotheses that the text was chosen from; see
             `confidence_voxlm.word_posteriors`.
+        reader_ids (`list[int]`, *optional*), reader_words (`np.ndarray`, *optional*): the reader's tokens and the index of each
+            one's word, -1 for tokens of no word, where it proposed the text.
         fallback (`str`, *optional*): "window" where the reader decoded the audio with silence behind it.
     """
 
@@ -100,6 +105,8 @@ class DecodedText:
     mean_logprob: float | None = None
     reader_logprobs: list[float] | None = None
     posteriors: list[float] | None = None
+    reader_ids: list[int] | None = None
+    reader_words: np.ndarray | None = None
     fallback: str | None = None
 
 
@@ -115,6 +122,8 @@ class EncodedBatch:
         audio ([`VoxLMAudioOutput`])
         clips (`list[np.ndarray]`, *optional*): input features of each segment without padding, of which more can be encoded;
             `None` where the encoder's states alone were given.
+        requests (`list[Request]`, *optional*): of each segment; without any, nothing is asked beyond the prompts.
+        gated (`bool`): whether the frame gate says which frames carry a token.
     """
 
     segments: list[SegmentSpan]
@@ -122,11 +131,23 @@ class EncodedBatch:
     attention_mask: torch.Tensor
     audio: VoxLMAudioOutput
     clips: list[np.ndarray] | None = None
+    requests: list[Request] | None = None
+    gated: bool = True
+
+    def __post_init__(self):
+        if self.requests is None:
+            self.requests = [Request()] * len(self.segments)
 
     @functools.cached_property
-    def visible_frames(self) -> list[int] | None:
-        """Number of frames of each segment that pass the frame gate; `None` for models without one."""
-        return None if self.audio.gate_logits is None else self.audio.visible_mask.sum(-1).tolist()
+    def visible_frames(self) -> list[int | None]:
+        """
+        Number of frames of each segment that pass the frame gate; `None` without a trained one, and in languages that the
+        projector does not know.
+        """
+        if not self.gated or self.audio.gate_logits is None:
+            return [None] * len(self.segments)
+        counts = self.audio.visible_mask.sum(-1).tolist()
+        return [count if request.own_language else None for count, request in zip(counts, self.requests)]
 
     def row(self, number: int) -> "EncodedBatch":
         """One segment by itself, without padding."""
@@ -144,10 +165,12 @@ class EncodedBatch:
             self.attention_mask[number][kept].unsqueeze(0),
             VoxLMAudioOutput(**fields),
             None if self.clips is None else [self.clips[number]],
+            [self.requests[number]],
+            self.gated,
         )
 
 
-def encode(model, processor: VoxLMProcessor, segments: list[AudioSegment], prompts: list[str]) -> EncodedBatch:
+def encode(model, processor: VoxLMProcessor, segments: list[AudioSegment], requests: list[Request]) -> EncodedBatch:
     """
     Extract features, encode and project, once.
 
@@ -155,25 +178,29 @@ def encode(model, processor: VoxLMProcessor, segments: list[AudioSegment], promp
         model ([`VoxLMForSpeechSeq2Seq`])
         processor ([`VoxLMProcessor`])
         segments (`list[AudioSegment]`)
-        prompts (`list[str]`): of each, as `VoxLMProcessor.render_prompt` returns them.
+        requests (`list[Request]`): of each.
 
     Raises:
         ValueError: for prompt and audio that leave no room in the LLM's context for a short text.
     """
     clips = processor.extract_clips([segment.waveform for segment in segments])
     features = on_device(model, processor.pad_clips(clips))
-    inputs = on_device(model, processor.prompt_ids(prompts, processor.count_audio_tokens(features)))
+    prompts, counts = [request.prompt for request in requests], processor.count_audio_tokens(features)
+    inputs = on_device(model, processor.prompt_ids(prompts, counts))
     audio = model.get_audio_features(**features)
-    return encoded_batch(model, [segment.span for segment in segments], **inputs, audio=audio, clips=clips)
+    spans = [segment.span for segment in segments]
+    return encoded_batch(model, spans, **inputs, audio=audio, clips=clips, requests=requests)
 
 
 def encoded_batch(
-    model, segments: list[SegmentSpan], input_ids, attention_mask, audio: VoxLMAudioOutput, clips=None
+    model, segments: list[SegmentSpan], input_ids, attention_mask, audio: VoxLMAudioOutput, clips=None, requests=None
 ) -> EncodedBatch:
     """[`EncodedBatch`] of what is encoded already, checked as in `encode`."""
-    visible = model.visible_positions(input_ids, attention_mask, audio)
-    check_prompt_length(model.config, visible, new_tokens=MIN_TOKENS)
-    return EncodedBatch(segments, input_ids, attention_mask, audio, clips)
+    gated = not model.leaves_projector_out
+    if gated:
+        visible = model.visible_positions(input_ids, attention_mask, audio)
+        check_prompt_length(model.config, visible, new_tokens=MIN_TOKENS)
+    return EncodedBatch(segments, input_ids, attention_mask, audio, clips, requests, gated)
 
 
 def encode_halves(model, processor: VoxLMProcessor, batch: EncodedBatch) -> EncodedBatch:
@@ -183,7 +210,7 @@ def encode_halves(model, processor: VoxLMProcessor, batch: EncodedBatch) -> Enco
     counts, token = processor.count_audio_tokens(features), model.config.audio_token_id
     prompts = pack_prompts([with_placeholders(batch.input_ids[0], token, count) for count in counts])
     audio = model.get_audio_features(**features)
-    return encoded_batch(model, batch.segments[0].divided(share), *prompts, audio, parts)
+    return encoded_batch(model, batch.segments[0].divided(share), *prompts, audio, parts, batch.requests * 2)
 
 
 def pack_prompts(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -280,17 +307,22 @@ def token_budgets(batch: EncodedBatch, max_new_tokens: int | None, context: int 
     """
     if max_new_tokens is not None:
         budgets = [max_new_tokens] * len(batch.segments)
-    elif batch.visible_frames is not None:
-        budgets = [int(TOKENS_PER_VISIBLE_FRAME * count) + MIN_TOKENS for count in batch.visible_frames]
     else:
-        budgets = [int(TOKENS_PER_SECOND * segment.duration_s) + MIN_TOKENS for segment in batch.segments]
+        rows = zip(batch.segments, batch.requests, batch.visible_frames)
+        budgets = [int(most_tokens(*row)) + MIN_TOKENS for row in rows]
     if context is None:
         return budgets
-    hidden = (
-        0 if batch.visible_frames is None else batch.audio.audio_embeds_mask.sum(-1) - batch.audio.visible_mask.sum(-1)
-    )
+    audio = batch.audio
+    hidden = 0 if audio.gate_logits is None else audio.audio_embeds_mask.sum(-1) - audio.visible_mask.sum(-1)
     room = context - (batch.attention_mask.sum(-1) - hidden)
     return [min(budget, most) for budget, most in zip(budgets, room.tolist())]
+
+
+def most_tokens(segment: SegmentSpan, request: Request, visible_frames: int | None) -> float:
+    """A generous bound of the tokens of a segment's text, from its audio."""
+    if visible_frames is not None:
+        return TOKENS_PER_VISIBLE_FRAME * visible_frames
+    return (TOKENS_PER_SECOND if request.own_language else FOREIGN_TOKENS_PER_SECOND) * segment.duration_s
 
 
 def search_options(generation_config, options: dict) -> dict:
@@ -342,6 +374,15 @@ def token_budget(options: dict) -> int | None:
     if budget is not None and not (whole and budget >= 1):
         raise ValueError(f"`max_new_tokens` must be a whole number of at least 1, got {budget!r}")
     return budget
+
+
+def check_flag(name: str, value):
+    """
+    Raises:
+        ValueError: for an argument of the caller that is no bool.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"`{name}` must be True or False, got {value!r}")
 
 
 def given_options(options: dict) -> dict:
@@ -482,7 +523,7 @@ def greedy_decode(
             together, the latter with weight `config.ctc_weight`.
     """
     stops = stop_tokens(model.generation_config.eos_token_id)
-    suppressed = model.generation_config.suppress_tokens or []
+    suppressed = torch.tensor(model.generation_config.suppress_tokens or [], dtype=torch.long, device=model.device)
     rows = [_GreedyRow(*parts) for parts in zip(budgets, drafts, prefixes or [None] * len(budgets))]
     mask, device = prompt["attention_mask"], prompt["input_ids"].device
     pending, cache = prompt["input_ids"], None
@@ -508,7 +549,7 @@ def greedy_decode(
         logprobs = output.logits.float().log_softmax(-1)
         del output  # the logits are as large as all hidden states together
         entropies = torch.stack([token_entropies(row) for row in logprobs])  # row by row, to save memory
-        logprobs[..., suppressed] = -torch.inf
+        logprobs.index_fill_(-1, suppressed, -torch.inf)
         likeliest = logprobs.argmax(-1).tolist()
         for number, row in enumerate(rows):
             if not row.finished:
@@ -525,30 +566,48 @@ def greedy_decode(
 def draft_and_decode(
     model, processor: VoxLMProcessor, prompt: dict, budgets: list[int], batch: EncodedBatch
 ) -> list[DecodedText]:
-    """`greedy_decode` with the drafts and, with a `config.ctc_weight`, the CTC scores of the projector."""
+    """
+    `greedy_decode` with the drafts and, with a `config.ctc_weight`, the CTC scores of a projector that scores the LLM's own
+    tokens.
+    """
     prefixes = None
-    if model.config.ctc_weight:
+    if model.config.ctc_weight and model.config.projector_merges is None:
         embeddings = model.get_input_embeddings().weight
         prefixes = [CTCPrefix(frames, embeddings) for frames in ctc_frames(model, batch.audio)]
     return greedy_decode(model, prompt, budgets, draft_texts(model, processor, batch.audio), prefixes)
 
 
 def generate_text(model, prompt: dict, budgets: list[int], generate_kwargs: dict) -> list[DecodedText]:
+    """The best of `generate_texts`."""
+    return [texts[0][0] for texts in generate_texts(model, prompt, budgets, generate_kwargs)]
+
+
+def generate_texts(
+    model, prompt: dict, budgets: list[int], generate_kwargs: dict, count: int = 1
+) -> list[list[tuple[DecodedText, float]]]:
     """
     Decode with the library's `generate`, for beams, sampling and whatever else its options ask for.
 
     The prompt is passed as embeddings, so that penalties on repetition apply to the text alone.
+
+    Returns:
+        for each row the best `count` texts with, where beams give them, their log-probabilities.
     """
     options = {"do_sample": False, **generate_kwargs, "max_new_tokens": max(budgets)}
     options.pop("return_dict_in_generate", None)  # what this function returns does not depend on it
+    if count > 1:
+        options |= {"num_return_sequences": count, "length_penalty": 0.0, "output_scores": True}
     embeds = model.merge_audio(prompt["input_ids"], None, prompt["audio_embeds"], prompt["audio_embeds_mask"])
     inputs = {"inputs_embeds": embeds, "attention_mask": prompt["attention_mask"], "return_dict_in_generate": True}
     output = GenerationMixin.generate(
         model, **inputs, **options
     )  # the library's own: audio and prompt are merged already
     # Each row at its own budget, so that its text does not depend on the rest of the batch.
-    stops = stop_tokens(model.generation_config.eos_token_id)
-    return [_until_stop(row[:budget], stops) for row, budget in zip(output.sequences.tolist(), budgets)]
+    stops, rows = stop_tokens(model.generation_config.eos_token_id), output.sequences.tolist()
+    logprobs = output.sequences_scores.tolist() if count > 1 else [0.0] * len(rows)
+    texts = [_until_stop(row[: budgets[number // count]], stops) for number, row in enumerate(rows)]
+    pairs = list(zip(texts, logprobs))
+    return [pairs[first : first + count] for first in range(0, len(pairs), count)]
 
 
 def _until_stop(ids: list[int], stops: set[int]) -> DecodedText:
@@ -605,6 +664,13 @@ def split_decoded(processor: VoxLMProcessor, text: DecodedText):
         text.words, text.token_words = [word.text for word in words], word_indices(words, len(text.ids))
     if text.mean_logprob is None and text.ids and text.logprobs is not None:
         text.mean_logprob = float(text.logprobs.mean())
+
+
+def spoken_tokens(processor: VoxLMProcessor, text: DecodedText) -> int:
+    """How many tokens the projector's frames would need for a split text."""
+    if processor.projector_merges is None:
+        return len(text.ids)
+    return len(processor.spell_words(plain_words(text.words))[0])
 
 
 def pad_ids(rows: list[list[int]], device) -> torch.Tensor:

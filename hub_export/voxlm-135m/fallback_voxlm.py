@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from transformers.utils import logging
 
+from .beams_voxlm import decode_with_ctc
 from .decoding_voxlm import (
     DecodedText,
     EncodedBatch,
@@ -19,24 +20,24 @@ from .decoding_voxlm import (
     pack_prompt,
     search_options,
     split_decoded,
+    spoken_tokens,
     teacher_force,
     token_budget,
     token_budgets,
 )
 from .processing_voxlm import VoxLMProcessor, context_length
+from .request_voxlm import Request
 from .rescoring_voxlm import SILENCE_S, rescore
 from .segmentation_voxlm import AudioSegment, SegmentSpan
 from .transcription_voxlm import Segment, merge_segments, timed_words
-from .words_voxlm import plain_words
+from .words_voxlm import longest_loop, loop_units
 
 
 logger = logging.get_logger(__name__)
 
-# Longest phrase, in words, that is looked for in loops. It may come so often in a row, or so often if there are not frames
-# enough for half its tokens. Chosen by hand: people do say "no, no, no, no", not eight times.
-LOOP_WORDS, LOOP_TIMES, UNHEARD_LOOP_TIMES, UNHEARD_TOKENS_PER_FRAME = 8, 8, 3, 2.0
-# More characters without a space than this are a text in a script without spaces. Chosen by hand.
-LONGEST_WORD = 30
+# A phrase may come so often in a row, or so often if there are not frames enough for half its tokens. Chosen by hand: people do
+# say "no, no, no, no", not eight times.
+LOOP_TIMES, UNHEARD_LOOP_TIMES, UNHEARD_TOKENS_PER_FRAME = 8, 3, 2.0
 # The compression of shorter texts (bytes) says nothing: zlib's own header weighs in. Chosen by hand.
 COMPRESSION_FROM = 100
 # Shorter activity than this (seconds) may be a word or two, of which few frames carry a token. Chosen by hand.
@@ -79,7 +80,7 @@ def fired_gates(
         mean_logprob (`float`, *optional*): of its tokens, raw, in nats.
         active_s (`float`): seconds in which voice activity was found.
         visible_frames (`float`, *optional*): number of frames that carry a token, for models with a frame gate.
-        num_tokens (`int`): of the text.
+        num_tokens (`int`): of the text, as the frames spell it (see `decoding_voxlm.spoken_tokens`).
         out_of_tokens (`bool`): whether the budget ended the text.
         gates (`dict`): thresholds, `config.quality_gates`. A gate without one never fires; without any, none does.
     """
@@ -106,11 +107,6 @@ def fired_gates(
     return fired
 
 
-def loop_units(words: list[str]) -> list[str]:
-    """What may come again and again: words without capitals and punctuation, or the characters of scripts without spaces."""
-    return [unit for word in plain_words(words) for unit in (word if len(word) > LONGEST_WORD else [word])]
-
-
 def is_loop(times: int, tokens_per_frame: float, other_gate: bool) -> bool:
     """
     Whether a phrase that comes so many times in a row is nonsense.
@@ -125,22 +121,11 @@ def is_loop(times: int, tokens_per_frame: float, other_gate: bool) -> bool:
     return times > UNHEARD_LOOP_TIMES and UNHEARD_TOKENS_PER_FRAME < tokens_per_frame < math.inf
 
 
-def longest_loop(words: list[str]) -> int:
-    """How often in a row a phrase of one to `LOOP_WORDS` words comes at most."""
-    most = 1
-    for length in range(1, min(LOOP_WORDS, len(words) // 2) + 1):
-        same = 0
-        for first in range(len(words) - length):
-            same = same + 1 if words[first] == words[first + length] else 0
-            most = max(most, same // length + 1)
-    return most
-
-
 def transcribe_batch(
     model,
     processor: VoxLMProcessor,
     segments: list[AudioSegment],
-    prompts: list[str],
+    requests: list[Request],
     with_words: bool,
     generate_kwargs: dict,
     use_reader: bool = True,
@@ -152,14 +137,14 @@ def transcribe_batch(
         model ([`VoxLMForSpeechSeq2Seq`])
         processor ([`VoxLMProcessor`])
         segments (`list[AudioSegment]`)
-        prompts (`list[str]`): of each segment, as `VoxLMProcessor.render_prompt` returns them.
+        requests (`list[Request]`): of each segment.
         with_words (`bool`): whether to compute words with times and confidences; overlapping segments get them anyway, to be
             joined by.
         generate_kwargs (`dict`), use_reader (`bool`): see `transcribe_encoded`.
     """
     with_words = with_words or any(segment.overlap or segment.continues for segment in segments)
     token_budget(generate_kwargs)  # options that cannot be used are found before anything is encoded
-    batch = encode(model, processor, segments, prompts)
+    batch = encode(model, processor, segments, requests)
     return transcribe_encoded(model, processor, batch, with_words, generate_kwargs, use_reader)
 
 
@@ -185,6 +170,8 @@ def transcribe_encoded(
     use_reader = use_reader and model.reader is not None
     generate_kwargs = given_options(generate_kwargs)
     budget, searching = token_budget(generate_kwargs), search_options(model.generation_config, generate_kwargs)
+    if searching or not use_reader:
+        check_llm_can_write(model)
     if searching:
 
         def search(prompt, budgets, batch):
@@ -196,6 +183,8 @@ def transcribe_encoded(
         return results
 
     def default(prompt, budgets, batch):
+        if not use_reader and model.config.ctc_weight and model.config.projector_merges is not None:
+            return decode_with_ctc(model, processor, prompt, budgets, batch)
         if not use_reader:
             return draft_and_decode(model, processor, prompt, budgets, batch)
         look_twice = budget is None and batch.clips is not None
@@ -212,6 +201,18 @@ def transcribe_encoded(
     ]
 
 
+def check_llm_can_write(model):
+    """
+    Raises:
+        ValueError: for a model whose reader is all that hears, since its projector is not trained.
+    """
+    if model.leaves_projector_out:
+        raise ValueError(
+            "The projector of this model is untrained, so the LLM cannot hear and write by itself (`use_reader=False`, beams, "
+            "sampling, ...); only the reader's greedy default works until the projector is trained"
+        )
+
+
 def decode_segments(
     model, processor: VoxLMProcessor, batch: EncodedBatch, decode: Callable, budget: int | None, with_words: bool
 ) -> list[Segment]:
@@ -226,8 +227,8 @@ def decode_segments(
     prompt = pack_prompt(model, batch)
     texts = decode(prompt, token_budgets(batch, budget, context_length(model.config)), batch)
     has_text = any(text.ids for text in texts)
-    unknown = any(text.ids and text.states is None for text in texts)
-    if with_words and has_text and (unknown or model.alignment.states_at_tokens):
+    unknown = not model.times_by_attention and any(text.ids and text.states is None for text in texts)
+    if with_words and has_text and (unknown or model.alignment.states_at_tokens and not model.times_by_attention):
         teacher_force(model, prompt, texts)
     for text in texts:
         split_decoded(processor, text)
@@ -235,11 +236,12 @@ def decode_segments(
     if with_words and has_text:
         durations_s = [segment.duration_s for segment in batch.segments]
         words = timed_words(model, processor, texts, batch.audio, durations_s)
-    visible = batch.visible_frames or [None] * len(texts)
     gates = model.config.quality_gates
     return [
-        judged_segment(segment, text, *timed, frames, not text.ended and budget is None, gates)
-        for segment, text, timed, frames in zip(batch.segments, texts, words, visible)
+        judged_segment(
+            segment, text, *timed, frames, spoken_tokens(processor, text), not text.ended and budget is None, gates
+        )
+        for segment, text, timed, frames in zip(batch.segments, texts, words, batch.visible_frames)
     ]
 
 
@@ -249,6 +251,7 @@ def judged_segment(
     words: list[dict],
     word_scores: list[dict],
     visible_frames: int | None,
+    num_tokens: int,
     out_of_tokens: bool,
     gates: dict[str, float],
 ) -> Segment:
@@ -258,11 +261,9 @@ def judged_segment(
     Args:
         span ([`SegmentSpan`]), text ([`DecodedText`])
         words, word_scores (`list[dict]`): of `timed_words`.
-        visible_frames, out_of_tokens, gates: see `fired_gates`.
+        visible_frames, num_tokens, out_of_tokens, gates: see `fired_gates`.
     """
-    fired = fired_gates(
-        text.text, text.mean_logprob, span.active_s, visible_frames, len(text.ids), out_of_tokens, gates
-    )
+    fired = fired_gates(text.text, text.mean_logprob, span.active_s, visible_frames, num_tokens, out_of_tokens, gates)
     segment = Segment(
         start=round(span.start_s, 3),
         end=round(span.start_s + span.duration_s, 3),
@@ -294,8 +295,9 @@ def with_fallback(
     - "window": the reader decodes the segment padded with silence to the encoder's window, as it was trained to. (Where its
       list was in doubt, it has already decoded the segment with a second of silence; see `rescoring_voxlm.propose`.)
     - "halves": if something was left out, the text of each half by itself.
-    - "projector": greedy CTC.
-    - samples at the temperatures of the config, the same every time.
+    - "projector": greedy CTC, in the language that the projector was trained on.
+    - samples at the temperatures of the config, the same every time, in that language too. Like "projector", not with an untrained
+      projector.
 
     If all fire a gate, the text that fires the fewest and, of these, the likeliest.
 
@@ -323,12 +325,14 @@ def with_fallback(
 
     seconds = batch.segments[0].duration_s
     fallbacks: dict[str | float, Callable] = {}
-    if use_reader and batch.clips is not None and seconds + SILENCE_S <= model.config.audio_window_s:
+    reads_bare = use_reader and batch.clips is not None and not model.config.reader_config["in_window"]
+    if reads_bare and seconds + SILENCE_S <= model.config.audio_window_s:
         fallbacks["window"] = in_window
     if batch.clips is not None and "left_out" in first.gates and seconds >= SHORTEST_TO_HALVE_S:
         fallbacks["halves"] = default
-    fallbacks["projector"] = greedy_ctc
-    fallbacks.update((value, sample(value)) for value in model.config.fallback_temperatures)
+    if batch.requests[0].own_language and not model.leaves_projector_out:  # otherwise they would be nonsense
+        fallbacks["projector"] = greedy_ctc
+        fallbacks.update((value, sample(value)) for value in model.config.fallback_temperatures)
     attempts = [first]
     for name, decode in fallbacks.items():
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):

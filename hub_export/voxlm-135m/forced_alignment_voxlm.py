@@ -5,9 +5,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .decoding_voxlm import DecodedText, encode, pack_prompt, teacher_force
+from .decoding_voxlm import DecodedText, EncodedBatch, encode, pack_prompt, teacher_force
 from .outputs_voxlm import VoxLMAudioOutput
 from .processing_voxlm import VoxLMProcessor, check_text
+from .request_voxlm import Request
+from .rescoring_voxlm import Hypothesis, score_hypotheses
 from .segmentation_voxlm import AudioSegment
 from .transcription_voxlm import Segment, VoxLMTranscription, frame_counts, timed_words
 from .words_voxlm import EXTRA_WORD, OTHER_WORD, match_in_order, plain_words
@@ -31,6 +33,15 @@ class KnownText:
 
     text: str
     words: list[str]
+
+    @property
+    def places(self) -> list[int]:
+        """Where each word begins in the text."""
+        places, position = [], 0
+        for word in self.words:
+            places.append(self.text.index(word, position))
+            position = places[-1] + len(word)
+        return places
 
 
 @dataclass
@@ -85,18 +96,62 @@ def score_text(
         ValueError: when there are fewer frames than words.
     """
     segment, words = AudioSegment(waveform, processor.sampling_rate), text.words
-    batch = encode(model, processor, [segment], [processor.render_prompt(prompt)])
+    batch = encode(model, processor, [segment], [Request(processor.render_prompt(prompt))])
     (num_frames,) = frame_counts(model, processor, batch.audio, [segment.duration_s])
     if num_frames < len(words):
         raise ValueError(
             f"The text has {len(words)} words, but the recording only {num_frames} frames to place them in"
         )
     spellings = [words] if plain_words(words) == words else [words, plain_words(words)]
+    if model.times_by_attention:
+        read = [read_text(model, processor, batch, text, spelt) for spelt in spellings]
+        return ScoredText(max(read, key=lambda item: item.mean_logprob), batch.audio, num_frames)
     encoded = [processor.encode_words(text.text, words, spelt) for spelt in spellings]
     decoded = [DecodedText(ids, True, words=words, token_words=token_words) for ids, token_words in encoded]
     prompts = {name: value.expand(len(decoded), *value.shape[1:]) for name, value in pack_prompt(model, batch).items()}
     teacher_force(model, prompts, decoded)
     return ScoredText(max(decoded, key=lambda item: float(item.logprobs.mean())), batch.audio, num_frames)
+
+
+def read_text(model, processor: VoxLMProcessor, batch: EncodedBatch, text: KnownText, spelt: list[str]) -> DecodedText:
+    """
+    A known text, scored as if the reader had proposed it, for a model whose alignment head is not trained.
+
+    Args:
+        model ([`VoxLMForSpeechSeq2Seq`]): with a reader.
+        batch ([`EncodedBatch`]): of the one recording.
+        text ([`KnownText`])
+        spelt (`list[str]`): what to write for each of its words.
+
+    Raises:
+        ValueError: for a text that is longer than the reader's context.
+    """
+    reader, audio, vocabulary = model.reader, batch.audio, model.reader.vocabulary(processor.tokenizer)
+    spaced = [" " if not number or text.text[place - 1].isspace() else "" for number, place in enumerate(text.places)]
+    rows = [vocabulary.encode(space + word) for space, word in zip(spaced, spelt)]
+    reader_ids = [token for row in rows for token in row]
+    owners = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
+    answer, room = [*reader_ids, reader.eos_token_id], reader.decoder.embed_positions.weight.shape[0]
+    if len(reader.prompt_ids) + len(reader_ids) > room:
+        raise ValueError(f"The text to align has {len(reader_ids)} tokens of the reader, whose context has {room}")
+    ids = torch.tensor([[*reader.prompt_ids, *answer]], device=audio.last_hidden_state.device)
+    logits = reader.teacher_force(audio.last_hidden_state, audio.frame_mask, ids[:, :-1])[0, -len(answer) :]
+    logprobs = logits.log_softmax(-1).gather(-1, ids[0, -len(answer) :, None])[:, 0].double().cpu().numpy()
+    by_word = [float(logprobs[:-1][owners == number].sum()) for number in range(len(rows))]
+    tokens, token_words = processor.encode_words(text.text, text.words, spelt)
+    decoded = DecodedText(
+        tokens,
+        True,
+        words=text.words,
+        token_words=token_words,
+        mean_logprob=float(logprobs.mean()),
+        reader_logprobs=by_word,
+        reader_ids=reader_ids,
+        reader_words=owners,
+    )
+    known = torch.ones(len(tokens), dtype=torch.bool)
+    score_hypotheses(model, pack_prompt(model, batch), [[Hypothesis(decoded, known, [], float(logprobs.sum()))]])
+    return decoded
 
 
 def align_text(
@@ -107,7 +162,7 @@ def align_text(
     scored = score_text(model, processor, waveform, text, prompt)
     ((words, word_scores),) = timed_words(model, processor, [scored.decoded], scored.audio, [duration_s])
     for word, score in zip(words, word_scores):
-        word["spoken"] = score["logprob"] >= SPOKEN_FROM
+        word["spoken"] = score.get("reader", score["logprob"]) >= SPOKEN_FROM
     duration_s = round(duration_s, 3)
     return VoxLMTranscription(text.text, words, duration_s, truncated=False, word_scores=word_scores)
 
@@ -130,11 +185,7 @@ def align_segments(
         raise ValueError(
             f"The text to align has {len(given)} words, but there is no speech in the {len(waveform) / rate:.1f} s"
         )
-    starts, position = [], 0
-    for word in given:
-        starts.append(text.text.index(word, position))
-        position = starts[-1] + len(word)
-    starts.append(len(text.text))
+    starts = [*text.places, len(text.text)]
     words, word_scores, cuts = [], [], divide_words(given, segments)
     for segment, first, last in zip(segments, cuts[:-1], cuts[1:]):
         if first == last:

@@ -14,19 +14,31 @@ from transformers.generation import GenerationMixin
 from transformers.utils import logging
 
 from .audio_voxlm import RATES, check_rate, file_duration_s, is_batch, stream_audio
-from .decoding_voxlm import MIN_TOKENS, check_prompt_length, pack_left, padded_batches, token_budget
-from .fallback_voxlm import transcribe_batch
+from .decoding_voxlm import (
+    MIN_TOKENS,
+    check_flag,
+    check_prompt_length,
+    pack_left,
+    padded_batches,
+    search_options,
+    token_budget,
+)
+from .fallback_voxlm import check_llm_can_write, transcribe_batch
 from .forced_alignment_voxlm import align_segments, align_text, known_text
+from .language_voxlm import with_languages
 from .pipeline_voxlm import VoxLMASRPipeline, check_timestamps
 from .placeholders_voxlm import audio_by_prompt, cache_of, feature_mask, gated_mask, hidden_in_cache, past_length
 from .processing_voxlm import VoxLMProcessor, one_for_each
+from .request_voxlm import OWN_LANGUAGE, Request, check_search, make_requests
 from .segmentation_voxlm import DETECTORS, AudioSegment, segment_audio
 from .transcript_ids_voxlm import (
     asked_step_outputs,
     batch_for_transcript,
+    check_own_language,
     new_token_budget,
     options_of_llm_alone,
     padded_output,
+    popped_language,
     transcript_ids,
 )
 from .transcription_voxlm import Segment, VoxLMTranscription, error_line, join_segments, trim_overlap
@@ -99,6 +111,7 @@ class SegmentTask:
         result ([`Segment`], *optional*): its transcription.
         duration_s (`float`): at the end of a recording, its length in seconds.
         error (`Exception`, *optional*): what ended the recording early.
+        spoken (`dict`): language and its probability, see [`Request`].
     """
 
     recording: int
@@ -106,6 +119,7 @@ class SegmentTask:
     result: Segment | None = None
     duration_s: float = 0.0
     error: Exception | None = None
+    spoken: dict = field(default_factory=dict)
 
 
 class VoxLMGenerationMixin(GenerationMixin):
@@ -123,15 +137,15 @@ class VoxLMGenerationMixin(GenerationMixin):
 
         With the audio alone (no `input_ids`) the prompt is the trained one, and the result has the new ids alone. Input features
         may be the first argument, as of Whisper. A waveform as the first argument (an array, or a tensor of floating-point or
-        16-bit numbers) is handed to `transcribe`, whose result has `["text"]` and `["words"]`.
-
-        Of audio longer than `config.chunk_length_s`, `transcribe` makes several segments; here it stays whole.
+        16-bit numbers) is handed to `transcribe`, whose result has `["text"]` and `["words"]`. Audio longer than
+        `config.chunk_length_s`, of which `transcribe` makes several segments, stays whole.
 
         With `labels`, as [`Seq2SeqTrainer`] passes them, the result is the new ids alone, to be compared with them; reference
         texts in `input_ids` (`VoxLMProcessor.collate` for training) are taken out of the prompt first.
 
         Args:
             use_reader (`bool`): whether the reader, where there is one, proposes the text. Without it the LLM writes by itself.
+            **kwargs: also `language` (not `None`, which stands for the checkpoint's) and `task`, "transcribe", as of Whisper.
 
         Raises:
             ValueError: for audio that does not fit the placeholders of the prompt or, with a cache, of that part of the prompt
@@ -148,7 +162,7 @@ class VoxLMGenerationMixin(GenerationMixin):
         check_number("num_beams", kwargs.get("num_beams"), 1, whole=True)
         if kwargs.get("input_ids") is not None and inputs is None:
             inputs = kwargs.pop("input_ids")
-        labels = kwargs.pop("labels", None)
+        labels, language = kwargs.pop("labels", None), popped_language(kwargs)
         for name in TARGETS:
             kwargs.pop(name, None)
         if labels is not None and inputs is not None and labels.shape == inputs.shape:
@@ -160,10 +174,14 @@ class VoxLMGenerationMixin(GenerationMixin):
             only_new = True
         if audio is not None and not args and self._writes_transcripts(inputs, audio, kwargs, use_reader):
             processor = self.get_processor()
-            batch = batch_for_transcript(self, processor, inputs, kwargs.get("attention_mask"), features, audio)
+            requests = make_requests(self, processor, len(inputs), language=language, use_reader=use_reader)
+            batch = batch_for_transcript(
+                self, processor, inputs, kwargs.get("attention_mask"), features, audio, requests
+            )
             budget = new_token_budget(kwargs, 0 if only_new else inputs.shape[1])
             rows = transcript_ids(self, processor, batch, budget, use_reader)
             return padded_output(self, None if only_new else inputs, rows, kwargs)
+        check_own_language(language)
         return self._generate_by_llm(inputs, audio, only_new, *args, **kwargs)
 
     def _writes_transcripts(self, input_ids, audio, kwargs: dict, use_reader: bool) -> bool:
@@ -188,6 +206,8 @@ class VoxLMGenerationMixin(GenerationMixin):
 
     def _generate_by_llm(self, inputs, audio, only_new: bool, *args, **kwargs):
         """`generate` by the library's loops; the audio is encoded once, before the first step."""
+        if audio is not None:
+            check_llm_can_write(self)
         if only_new and audio is not None:
             kwargs["max_new_tokens"] = self._new_tokens(audio, kwargs)
         hidden = self._place_audio(inputs, audio, kwargs)
@@ -313,6 +333,9 @@ class VoxLMGenerationMixin(GenerationMixin):
         audio,
         prompt=None,
         sampling_rate: int | None = None,
+        context=None,
+        hotwords=None,
+        language: str | list | None = OWN_LANGUAGE,
         return_timestamps: bool | str = "word",
         batch_size: int = 8,
         chunk_length_s: float | None = None,
@@ -330,8 +353,16 @@ class VoxLMGenerationMixin(GenerationMixin):
 
         Args:
             audio: one recording or a list of them, of any kind `audio_voxlm.read_audio` takes.
-            prompt (`str` or `list[str]`, *optional*): instruction or context; by default the trained prompt.
+            prompt (`str` or `list[str]`, *optional*): instruction; by default the trained prompt.
             sampling_rate (`int`, *optional*): rate of bare arrays in Hz, by default the model's.
+            context (`str` or `list[str]`, *optional*): what the recording is about, names, or the text before it. Its last 1000
+                characters are in the LLM's prompt, and of these the last tokens that fit into half of the reader's.
+            hotwords (`list[str]`, or a list with one for each recording, *optional*): up to 2000 words and terms to expect, see
+                `biasing_voxlm`. Of more than 40, those are sought in a segment that are spelt most like something in it. Symbols
+                that the reader never writes, such as quotation marks, cannot be expected.
+            language (`str` or `list`, *optional*): name or code; by default that of the checkpoint. `None` lets the reader detect
+                it, once for each recording. In a language that is not the checkpoint's the text is the reader's own, and word
+                times and confidences are less exact.
             return_timestamps (`bool` or `"word"`): whether to compute word times and confidences. The text is the same.
             batch_size (`int`): most segments in one pass; on a CPU also at most a minute of audio.
             chunk_length_s (`float`, *optional*): longest segment in seconds; by default the config's, at most the model's
@@ -367,11 +398,17 @@ class VoxLMGenerationMixin(GenerationMixin):
             generate_kwargs=generate_kwargs,
         )
         by_segment = stream and not many
-        tasks = transcribe_recordings(self, items, one_for_each(prompt, len(items)), options, at_once=by_segment)
+        processor = self.get_processor()
+        requests = make_requests(self, processor, len(items), prompt, context, hotwords, language, use_reader)
+        tasks = transcribe_recordings(self, items, requests, options, at_once=by_segment)
         if not many:
             tasks = raise_errors(tasks)
         if by_segment:
-            return (join_segments([task.result], task.audio.duration_s) for task in tasks if task.result is not None)
+            return (
+                join_segments([task.result], task.audio.duration_s, spoken=task.spoken)
+                for task in tasks
+                if task.result is not None
+            )
         results = join_recordings(tasks)
         if stream:
             return results
@@ -430,7 +467,8 @@ class VoxLMGenerationMixin(GenerationMixin):
         if len(waveform) <= int(self.config.audio_window_s * processor.sampling_rate):
             result = align_text(self, processor, waveform, known, prompt)
         else:
-            tasks = raise_errors(transcribe_recordings(self, [waveform], [prompt], options, at_once=True))
+            requests = make_requests(self, processor, 1, prompt)
+            tasks = raise_errors(transcribe_recordings(self, [waveform], requests, options, at_once=True))
             segments = [task.result for task in tasks if task.result is not None]
             result = align_segments(self, processor, waveform, known, prompt, segments)
         result.text = text
@@ -446,15 +484,6 @@ def is_waveform(value) -> bool:
     if isinstance(value, torch.Tensor):
         return value.is_floating_point() or value.dtype == torch.int16
     return isinstance(value, np.ndarray)
-
-
-def check_flag(name: str, value):
-    """
-    Raises:
-        ValueError: for an argument of the caller that is no bool.
-    """
-    if not isinstance(value, bool):
-        raise ValueError(f"`{name}` must be True or False, got {value!r}")
 
 
 def check_number(name: str, value, least: float, whole: bool = False):
@@ -484,7 +513,7 @@ def longest_segment(config, chunk_length_s: float | None) -> float:
 
 
 def transcribe_recordings(
-    model, items: list, prompts: list[str | None], options: TranscriptionOptions, at_once: bool
+    model, items: list, requests: list[Request], options: TranscriptionOptions, at_once: bool
 ) -> Iterator[SegmentTask]:
     """
     The transcribed segments of all recordings, in order, each recording followed by its end.
@@ -492,7 +521,7 @@ def transcribe_recordings(
     Args:
         model ([`VoxLMForSpeechSeq2Seq`])
         items (`list`): recordings, of any kind `audio_voxlm.read_audio` takes.
-        prompts (`list[str]`): of each recording, `None` for the trained prompt.
+        requests (`list[Request]`): of each recording.
         options ([`TranscriptionOptions`])
         at_once (`bool`): prefer an early first result to full batches.
 
@@ -501,13 +530,13 @@ def transcribe_recordings(
     """
     processor = model.get_processor()
     token_budget(options.generate_kwargs)
-    prompts = [processor.render_prompt(prompt) for prompt in prompts]
-    for prompt in set(prompts):
+    check_search(model, requests, search_options(model.generation_config, options.generate_kwargs))
+    for prompt in {request.prompt for request in requests}:
         check_prompt_length(model.config, **processor.prompt_ids([prompt], [1]), new_tokens=MIN_TOKENS)
     DETECTORS[options.vad](processor.sampling_rate)
     seconds = known_seconds(items, options.sampling_rate or processor.sampling_rate)
-    tasks = segment_recordings(processor, items, options)
-    return finish_segments(transcribe_tasks(model, processor, tasks, prompts, options, seconds, at_once), options)
+    tasks = with_languages(model, processor, segment_recordings(processor, items, options), requests)
+    return finish_segments(transcribe_tasks(model, processor, tasks, requests, options, seconds, at_once), options)
 
 
 def segment_recordings(processor: VoxLMProcessor, items: list, options: TranscriptionOptions) -> Iterator[SegmentTask]:
@@ -541,7 +570,7 @@ def transcribe_tasks(
     model,
     processor: VoxLMProcessor,
     tasks: Iterable[SegmentTask],
-    prompts: list[str],
+    requests: list[Request],
     options: TranscriptionOptions,
     seconds: float | None,
     at_once: bool,
@@ -552,7 +581,7 @@ def transcribe_tasks(
     Args:
         model ([`VoxLMForSpeechSeq2Seq`])
         tasks: of `segment_recordings`.
-        prompts (`list[str]`): of each recording, rendered.
+        requests (`list[Request]`): of each recording.
         seconds (`float`, *optional*): length of all recordings, for the progress bar.
         at_once (`bool`): prefer an early first result to full batches.
     """
@@ -568,9 +597,9 @@ def transcribe_tasks(
         for group in task_groups(tasks, options.batch_size, at_once):
             open_tasks = sorted((task for task in group if task.audio is not None), key=task_seconds)
             for batch in padded_batches(open_tasks, task_seconds, limit_s, options.batch_size):
-                segments, requests = [task.audio for task in batch], [prompts[task.recording] for task in batch]
+                segments, requested = [task.audio for task in batch], [requests[task.recording] for task in batch]
                 asked = options.with_words, options.generate_kwargs, options.use_reader
-                results = transcribe_batch(model, processor, segments, requests, *asked)
+                results = transcribe_batch(model, processor, segments, requested, *asked)
                 for task, result in zip(batch, results):
                     task.result = result
                     bar.update(round(task.audio.duration_s))
@@ -630,7 +659,7 @@ def join_recordings(tasks: Iterable[SegmentTask]) -> Iterator[VoxLMTranscription
         error = None
         if task.error is not None:
             error, segments = log_failure(task.recording, task.error, "transcribed"), []
-        yield join_segments(segments, task.duration_s, error)
+        yield join_segments(segments, task.duration_s, error, task.spoken)
         segments = []
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from packaging import version
@@ -37,6 +38,7 @@ from .configuration_voxlm import (
     preset_bases,
     saved_with_code,
 )
+from .features_voxlm import silence_behind
 from .processing_voxlm import VoxLMProcessor, context_length
 from .reader_voxlm import READER_MODELS, VoxLMReader, decoder_prompt, token_table
 
@@ -69,6 +71,12 @@ CUSTOM_PIPELINES = {
         "default": {},
     }
 }
+
+
+# How the reader's texts are chosen by an LLM that hears nothing. Chosen on speakers that were kept out of training.
+PLAIN_LLM = {"llm_prompt": "none", "llm_weight": 0.2, "word_bonus": 0.5}
+# Noise in place of speech: recordings of so many seconds, half the greatest loudness, and the rate of its syllables. Chosen by hand.
+NOISE_S, NOISE_LEVEL, SYLLABLES_PER_SECOND = (3.0, 8.0), 0.05, 4.0
 
 
 class VoxLMLoadingMixin:
@@ -274,7 +282,7 @@ class VoxLMLoadingMixin:
             text_config=text_config,
             audio_token_id=processor.audio_token_id,
             dtype=dtype,
-            **{"lora_config": {}, **overrides},
+            **{"lora_config": {}, "projector_trained": False, "alignment_trained": False, **overrides},
         )
         # A new composite config resets the attention of the configs it takes in, which the loaded parts share.
         encoder.config._attn_implementation, language_model.config._attn_implementation = attentions
@@ -290,15 +298,21 @@ class VoxLMLoadingMixin:
     @torch.no_grad()
     def add_reader(self, audio: str, language: str = "en", **settings):
         """
-        Keep the decoder of the audio model as a reader (see `reader_voxlm`), in place.
+        Keep the decoder of the audio model as a reader (see `reader_voxlm`), in place. It works at once, on segments padded to
+        the encoder's window (`reader_config["in_window"]`). A recipe's stage of kind `reader` teaches it where audio ends that is
+        not padded, which takes less time; until then the encoder's mean states of silence are the end of such audio.
+
+        Where the projector is not trained, the LLM judges the reader's texts as a plain language model (`llm_prompt` "none"), and
+        confidences are the reader's probabilities.
 
         Args:
             audio (`str`): Hub id or folder of the encoder-decoder model that the encoder comes from.
-            language (`str`): code of the language of the texts.
+            language (`str`): the language in which `transcribe` decodes unless it is asked for another, and which the LLM is
+                trained on; a name or a code.
             **settings: fields of `config.reader_config`.
 
         Returns:
-            the model. Its reader has yet to learn where audio ends: a recipe's stage of kind `reader`.
+            the model.
 
         Raises:
             ValueError: for an audio model whose decoder cannot be driven or whose encoder is not this model's, and for a
@@ -317,14 +331,21 @@ class VoxLMLoadingMixin:
         table = token_table(*tokenizers, generation.suppress_tokens or [])
         self.config.reader_config = {
             **DEFAULT_READER,
-            "prompt_ids": decoder_prompt(generation, language),
+            **decoder_prompt(generation, language),
+            "previous_id": tokenizers[0].get_vocab().get("<|startofprev|>"),
             "eos_token_id": self.config.audio_config.eos_token_id,
             "spelling_size": len(table[0]),
+            "alignment_heads": getattr(generation, "alignment_heads", None),
+            "in_window": True,
+            **({} if self.config.projector_trained else PLAIN_LLM),
             **settings,
         }
+        if not self.config.projector_trained:
+            self.config.confidence_calibration = {"scale": 0.0, "entropy": 0.0, "bias": 0.0, "reader": 1.0}
         self.config.validate()
         self.reader = VoxLMReader(self.config, base.get_decoder()).to(self.device, self.dtype).eval()
         self.reader.spelling, self.reader.spelling_offsets = (part.to(self.device) for part in table)
+        self.reader.end.copy_(silence_states(self, len(self.reader.end)))
         self.freeze_base_weights()
         return self
 
@@ -344,7 +365,25 @@ class VoxLMLoadingMixin:
             options["revision"] = commit or options.get("revision") or "main"
             self.processor = VoxLMProcessor.from_pretrained(source, trust_remote_code=self.is_remote_code(), **options)
             self.processor.context_length = context_length(self.config)
+            self.processor.projector_merges = self.config.projector_merges
         return self.processor
+
+
+def silence_states(model, count: int) -> torch.Tensor:
+    """
+    The encoder's mean states `(count, audio_size)` of the silence right behind a recording that is padded to the window, which the
+    reader has learnt to stop on. The recordings are noise that swells and fades as syllables do.
+    """
+    processor, generator = model.get_processor(), np.random.default_rng(0)
+    rate, states = processor.sampling_rate, []
+    for seconds in NOISE_S:
+        samples = generator.standard_normal(round(seconds * rate))
+        loudness = NOISE_LEVEL * (1 + np.cos(2 * np.pi * SYLLABLES_PER_SECOND * np.arange(len(samples)) / rate))
+        (clip,) = processor.extract_clips([(loudness * samples).astype(np.float32)])
+        encoded = model.encode_audio(**processor.pad_clips([silence_behind(processor, clip, None)]))
+        first = -(-len(samples) // round(processor.frame_s * rate))
+        states.append(encoded.last_hidden_state[0, first : first + count])
+    return torch.stack(states).mean(0)
 
 
 def check_source(source, options: dict, config_needed: bool):

@@ -268,11 +268,26 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, VoxLMGenerationMixin, VoxLMInf
         return self.language_model.get_decoder()
 
     def train(self, mode: bool = True):
-        """As in torch, but a frozen encoder stays in evaluation mode: its dropout and SpecAugment would only add noise."""
+        """
+        As in torch, but a frozen encoder stays in evaluation mode: its dropout and SpecAugment would only add noise. A projector
+        that can learn counts as trained from now on (`config.projector_trained`).
+        """
         super().train(mode)
+        if mode and any(parameter.requires_grad for parameter in self.projector.parameters()):
+            self.config.projector_trained = True
         if self.config.freeze_audio_encoder:
             self.encoder.eval()
         return self
+
+    @property
+    def leaves_projector_out(self) -> bool:
+        """Whether the reader's texts are judged without the projector, which is not trained."""
+        return self.reader is not None and not self.config.projector_trained
+
+    @property
+    def times_by_attention(self) -> bool:
+        """Whether word times come from the reader's cross-attention, since the alignment head is not trained."""
+        return self.reader is not None and not self.config.alignment_trained
 
     @property
     def time_axis(self) -> int:
@@ -289,6 +304,8 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, VoxLMGenerationMixin, VoxLMInf
         trained projector.
         """
         self.config.projector_vocab_size, self.config.projector_merges = len(token_ids), merges
+        if self.processor is not None:
+            self.processor.projector_merges = merges
         self.projector.token_ids = torch.tensor(token_ids, device=self.projector.linear_in.weight.device)
 
     def set_alignment_head(self, kind: str):
@@ -588,6 +605,8 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, VoxLMGenerationMixin, VoxLMInf
                 f"With `word_times`, the alignment head's loss also needs {needed}, `frame_times` and, for each row, the "
                 "audio as features or `audio_states`; `audio_embeds` have lost the encoder's frames"
             )
+        if self.training:
+            self.config.alignment_trained = True
         if self.alignment.from_spelling:
             scores = self.align_spelling(ids, audio)
         else:

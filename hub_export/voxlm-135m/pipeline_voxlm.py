@@ -30,8 +30,8 @@ class VoxLMASRPipeline(AutomaticSpeechRecognitionPipeline):
     Speech recognition with VoxLM; the same answers as `model.transcribe`.
 
     Takes what `model.transcribe` takes (a path, bytes, array, dict with "array" or "raw" and "sampling_rate"), lists of
-    them, datasets and generators, with `batch_size`, `return_timestamps` (`True` or `"word"`), `chunk_length_s`, `prompt` and
-    `generate_kwargs`. Returns `{"text"}` and, with timestamps, `"chunks": [{"text", "timestamp": (start, end),
+    them, datasets and generators, with `batch_size`, `return_timestamps` (`True` or `"word"`), `chunk_length_s`, `prompt`,
+    `context`, `hotwords`, `language` and `generate_kwargs` (where these may be too). Returns `{"text"}` and, with timestamps, `"chunks": [{"text", "timestamp": (start, end),
     "confidence"}]` in seconds.
 
     Args:
@@ -84,7 +84,10 @@ class VoxLMASRPipeline(AutomaticSpeechRecognitionPipeline):
         # Accepted for compatibility and without effect: `stride_length_s` (segments are split at pauses and need no overlap)
         # and `truncation` (which `evaluate`'s evaluator passes to every pipeline; no audio is cut off here).
         forward = {"prompt": prompt, "chunk_length_s": chunk_length_s, **(generate_kwargs or {}), **kwargs}
-        forward = {name: value for name, value in forward.items() if value is not None}
+        if forward.pop("task", "transcribe") != "transcribe":  # as Whisper's pipelines are told
+            raise ValueError("The model transcribes; of `generate_kwargs['task']` it knows 'transcribe' alone")
+        # The language may be `None`: it is detected then.
+        forward = {name: value for name, value in forward.items() if value is not None or name == "language"}
         postprocess = {} if return_timestamps is None else {"return_timestamps": return_timestamps}
         if return_timestamps is not None:
             forward["return_timestamps"] = return_timestamps

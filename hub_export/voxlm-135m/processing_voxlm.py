@@ -13,6 +13,7 @@ from .audio_voxlm import is_batch, read_audio, to_waveform
 from .checkpoint_voxlm import TOKENIZER_FILE, check_side_files, read_object
 from .collator_voxlm import check_rows, word_time_targets
 from .configuration_voxlm import saved_with_code
+from .subwords_voxlm import encode_subwords, subword_tokenizer
 from .words_voxlm import Word, decode_tokens, encode_words, split_words
 
 
@@ -63,17 +64,17 @@ def affine_lengths(length_of, limit: int) -> tuple[int, int]:
     return stride, offset
 
 
-def one_for_each(prompt: str | list | None, count: int) -> list:
-    """A prompt for each of `count` recordings, from one for all or a list of them.
+def one_for_each(prompt: str | list | None, count: int, name: str = "prompt") -> list:
+    """A prompt (or another text, `name`) for each of `count` recordings, from one for all or a list of them.
 
     Raises:
         ValueError: for a list of another length, and for what is neither a string nor a list.
     """
     if prompt is not None and not isinstance(prompt, (str, list, tuple)):
-        raise ValueError(f"The prompt must be a string, or a list with one for each recording, got {prompt!r}")
+        raise ValueError(f"The {name} must be a string, or a list with one for each recording, got {prompt!r}")
     prompts = [prompt] * count if prompt is None or isinstance(prompt, str) else list(prompt)
     if len(prompts) != count:
-        raise ValueError(f"Got {len(prompts)} prompts for {count} recordings")
+        raise ValueError(f"Got {len(prompts)} {name}s for {count} recordings")
     return prompts
 
 
@@ -202,7 +203,7 @@ class VoxLMProcessor(ProcessorMixin):
         self.audio_token_stride = audio_token_stride
         self.audio_token_offset = audio_token_offset
         # Most tokens that the LLM can see, where the model is known; not saved.
-        self.context_length = None
+        self.context_length, self.projector_merges, self._spelling = None, None, None
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
 
     @classmethod
@@ -240,7 +241,7 @@ class VoxLMProcessor(ProcessorMixin):
         config = model.config
         self.prompt, self.prompt_template = config.prompt, config.prompt_template
         self.audio_window_s, self.pad_audio_to_window = config.audio_window_s, config.pad_audio_to_window
-        self.context_length = context_length(config)
+        self.context_length, self.projector_merges = context_length(config), config.projector_merges
         rate = self.sampling_rate
         silence = np.zeros(2 * rate, dtype=np.float32)
         one, two = (self._extract(silence[: seconds * rate]).shape[self.time_axis] for seconds in (1, 2))
@@ -280,6 +281,11 @@ class VoxLMProcessor(ProcessorMixin):
     def special_ids(self) -> set[int]:
         """Ids of control tokens, which are not text."""
         return {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
+
+    @property
+    def special_tokens(self) -> list[str]:
+        """Control tokens, which are not text."""
+        return [*self.tokenizer.all_special_tokens, *map(str, self.tokenizer.added_tokens_decoder.values())]
 
     @property
     def feature_name(self) -> str:
@@ -485,12 +491,13 @@ class VoxLMProcessor(ProcessorMixin):
             content.append(item)
         return {**conversation, "content": content}
 
-    def render_prompt(self, prompt: str | None = None) -> str:
+    def render_prompt(self, prompt: str | None = None, context: str = "") -> str:
         """
         The text of one request, with one audio token.
 
         Args:
-            prompt (`str`, *optional*): instruction or context for the LLM; by default the one used in training.
+            prompt (`str`, *optional*): instruction for the LLM; by default the one used in training.
+            context (`str`): what the recording is about, or the text before it; in front of the instruction.
 
         Raises:
             ValueError: for what is no string or longer than the LLM's context, and when the prompt contains a special token,
@@ -498,10 +505,14 @@ class VoxLMProcessor(ProcessorMixin):
         """
         prompt = self.prompt if prompt is None else prompt
         check_text(prompt, "The prompt")
-        specials = [token for token in self.tokenizer.all_special_tokens if token in prompt]
+        if context:
+            check_text(context, "The context")
+            prompt = f"{context}\n{prompt}"
+        specials = [token for token in self.special_tokens if token in prompt]
         if specials:
             raise ValueError(
-                f"The prompt contains the special token {specials[0]!r}, which the model would take as control; remove it"
+                f"The {'context' if specials[0] in context else 'prompt'} contains the special token {specials[0]!r}, which the "
+                "model would take as control; remove it"
             )
         if self.context_length and len(prompt) >= self.context_length:  # a token may be a character
             check_context(self.context_length, len(self.tokenizer(prompt)["input_ids"]))
@@ -643,6 +654,13 @@ class VoxLMProcessor(ProcessorMixin):
             words, timed = [self.split_words(ids) for ids in answers], [row.get("words") for row in rows]
             batch |= word_time_targets(words, timed, batch["labels"], self.frame_s)
         return {**batch, **audio}
+
+    def spell_words(self, words: list[str]) -> tuple[list[int], np.ndarray]:
+        """The tokens in which a projector with `projector_merges` spells plain words, and the index of the word of each."""
+        if self._spelling is None or self._spelling[0] != self.projector_merges:
+            self._spelling = self.projector_merges, subword_tokenizer(self.tokenizer, self.projector_merges)
+        spelt = [encode_subwords(self._spelling[1], word) for word in words]
+        return [token for ids in spelt for token in ids], np.repeat(np.arange(len(words)), list(map(len, spelt)))
 
     def decode_text(self, token_ids) -> str:
         """The text of token ids, without special tokens and with white space as it is."""

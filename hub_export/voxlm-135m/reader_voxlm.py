@@ -7,11 +7,18 @@ ASR decoder and an LLM decode together is the idea of SALSA (Mittal et al. 2024)
 2023).
 """
 
-from dataclasses import dataclass, replace
+import functools
+import math
+import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 from transformers import initialization as init
+
+from .biasing_voxlm import BiasState, Hotwords, ReaderVocabulary
+from .language_voxlm import language_code
 
 
 # Audio models whose decoder can be driven step by step as below.
@@ -23,6 +30,12 @@ BEAM_MARGIN = 6.0
 # nothing. Chosen by hand after segments of 20-28 s ended after their first sentence (WER of the first 20 minutes of
 # LibriSpeech dev-clean, 10 speakers: 5.46 % with it); not tuned.
 LENGTH_REWARD, REPEATED_RUN = 0.4, 4
+# Candidates that one step looks at, for each hypothesis that it may keep: the likeliest may end a text or be a variant.
+CANDIDATES = 3
+# How many steps a likelier hypothesis with the same words may be behind: as many punctuation marks.
+REMEMBERED = 4
+# Ends the words of a finished text, so that they are no beginning of others.
+END_OF_WORDS = "\n"
 # Longest n-best list of one recording, without the empty text. Chosen by hand: one more than the shipped model's beams.
 MAX_HYPOTHESES = 6
 
@@ -39,6 +52,12 @@ class ReaderHypothesis:
         ended (`bool`): whether it ended by itself.
         novel_tokens (`int`): number of tokens outside runs that the text has had before.
         repeating (`bool`): whether the last token is inside such a run.
+        bias ([`BiasState`]), bonus (`float`): the hotwords in it and what they have earned, see `biasing_voxlm`.
+        hotwords (`list[str]`): those in a finished text.
+        shift (`float`): what makes its log-probability one behind the prompt of the others, see `with_hotword_texts`.
+        words (`str`): the text without capitals and punctuation, where the search compares texts by their words.
+        prefixes (`tuple[tuple[str, float], ...]`): `words` as they were lately, each with the log-probability of then.
+        variants (`float`): what variants in capitals and punctuation add to the log-probability of the words.
     """
 
     ids: list[int]
@@ -47,16 +66,23 @@ class ReaderHypothesis:
     ended: bool = True
     novel_tokens: int = 0
     repeating: bool = False
+    bias: BiasState = BiasState()
+    bonus: float = 0.0
+    shift: float = 0.0
+    hotwords: list[str] = field(default_factory=list)
+    words: str = ""
+    prefixes: tuple[tuple[str, float], ...] = ()
+    variants: float = 0.0
 
     @property
     def logprob(self) -> float:
         """Log-probability of the whole text, its end included."""
-        return sum(self.logprobs) + self.end_logprob
+        return sum(self.logprobs) + self.end_logprob + self.shift
 
     @property
     def score(self) -> float:
         """What hypotheses of unlike length are compared by."""
-        return self.logprob + LENGTH_REWARD * self.novel_tokens
+        return self.logprob + LENGTH_REWARD * self.novel_tokens + self.bonus
 
     def followed_by(self, token: int, logprob: float) -> "ReaderHypothesis":
         """The hypothesis with one more token."""
@@ -98,6 +124,9 @@ class VoxLMReader(nn.Module):
         # The LLM's tokens for the decoder's token i are spelling[offsets[i] : offsets[i + 1]].
         self.register_buffer("spelling", torch.zeros(settings["spelling_size"], dtype=torch.int32))
         self.register_buffer("spelling_offsets", torch.zeros(audio_config.vocab_size + 1, dtype=torch.int32))
+        self._vocabulary: ReaderVocabulary | None = None
+        # Of tokens that have come up, what `plain_piece` makes of them.
+        self.pieces: dict[int, str] = {}
 
     def init_own_tensors(self):
         """Initialise what is in no layer."""
@@ -110,8 +139,28 @@ class VoxLMReader(nn.Module):
         bounds = zip(self.spelling_offsets[tokens].tolist(), self.spelling_offsets[tokens + 1].tolist())
         return [self.spelling[first:end].tolist() for first, end in bounds]
 
+    @property
+    def prompt_room(self) -> int:
+        """Most tokens of context and hotwords in a prompt: half of the decoder's context, as in Whisper."""
+        return self.decoder.embed_positions.weight.shape[0] // 2 - 1
+
+    def vocabulary(self, tokenizer) -> ReaderVocabulary:
+        """What the reader's tokens spell, made when it is first needed. `tokenizer` is the LLM's."""
+        if self._vocabulary is None:
+            self._vocabulary = ReaderVocabulary(self.spelling, self.spelling_offsets, tokenizer)
+        return self._vocabulary
+
     @torch.no_grad()
-    def forward(self, states, mask, budgets: list[int], padded: bool = False) -> list[list[ReaderHypothesis]]:
+    def forward(
+        self,
+        states,
+        mask,
+        budgets: list[int],
+        padded: bool = False,
+        prompts: list[list[int]] | None = None,
+        hotwords: list[Callable | None] | None = None,
+        spell: Callable[[int], str] | None = None,
+    ) -> list[list[ReaderHypothesis]]:
         """
         The n-best list of each recording of a batch, best first.
 
@@ -120,18 +169,81 @@ class VoxLMReader(nn.Module):
             mask (`torch.LongTensor` of shape `(batch, frames)`): 1 for real frames, which come first.
             budgets (`list[int]`): token budget of each recording.
             padded (`bool`): whether the audio was padded to the encoder's window with silence, as the decoder learnt it.
+            prompts (`list[list[int]]`, *optional*): what the decoder starts from, by default the config's prompt. Recordings
+                whose prompts are of the same length are searched together.
+            hotwords (`list[Callable]`, *optional*): for each recording `None` or a function that returns, for the ids of its best
+                text, [`Hotwords`] and a prompt for a second search, so that wrong hotwords push nothing out of the first one's.
+            spell (`Callable`, *optional*): see [`BeamSearch`].
         """
+        prompts = prompts or [self.prompt_ids] * len(budgets)
         cross, mask = self._cross_attention_inputs(states, mask, self.end[:0] if padded else self.end)
-        room = self.decoder.embed_positions.weight.shape[0] - len(self.prompt_ids)
-        searches = [BeamSearch(self.num_beams, min(budget, room)) for budget in budgets]
-        rows = [number for number, search in enumerate(searches) if search.open]
-        cross, mask = _select_rows(cross, mask, rows)
+        begin = functools.partial(BeamSearch, self.num_beams)
+        room = self.decoder.embed_positions.weight.shape[0]
+        plain = {
+            row: (prompt, begin(min(budgets[row], room - len(prompt)), spell)) for row, prompt in enumerate(prompts)
+        }
+        n_best = self._search_all(plain, cross, mask)
+        again = {}
+        for row, sought in enumerate(hotwords or []):
+            if sought is not None:
+                words, prompt = sought(n_best[row][0].ids)
+                again[row] = (prompt, begin(min(budgets[row], room - len(prompt)), hotwords=words))
+        for row, biased in self._search_all(again, cross, mask).items():
+            prompt, search = again[row]
+            lost = self._lost_by(prompt, n_best[row][0], *_select_rows(cross, mask, [row]))
+            n_best[row] = with_hotword_texts(n_best[row], biased, search.hotwords, lost)
+        return list(n_best.values())
+
+    def _lost_by(self, prompt: list[int], text: ReaderHypothesis, cross, mask) -> float:
+        """
+        How much less likely, in nats, a text is behind another prompt than that which it was found with; of a long text, as much
+        of it as fits behind the prompt. `cross` and `mask` are of its one recording.
+        """
+        answer = [*text.ids, *([self.eos_token_id] if text.ended else [])]
+        answer = answer[: self.decoder.embed_positions.weight.shape[0] - len(prompt)]
+        ids = torch.tensor([[[*prompt, *answer]]], device=mask.device)
+        hidden_states = self._hidden_states(ids[..., :-1], 0, cross, mask, [None] * len(cross))
+        logits = self._logits(hidden_states[0, 0, len(prompt) - 1 :], self._forbidden_tokens())
+        behind = float(logits.log_softmax(-1).gather(-1, ids[0, 0, len(prompt) :, None]).sum())
+        return sum([*text.logprobs, text.end_logprob][: len(answer)]) - behind
+
+    def _search_all(
+        self, asked: dict[int, tuple[list[int], "BeamSearch"]], cross, mask
+    ) -> dict[int, list[ReaderHypothesis]]:
+        """
+        The n-best lists of some recordings of a batch.
+
+        Args:
+            asked (`dict[int, tuple[list[int], BeamSearch]]`): prompt and search by recording.
+            cross, mask: of `_cross_attention_inputs`, for all recordings.
+        """
+        searches = {row: search for row, (_, search) in asked.items()}
+        lengths: dict[int, list[int]] = {}
+        for row, (prompt, search) in asked.items():
+            if search.open:
+                lengths.setdefault(len(prompt), []).append(row)
+        for rows in lengths.values():
+            self._search(searches, rows, [asked[row][0] for row in rows], *_select_rows(cross, mask, rows))
+        return {row: search.n_best() for row, search in searches.items()}
+
+    def _search(self, searches: dict, rows: list[int], prompts: list[list[int]], cross, mask):
+        """
+        Run the searches of some recordings to their ends.
+
+        Args:
+            searches (`dict[int, BeamSearch]`): by recording.
+            rows (`list[int]`): recordings whose `prompts` (`list[list[int]]`) have the same length.
+            cross, mask: of `_cross_attention_inputs`, for these recordings.
+        """
         cache: list = [None] * len(self.decoder.layers)
-        tokens = torch.tensor([[self.prompt_ids]] * len(rows), device=states.device)
-        forbidden, position = self._forbidden_tokens(), 0
+        tokens = torch.tensor(prompts, device=mask.device).unsqueeze(1)
+        forbidden, position, prefix = self._forbidden_tokens(), 0, None
         while rows:
-            hidden_states = self._hidden_states(tokens, position, cross, mask, cache)[:, :, -1]
+            hidden_states = self._hidden_states(tokens, position, cross, mask, cache, prefix)[:, :, -1]
             logprobs = self._logits(hidden_states, forbidden).log_softmax(-1)
+            if position == 0 and tokens.shape[-1] > len(self.prompt_ids):
+                # A long prompt is kept once for all hypotheses of a recording, not copied with each of them in each step.
+                prefix, cache = cache, [None] * len(cache)
             position += tokens.shape[-1]
             chosen = [searches[row].advance(scores, self.eos_token_id) for row, scores in zip(rows, logprobs)]
             still_open = [number for number, places in enumerate(chosen) if places]
@@ -144,15 +256,30 @@ class VoxLMReader(nn.Module):
                 for number in still_open
                 for place in chosen[number] + [chosen[number][0]] * (width - len(chosen[number]))
             ]
-            parents = torch.tensor(parents, device=states.device)
-            cache = [[part[parents] for part in pair] for pair in cache]
+            parents = torch.tensor(parents, device=mask.device)
+            cache = [None if pair is None else [part[parents] for part in pair] for pair in cache]
             if len(still_open) < len(rows):
                 rows = [rows[number] for number in still_open]
+                prefix = prefix and _select_rows(prefix, mask, still_open)[0]
                 cross, mask = _select_rows(cross, mask, still_open)
             last = [[text.ids[-1] for text in searches[row].open] for row in rows]
             last = [ids + [ids[0]] * (width - len(ids)) for ids in last]
-            tokens = torch.tensor(last, device=states.device).unsqueeze(-1)
-        return [search.n_best() for search in searches]
+            tokens = torch.tensor(last, device=mask.device).unsqueeze(-1)
+
+    @torch.no_grad()
+    def language_probabilities(self, states, mask, languages: dict[str, int], padded: bool = False) -> torch.Tensor:
+        """
+        Probabilities `(batch, languages)` of the languages that may be spoken, by one step of the decoder.
+
+        Args:
+            states, mask, padded: as in `forward`.
+            languages (`dict[str, int]`): the decoder's token for each.
+        """
+        cross, mask = self._cross_attention_inputs(states, mask, self.end[:0] if padded else self.end)
+        start = torch.tensor([[self.prompt_ids[:1]]] * len(states), device=states.device)
+        hidden_states = self._hidden_states(start, 0, cross, mask, [None] * len(cross))[:, 0, -1]
+        nothing = torch.zeros_like(self._forbidden_tokens())
+        return self._logits(hidden_states, nothing)[:, list(languages.values())].softmax(-1)
 
     def teacher_force(self, states, mask, ids) -> torch.Tensor:
         """
@@ -165,6 +292,38 @@ class VoxLMReader(nn.Module):
         cross, mask = self._cross_attention_inputs(states, mask, self.end)
         hidden_states = self._hidden_states(ids.unsqueeze(1), 0, cross, mask, [None] * len(cross))
         return self._logits(hidden_states, self._forbidden_tokens()).squeeze(1)
+
+    @torch.no_grad()
+    def cross_attention(self, states, mask, ids, heads: list[tuple[int, int]], padded: bool = False) -> torch.Tensor:
+        """
+        What heads of the cross-attention look at while the decoder is given a text.
+
+        Args:
+            states, mask, padded: as in `forward`.
+            ids (`torch.LongTensor` of shape `(batch, tokens)`): the prompt and the text.
+            heads (`list[tuple[int, int]]`): layer and number of each.
+
+        Returns:
+            `(batch, heads, tokens, frames)` weights, those of frames behind the audio included.
+        """
+        cross, mask = self._cross_attention_inputs(states, mask, self.end[:0] if padded else self.end)
+        queries: dict[int, torch.Tensor] = {}
+        hooks = [
+            self.decoder.layers[layer].encoder_attn.q_proj.register_forward_hook(
+                lambda module, inputs, output, layer=layer: queries.update({layer: self._heads(output)})
+            )
+            for layer in {layer for layer, _ in heads}
+        ]
+        try:
+            self._hidden_states(ids.unsqueeze(1), 0, cross, mask, [None] * len(cross))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        size = self.decoder.layers[0].encoder_attn.head_dim
+        scores = [
+            queries[layer][:, head] @ cross[layer][0][:, head].transpose(1, 2) / size**0.5 for layer, head in heads
+        ]
+        return torch.stack(scores, dim=1).masked_fill(~mask[:, None, None], -torch.inf).softmax(-1)
 
     def _cross_attention_inputs(self, states, mask, end):
         """
@@ -191,12 +350,30 @@ class VoxLMReader(nn.Module):
         mixed = nn.functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
         return attention.out_proj(mixed.transpose(1, 2).flatten(2))
 
-    def _hidden_states(self, tokens, position: int, cross, mask, cache: list):
+    def _attend_behind(self, attention, queries, keys, values, prefix, recordings: int):
+        """
+        Self-attention of one token of each hypothesis to its own past and to the prompt.
+
+        Args:
+            queries (`torch.Tensor` of shape `(recordings * hypotheses, 1, size)`), keys, values (as of `_heads`): of hypotheses.
+            prefix: keys and values of the prompts, as of `_heads`, one row for each recording.
+        """
+        queries = self._heads(attention.q_proj(queries)) * (queries.shape[-1] // self.num_heads) ** -0.5
+        grouped = queries.squeeze(2).unflatten(0, (recordings, -1)).transpose(1, 2)
+        shared = (grouped @ prefix[0].transpose(-1, -2)).transpose(1, 2).flatten(0, 1).unsqueeze(2)
+        weights = torch.cat([shared, queries @ keys.transpose(-1, -2)], dim=-1).softmax(-1)
+        shared, own = weights.tensor_split([prefix[0].shape[2]], dim=-1)
+        shared = shared.squeeze(2).unflatten(0, (recordings, -1)).transpose(1, 2) @ prefix[1]
+        mixed = own @ values + shared.transpose(1, 2).flatten(0, 1).unsqueeze(2)
+        return attention.out_proj(mixed.transpose(1, 2).flatten(2))
+
+    def _hidden_states(self, tokens, position: int, cross, mask, cache: list, prefix: list | None = None):
         """
         Last hidden states `(recordings, hypotheses, length, size)` for tokens `(recordings, hypotheses, length)`.
 
         The hypotheses of one recording are queries beside each other to the same keys `cross`. `cache` holds the past keys
-        and values of each hypothesis and is extended in place.
+        and values of each hypothesis and is extended in place. With a `prefix`, the keys and values of each recording's prompt,
+        the cache holds what is behind it, and `length` is 1.
         """
         decoder, (recordings, hypotheses, length) = self.decoder, tokens.shape
         places = decoder.embed_positions.weight[position : position + length]
@@ -209,7 +386,11 @@ class VoxLMReader(nn.Module):
             if cache[number] is not None:
                 own = [torch.cat(pair, dim=2) for pair in zip(cache[number], own)]
             cache[number] = own
-            hidden_states = hidden_states + self._attend(layer.self_attn, normed, *own, causal)
+            if prefix is None:
+                attended = self._attend(layer.self_attn, normed, *own, causal)
+            else:
+                attended = self._attend_behind(layer.self_attn, normed, *own, prefix[number], recordings)
+            hidden_states = hidden_states + attended
             normed = layer.encoder_attn_layer_norm(hidden_states).view(recordings, hypotheses * length, -1)
             attended = self._attend(layer.encoder_attn, normed, keys, values, mask[:, None, None])
             hidden_states = hidden_states + attended.view_as(hidden_states)
@@ -243,15 +424,24 @@ def _select_rows(cross, mask, rows: list[int]):
 
 class BeamSearch:
     """
-    The hypotheses of one recording while they grow.
+    The hypotheses of one recording while they grow. Of those with the same words, which differ in capitals and punctuation
+    only, the likeliest goes on: variants of one text would take the places of other texts.
 
     Args:
         width (`int`): most hypotheses at a time.
         budget (`int`): most tokens.
+        spell (`Callable`, *optional*): function from a token to what it adds to a text's words, see `plain_piece`. Without one
+            all texts are different.
+        hotwords ([`Hotwords`], *optional*): what earns a hypothesis a bonus.
     """
 
-    def __init__(self, width: int, budget: int):
-        self.width, self.budget = width, budget
+    def __init__(
+        self, width: int, budget: int, spell: Callable[[int], str] | None = None, hotwords: Hotwords | None = None
+    ):
+        self.width, self.budget, self.spell, self.hotwords = width, budget, spell, hotwords
+        # The best log-probability of any hypothesis with these words, and those of the variants that were dropped for it.
+        self.likeliest: dict[str, float] = {}
+        self.dropped: dict[str, set[float]] = {}
         self.open = [ReaderHypothesis([], [])] if budget > 0 else []
         self.finished: list[ReaderHypothesis] = []
         self.empty: ReaderHypothesis | None = None
@@ -268,8 +458,12 @@ class BeamSearch:
             for each new open hypothesis, the index of the one that it extends.
         """
         logprobs = logprobs[: len(self.open)]
-        totals = logprobs + logprobs.new_tensor([text.logprob for text in self.open]).unsqueeze(1)
-        best = totals.flatten().topk(min(2 * self.width, totals.numel())).indices.tolist()
+        totals = logprobs + logprobs.new_tensor([text.logprob + text.bonus for text in self.open]).unsqueeze(1)
+        changes = None
+        if self.hotwords is not None:
+            changes = torch.stack([self.hotwords.changes(text.bias) for text in self.open]).to(totals)
+            totals = totals + changes
+        best = totals.flatten().topk(min(CANDIDATES * self.width, totals.numel())).indices.tolist()
         if self.empty is None:
             self.empty = ReaderHypothesis([], [], float(logprobs[0, eos_token_id]))
         done = sorted((text.score for text in self.finished), reverse=True)
@@ -280,15 +474,19 @@ class BeamSearch:
         for index in best:
             parent, token = divmod(index, logprobs.shape[1])
             before, logprob = self.open[parent], float(logprobs[parent, token])
-            if before.logprob + logprob < likeliest - BEAM_MARGIN:
+            bonus = 0.0 if changes is None else before.bonus + float(changes[parent, token])
+            if before.logprob + logprob + bonus < likeliest - BEAM_MARGIN:
                 break
             if token == eos_token_id:
-                text = before.finished(logprob)
+                text = replace(before.finished(logprob), bonus=bonus)
                 if before.ids and text.score >= floor:
-                    self.finished.append(text)
+                    self._finish(text)
             elif len(grown) < self.width:
-                text = before.followed_by(token, logprob)
-                if text.score >= floor:
+                text = self._with_words(before, before.followed_by(token, logprob))
+                if self.hotwords is not None:
+                    text = replace(text, bias=self.hotwords.advance(before.bias, token), bonus=bonus)
+                # The likeliest goes on in any case: what was likelier with the same words may have come to nothing.
+                if text.score >= floor and (self._is_likeliest(text) or not grown):
                     grown.append(text)
                     parents.append(parent)
         self.open = grown
@@ -297,6 +495,47 @@ class BeamSearch:
             self.open = []
         return parents if self.open else []
 
+    def _with_words(self, before: ReaderHypothesis, text: ReaderHypothesis) -> ReaderHypothesis:
+        """A hypothesis that is `before` and one more token, with its words."""
+        if self.spell is None:
+            return text
+        piece = self.spell(text.ids[-1])
+        if not piece:
+            return replace(text, words=before.words, prefixes=before.prefixes)
+        words = before.words + piece
+        return replace(text, words=words, prefixes=(*before.prefixes[1 - REMEMBERED :], (words, text.logprob)))
+
+    def _is_likeliest(self, text: ReaderHypothesis) -> bool:
+        """Whether no likelier hypothesis has, or lately had, the same words; punctuation puts it some steps behind others."""
+        for words, logprob in text.prefixes:
+            if self.likeliest.get(words, -float("inf")) > logprob:
+                self.dropped.setdefault(words, set()).add(logprob)
+                return False
+        self.likeliest.update(text.prefixes[-1:])
+        return True
+
+    def _finish(self, text: ReaderHypothesis):
+        """Add a finished hypothesis, in the place of a variant that is less likely."""
+        if self.spell is not None:
+            words = text.words + END_OF_WORDS
+            text = replace(text, words=words, prefixes=((words, text.logprob),))
+            if not self._is_likeliest(text):
+                return
+            for variant in self.finished:
+                if variant.words == words:
+                    self.dropped.setdefault(words, set()).add(variant.logprob)
+            self.finished = [other for other in self.finished if other.words != words]
+        self.finished.append(text)
+
+    def _with_variants(self, text: ReaderHypothesis) -> ReaderHypothesis:
+        """A finished hypothesis with the probability of the variants that were dropped on its way."""
+        shares = [
+            sum(math.exp(logprob - self.likeliest[words]) for logprob in logprobs)
+            for words, logprobs in self.dropped.items()
+            if text.words.startswith(words)
+        ]
+        return replace(text, variants=sum(map(math.log1p, shares)))
+
     def n_best(self) -> list[ReaderHypothesis]:
         """
         The finished hypotheses within `BEAM_MARGIN` of the best, best first; last, whatever its score, the empty text, which
@@ -304,7 +543,53 @@ class BeamSearch:
         """
         ranked = sorted(self.finished, key=lambda text: -text.score)[:MAX_HYPOTHESES]
         likely = [text for text in ranked if text.score >= ranked[0].score - BEAM_MARGIN]
-        return [*likely, self.empty or ReaderHypothesis([], [], ended=False)]
+        return [*map(self._with_variants, likely), self.empty or ReaderHypothesis([], [], ended=False)]
+
+
+def with_hotword_texts(
+    plain: list[ReaderHypothesis], biased: list[ReaderHypothesis], hotwords: Hotwords, lost: float
+) -> list[ReaderHypothesis]:
+    """
+    The n-best list of a search without hotwords and, between it and the empty text, the hypotheses of a search with them that
+    have more of them than its best one.
+
+    Both searches started from other prompts. So that their log-probabilities can be compared, those of the second are shifted by
+    what the best text of the first lost by the other prompt, and by what its variants add to it.
+
+    Args:
+        plain, biased (`list[ReaderHypothesis]`): of `BeamSearch.n_best`.
+        hotwords ([`Hotwords`])
+        lost (`float`): by the best text, in nats.
+    """
+    plain, biased = ([with_found(text, hotwords) for text in texts] for texts in (plain, biased))
+    had, known = plain[0].bonus, [text.ids for text in plain]
+    more = [text for text in biased[:-1] if text.bonus > had and text.ids not in known]
+    return [*plain[:-1], *(replace(text, shift=lost + plain[0].variants) for text in more), plain[-1]]
+
+
+def with_found(text: ReaderHypothesis, hotwords: Hotwords) -> ReaderHypothesis:
+    """A finished hypothesis with the hotwords in it and their bonus."""
+    state = BiasState(found=hotwords.found_in(text.ids))
+    return replace(text, hotwords=[hotwords.words[number] for number in state.found], bonus=hotwords.bonus(state))
+
+
+def plain_piece(text: str, token: int) -> str:
+    """
+    What a token adds to a text's words: lower case, without punctuation and symbols other than apostrophes inside words.
+
+    Args:
+        text (`str`): what the token spells; with a replacement character where it is a part of one.
+        token (`int`): its id, which stands for what cannot be compared by letters.
+    """
+    if "\ufffd" in text:
+        return f"<{token}>"
+    text = text.replace("’", "'").replace("-", " ")
+    kept = [
+        char.lower()
+        for place, char in enumerate(text)
+        if unicodedata.category(char)[0] not in "PS" or char == "'" and text[place + 1 : place + 2].isalpha()
+    ]
+    return "".join(kept) if any(not char.isspace() for char in kept) else ""
 
 
 def token_table(audio_tokenizer, tokenizer, suppressed: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -342,21 +627,23 @@ def token_table(audio_tokenizer, tokenizer, suppressed: list[int]) -> tuple[torc
     return torch.tensor(flat, dtype=torch.int32), lengths.cumsum(0).to(torch.int32)
 
 
-def decoder_prompt(generation_config, language: str) -> list[int]:
+def decoder_prompt(generation_config, language: str) -> dict:
     """
-    The tokens that Whisper's decoder starts from: start, language, task, no timestamps.
+    Fields of `config.reader_config`: "prompt_ids", the tokens that Whisper's decoder starts from (start, language, task, no
+    timestamps), and the "language" and "languages" among them.
 
     Args:
         generation_config ([`GenerationConfig`]): of the audio model.
-        language (`str`): its code, such as "en".
+        language (`str`): see `language_voxlm.language_code`.
 
     Raises:
         ValueError: for a language that the model does not know.
     """
-    start = [generation_config.decoder_start_token_id]
+    start, languages = [generation_config.decoder_start_token_id], {}
     if getattr(generation_config, "is_multilingual", False):
-        languages = generation_config.lang_to_id
-        if f"<|{language}|>" not in languages:
-            raise ValueError(f"The audio model does not know the language {language!r}; it knows {' '.join(languages)}")
-        start += [languages[f"<|{language}|>"], generation_config.task_to_id["transcribe"]]
-    return [*start, generation_config.no_timestamps_token_id]
+        languages = {name.strip("<|>"): token for name, token in generation_config.lang_to_id.items()}
+    language = language_code(language, {"languages": languages, "language": "en"})
+    if languages:
+        start += [languages[language], generation_config.task_to_id["transcribe"]]
+    prompt = [*start, generation_config.no_timestamps_token_id]
+    return {"prompt_ids": prompt, "language": language, "languages": languages}

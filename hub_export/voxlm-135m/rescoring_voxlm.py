@@ -7,6 +7,7 @@ it is without either.
 """
 
 import copy
+import functools
 import math
 import re
 from contextlib import nullcontext
@@ -22,16 +23,18 @@ from .decoding_voxlm import (
     DecodedText,
     EncodedBatch,
     encode_with_silence,
+    pack_prompts,
     pad_ids,
     padded_batches,
+    spoken_tokens,
     stop_tokens,
     token_entropies,
 )
 from .loading_voxlm import without_lora
 from .placeholders_voxlm import cache_of
 from .processing_voxlm import VoxLMProcessor
-from .reader_voxlm import LENGTH_REWARD, ReaderHypothesis
-from .words_voxlm import encode_words, plain_words
+from .reader_voxlm import LENGTH_REWARD, ReaderHypothesis, plain_piece
+from .words_voxlm import encode_words, longest_loop, loop_units, novel_words, plain_words
 
 
 # Text tokens that are scored over the LLM's whole vocabulary at once. Chosen for memory: from 256 to 160 the first 7 minutes
@@ -40,9 +43,14 @@ TOKENS_AT_ONCE = 160
 # CTC counts no more than this against a text, in nats for each token of the longest hypothesis: a projector knows fewer
 # words than a reader, but words that a short text leaves out count in full. Chosen by hand, not tuned.
 MIN_CTC_PER_TOKEN = -10.0
+# The weights of the models that judge what the reader proposes. Where none has any, the reader alone decides.
+JUDGES = ("llm_weight", "ctc_weight")
 # A word spelt letter by letter. LLM and frames cannot judge it, and its letters are no words that would earn a bonus, so it
 # would always lose against a shorter spelling ("DEREK"); the reader's own reward for length makes up for that.
 SPELT_OUT = re.compile(r"\W*\w(-\w)+\W*")
+# A phrase that comes more often in a row is a loop of the decoder where it proposes another text, too. Chosen by hand: people do
+# say "no, no, no, no".
+LOOP_TIMES = 4
 # Short unpadded audio is not what a decoder has learnt from: of 5 of 41 studio sentences of 2-4 s it left out most words, and
 # others it wrote twice. Its list shows it: the empty text is likelier than this (a log-probability), or the tokens of the first
 # text are outside these shares of the visible frames (too few of at least three, so that single words do not count). A second
@@ -62,13 +70,15 @@ class Hypothesis:
 
     Args:
         decoded ([`DecodedText`]): the text in the LLM's tokens; `score_hypotheses` adds the LLM's states and scores.
-        known (`torch.BoolTensor` of shape `(tokens,)`): which of the tokens the LLM can judge: all but those of digits and of
-            words spelt letter by letter, where it was trained on texts without them.
-        ctc_ids (`list[int]`): without capitals and punctuation, as the projector's frames spell it; `ANYTHING` stands for
-            words that they cannot spell: numbers in digits, words spelt letter by letter.
+        known (`torch.BoolTensor` of shape `(tokens,)`): which of the tokens the LLM can judge: all but those of hotwords and,
+            where it was trained on texts without them, of digits and words spelt letter by letter.
+        ctc_ids (`list[int]`): as the projector's frames spell it. `ANYTHING` stands for hotwords and, where they are without
+            capitals and punctuation, for words that they cannot spell: numbers in digits, words spelt letter by letter.
         reader_logprob (`float`): the reader's log-probability of the whole text.
         unjudged_tokens (`int`): number of the reader's tokens in such words, without the first of each word.
         end_logprob (`float`): the LLM's log-probability of the text ending there.
+        reader_score (`float`): what the reader alone compares texts by.
+        hotword_bonus (`float`): of the hotwords in it, see `biasing_voxlm`.
     """
 
     decoded: DecodedText
@@ -77,6 +87,8 @@ class Hypothesis:
     reader_logprob: float
     unjudged_tokens: int = 0
     end_logprob: float = 0.0
+    reader_score: float = 0.0
+    hotword_bonus: float = 0.0
 
     @property
     def llm_logprob(self) -> float:
@@ -97,26 +109,20 @@ def hypotheses_of(model, processor: VoxLMProcessor, n_best: list, budget: float 
     """
     hypotheses: dict[tuple[int, ...], Hypothesis] = {}
     for proposed in n_best:
-        proposed, groups = _within_budget(proposed, model.reader.to_llm_tokens(proposed.ids), budget)
+        groups = model.reader.to_llm_tokens(proposed.ids)
+        proposed, groups = _within_budget(proposed, groups, budget)
         flat = [token for group in groups for token in group]
         text, words = processor.decode_text(flat).strip(), processor.split_words(flat)
         surface = [word.text for word in words]
         plain_ids, plain_token_words = processor.encode_words(text, surface, plain_words(surface))
-        key = tuple(plain_ids)
+        key, logprob = tuple(plain_ids), proposed.logprob + proposed.variants
         if key in hypotheses:
             same = hypotheses[key]
-            same.reader_logprob = float(np.logaddexp(same.reader_logprob, proposed.logprob))
+            same.reader_logprob = float(np.logaddexp(same.reader_logprob, logprob))
             continue
-        unjudged = np.array([is_unjudged(word) for word in surface], dtype=bool)
-        if model.config.judges_without_audio:
-            ids, token_words = encode_words(processor.tokenizer, text, surface, surface)
-            known = torch.ones(len(ids), dtype=torch.bool)
-        elif model.config.reader_config["plain_text"]:
-            ids, token_words = plain_ids, plain_token_words
-            known = torch.tensor([not unjudged[word] for word in token_words], dtype=torch.bool)
-        else:
-            ids, token_words = processor.encode_words(text, surface, surface)
-            known = torch.ones(len(ids), dtype=torch.bool)
+        ids, token_words, known, ctc_ids = _judged_tokens(
+            model, processor, text, surface, (plain_ids, plain_token_words), proposed.hotwords
+        )
         owners = _word_owners(groups, words)
         decoded = DecodedText(
             ids,
@@ -126,12 +132,50 @@ def hypotheses_of(model, processor: VoxLMProcessor, n_best: list, budget: float 
             token_words=token_words,
             mean_logprob=float(np.mean(proposed.logprobs)) if proposed.ids else proposed.end_logprob,
             reader_logprobs=_word_logprobs(processor, groups, owners, proposed.logprobs),
+            reader_ids=list(proposed.ids),
+            reader_words=_reader_words(owners, len(proposed.ids)),
         )
         # A word that comes again earns nothing, so that loops do not.
         novel = {word: len(parts) - 1 for word, parts in zip(surface, owners) if is_unjudged(word)}
-        ctc_ids = _with_wildcards(plain_ids, unjudged[plain_token_words])
-        hypotheses[key] = Hypothesis(decoded, known, ctc_ids, proposed.logprob, sum(novel.values()))
-    return list(hypotheses.values())
+        hypotheses[key] = Hypothesis(
+            decoded,
+            known,
+            ctc_ids,
+            logprob,
+            sum(novel.values()),
+            reader_score=proposed.score,
+            hotword_bonus=proposed.bonus,
+        )
+    return without_loops(list(hypotheses.values()))
+
+
+def without_loops(texts: list[Hypothesis]) -> list[Hypothesis]:
+    """The hypotheses in which no phrase comes more often in a row than anybody says it; all if there is no other with words."""
+    kept = [text for text in texts if longest_loop(loop_units(text.decoded.words)) <= LOOP_TIMES]
+    return kept if any(text.decoded.ids for text in kept) else texts
+
+
+def _judged_tokens(model, processor, text: str, surface: list[str], plain: tuple, hotwords: list[str]) -> tuple:
+    """
+    `ids`, `token_words`, `known` and `ctc_ids` of a [`Hypothesis`].
+
+    Args:
+        text (`str`), surface (`list[str]`): the text and its words.
+        plain (`tuple[list[int], np.ndarray]`): of `encode_words`, without capitals and punctuation.
+        hotwords (`list[str]`): those in the text.
+    """
+    settings, cased = model.config.reader_config, processor.encode_words(text, surface, surface)
+    hot = {word for hotword in hotwords for word in plain_words(hotword.split())}
+    # Rare as they are, LLM and frames would undo hotwords.
+    expected = np.array([word.removesuffix("'s") in hot for word in plain_words(surface)], dtype=bool)
+    unjudged = expected | np.array([is_unjudged(word) for word in surface], dtype=bool)
+    if model.config.judges_without_audio:
+        (ids, words), unknown = encode_words(processor.tokenizer, text, surface, surface), expected
+    else:
+        (ids, words), unknown = (plain, unjudged) if settings["plain_text"] else (cased, expected)
+    known = torch.tensor([not unknown[word] for word in words], dtype=torch.bool)
+    ctc_ids, ctc_words = plain if processor.projector_merges is None else processor.spell_words(plain_words(surface))
+    return ids, words, known, _with_wildcards(ctc_ids, unjudged[ctc_words])
 
 
 def is_unjudged(word: str) -> bool:
@@ -163,6 +207,14 @@ def _word_owners(groups: list[list[int]], words: list) -> list[set[int]]:
     """
     owners = [number for number, group in enumerate(groups) for _ in group]
     return [{owners[token] for token in word.tokens} for word in words]
+
+
+def _reader_words(owners: list[set[int]], num_tokens: int) -> np.ndarray:
+    """The index of the word that each of the reader's tokens belongs to, the first of several, -1 for none; `owners` as above."""
+    words = np.full(num_tokens, -1)
+    for number, parts in reversed(list(enumerate(owners))):
+        words[list(parts)] = number
+    return words
 
 
 def _word_logprobs(processor, groups: list[list[int]], owners: list[set[int]], logprobs: list[float]) -> list[float]:
@@ -204,8 +256,15 @@ def rescore(
     """
     settings = model.config.reader_config
     hypotheses = propose(model, processor, budgets, batch, look_twice, in_window)
+    # In languages that neither knows, the reader alone decides.
+    weights = [request.judging(settings) for request in batch.requests]
+    hypotheses = [
+        texts if any(own[name] for name in JUDGES) else [max(texts, key=lambda text: text.reader_score)]
+        for texts, own in zip(hypotheses, weights)
+    ]
     judged = judge(model, prompt, batch, hypotheses, with_ctc=bool(settings["ctc_weight"]))
-    return [best_text(texts, known @ weights_of(settings)) for texts, known in zip(hypotheses, judged)]
+    totals = [known @ weights_of(own) for known, own in zip(judged, weights)]
+    return [best_text(texts, scores) for texts, scores in zip(hypotheses, totals)]
 
 
 def judge(
@@ -223,8 +282,9 @@ def judge(
     """
     # A projector without token scores affects the text only through the LLM's prompt.
     frames = ctc_frames(model, batch.audio) if with_ctc else [None] * len(hypotheses)
+    frames = [row if request.own_language else None for row, request in zip(frames, batch.requests)]
     embeddings = model.get_input_embeddings().weight
-    score_hypotheses(model, prompt, hypotheses)
+    score_hypotheses(model, prompt, hypotheses, [request.context_ids for request in batch.requests])
     return [evidence(texts, row, embeddings) for texts, row in zip(hypotheses, frames)]
 
 
@@ -247,35 +307,52 @@ def propose(
         model, processor, budgets, batch, look_twice, in_window: see `rescore`.
     """
 
-    def decode(audio, budgets, padded=False):
-        n_best = model.reader(audio.last_hidden_state, audio.frame_mask, budgets, padded)
+    settings = model.config.reader_config
+
+    def spell(token: int) -> str:
+        pieces = model.reader.pieces
+        if token not in pieces:
+            pieces[token] = plain_piece(processor.decode_text(model.reader.to_llm_tokens([token])[0]), token)
+        return pieces[token]
+
+    def decode(audio, budgets, requests, padded=False):
+        room = model.reader.prompt_room
+        prompts = [request.reader_prompt(settings, room) for request in requests]
+        searches = [
+            functools.partial(request.hotword_search, settings, room) if request.hotwords else None
+            for request in requests
+        ]
+        states, mask = audio.last_hidden_state, audio.frame_mask
+        n_best = model.reader(states, mask, budgets, padded, prompts, searches, spell)
         return [hypotheses_of(model, processor, *row) for row in zip(n_best, budgets)]
 
-    if in_window:
-        return decode(encode_with_silence(model, processor, batch.clips, None), budgets, padded=True)
-    hypotheses = decode(batch.audio, budgets)
-    visible = batch.visible_frames or [None] * len(budgets)
+    if in_window or settings["in_window"] and batch.clips is not None:
+        audio = encode_with_silence(model, processor, batch.clips, None)
+        return decode(audio, budgets, batch.requests, padded=True)
+    hypotheses = decode(batch.audio, budgets, batch.requests)
     longest_s = min(SHORT_S, processor.audio_window_s - SILENCE_S)
     doubtful = [
         row
-        for row, (segment, texts, frames) in enumerate(zip(batch.segments, hypotheses, visible))
-        if look_twice and segment.duration_s <= longest_s and in_doubt(texts, frames)
+        for row, (segment, texts, frames) in enumerate(zip(batch.segments, hypotheses, batch.visible_frames))
+        if look_twice and segment.duration_s <= longest_s and in_doubt(processor, texts, frames)
     ]
     if doubtful:
         audio = encode_with_silence(model, processor, [batch.clips[row] for row in doubtful], SILENCE_S)
-        for row, texts in zip(doubtful, decode(audio, [budgets[row] for row in doubtful])):
+        again = decode(audio, [budgets[row] for row in doubtful], [batch.requests[row] for row in doubtful])
+        for row, texts in zip(doubtful, again):
             for text in texts:
                 text.decoded.fallback = "window"
             hypotheses[row] = texts
     return hypotheses
 
 
-def in_doubt(texts: list[Hypothesis], visible_frames: int | None) -> bool:
+def in_doubt(processor: VoxLMProcessor, texts: list[Hypothesis], visible_frames: int | None) -> bool:
     """
     Whether the reader's list suggests that it left out or repeated something: the empty text is likely although something was
     said, or the first text has far fewer or far more tokens than there are frames that carry one.
 
     Args:
+        processor ([`VoxLMProcessor`])
         texts (`list[Hypothesis]`): of one segment, the reader's best first.
         visible_frames (`int`, *optional*): number of frames that carry a token, for models with a frame gate.
     """
@@ -285,7 +362,7 @@ def in_doubt(texts: list[Hypothesis], visible_frames: int | None) -> bool:
     if visible_frames == 0:
         return False
     fewest, most = (share * visible_frames for share in DOUBTFUL_TOKENS_PER_FRAME)
-    tokens = len(texts[0].decoded.ids)
+    tokens = spoken_tokens(processor, texts[0].decoded)
     too_few = visible_frames >= DOUBT_FROM_FRAMES and (empty > DOUBTFUL_EMPTY or tokens < fewest)
     return too_few or tokens > most
 
@@ -297,8 +374,9 @@ def weights_of(settings: dict) -> np.ndarray:
 
 def evidence(texts: list[Hypothesis], frames: CTCFrames | None, embeddings: torch.Tensor) -> np.ndarray:
     """
-    What hypotheses are chosen by, `(hypotheses, 5)`: the log-probabilities of reader, LLM and CTC, the number of words, and the
-    number of tokens in words that only the reader can judge. The reader's is minus infinity for the empty text where CTC is
+    What hypotheses are chosen by, `(hypotheses, 5)`: the log-probabilities of reader (with the bonus of hotwords), LLM and CTC,
+    the number of words that do not repeat what was just said, and the number of tokens in words that only the reader can judge.
+    The reader's is minus infinity for the empty text where CTC is
     sure of speech.
 
     Args:
@@ -317,10 +395,10 @@ def evidence(texts: list[Hypothesis], frames: CTCFrames | None, embeddings: torc
     return np.array(
         [
             [
-                text.reader_logprob if is_possible else -np.inf,
+                text.reader_logprob + text.hotword_bonus if is_possible else -np.inf,
                 text.llm_logprob,
                 score,
-                len(text.decoded.words),
+                novel_words(loop_units(text.decoded.words)),
                 text.unjudged_tokens,
             ]
             for text, score, is_possible in zip(texts, ctc, possible)
@@ -328,17 +406,20 @@ def evidence(texts: list[Hypothesis], frames: CTCFrames | None, embeddings: torc
     )
 
 
-def beginning_of_text(model, count: int) -> dict[str, torch.Tensor]:
+def beginning_of_text(model, contexts: list[list[int]]) -> dict[str, torch.Tensor]:
     """
-    The prompts of `count` texts for a plain language model: its token for a text's beginning, else for its end, else padding.
+    The prompts of texts for a plain language model: its token for a text's beginning, else for its end, else padding, and behind
+    it the context of each (ids, empty for none).
     """
     ends = sorted(stop_tokens(model.config.eos_token_id))
     tokens = [token for token in (model.config.bos_token_id, *ends, model.config.pad_token_id) if token is not None]
-    ids = torch.tensor(tokens[:1], device=model.device).expand(count, -1)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    ids, mask = pack_prompts([torch.tensor([tokens[0], *ids], device=model.device) for ids in contexts])
+    return {"input_ids": ids, "attention_mask": mask}
 
 
-def score_hypotheses(model, prompt: dict | None, hypotheses: list[list[Hypothesis]]):
+def score_hypotheses(
+    model, prompt: dict | None, hypotheses: list[list[Hypothesis]], contexts: list[list[int]] | None = None
+):
     """
     Let the LLM score each hypothesis of each recording, in place: behind its prompt or, where `llm_prompt` is "none", without
     LoRA behind the token for the beginning of a text. Each prompt goes through the LLM once, and so does what a hypothesis
@@ -347,9 +428,10 @@ def score_hypotheses(model, prompt: dict | None, hypotheses: list[list[Hypothesi
     Args:
         prompt (`dict`, *optional*): of the recordings, padded on the left; not needed where `llm_prompt` is "none".
         hypotheses (`list[list[Hypothesis]]`): of each recording.
+        contexts (`list[list[int]]`, *optional*): the LLM's ids of the text before each recording, where `llm_prompt` is "none".
     """
     without_audio = model.config.judges_without_audio
-    prompt = beginning_of_text(model, len(hypotheses)) if without_audio else prompt
+    prompt = beginning_of_text(model, contexts or [[]] * len(hypotheses)) if without_audio else prompt
     longest = max((len(text.decoded.ids) for texts in hypotheses for text in texts), default=0)
     families = [(row, texts) for row, texts in enumerate(hypotheses) if texts]
     if prompt["input_ids"].shape[1] + 2 * longest > _smallest_window(model):

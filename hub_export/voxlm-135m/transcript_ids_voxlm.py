@@ -9,6 +9,7 @@ from .features_voxlm import active_seconds
 from .outputs_voxlm import VoxLMAudioOutput
 from .placeholders_voxlm import full_mask
 from .processing_voxlm import VoxLMProcessor
+from .request_voxlm import OWN_LANGUAGE, Request
 from .segmentation_voxlm import SegmentSpan
 
 
@@ -73,8 +74,40 @@ def new_token_budget(kwargs: dict, prompt_length: int) -> int | None:
     return budget
 
 
+def popped_language(kwargs: dict):
+    """
+    The language among the arguments of `generate`, which is taken out with the task; that of the checkpoint by default.
+
+    Raises:
+        ValueError: for another task than transcribing.
+    """
+    task = kwargs.pop("task", None)
+    if task not in (None, "transcribe"):
+        raise ValueError(f"`task` must be 'transcribe', got {task!r}: the model does not translate")
+    language = kwargs.pop("language", None)
+    return OWN_LANGUAGE if language is None else language
+
+
+def check_own_language(language):
+    """
+    Raises:
+        ValueError: for another language than the checkpoint's default, where the LLM writes alone.
+    """
+    if language != OWN_LANGUAGE:
+        raise ValueError(
+            f"`language={language!r}` is for the reader; the LLM alone, which these options or inputs ask for, writes the language "
+            "it was trained on"
+        )
+
+
 def batch_for_transcript(
-    model, processor: VoxLMProcessor, input_ids, attention_mask, features: dict, audio: VoxLMAudioOutput
+    model,
+    processor: VoxLMProcessor,
+    input_ids,
+    attention_mask,
+    features: dict,
+    audio: VoxLMAudioOutput,
+    requests: list[Request] | None = None,
 ) -> EncodedBatch:
     """
     The inputs of `generate` as `transcribe` has them.
@@ -84,6 +117,7 @@ def batch_for_transcript(
             mask, pad tokens are padding.
         features (`dict`): input features with their mask; empty where the encoder's states were given.
         audio ([`VoxLMAudioOutput`]): of them.
+        requests (`list[Request]`, *optional*): of each; the prompts are those in `input_ids`.
     """
     if attention_mask is None:
         pad, attention_mask = model.config.pad_token_id, full_mask(None, *input_ids.shape, input_ids.device)
@@ -99,7 +133,7 @@ def batch_for_transcript(
         seconds = [clip.shape[processor.time_axis] * hop_s for clip in clips]
         active = [active_seconds(processor, clip) for clip in clips]
     spans = [SegmentSpan(0.0, *pair) for pair in zip(seconds, active)]
-    return encoded_batch(model, spans, *pack_prompts(rows), audio, clips)
+    return encoded_batch(model, spans, *pack_prompts(rows), audio, clips, requests)
 
 
 def transcript_ids(

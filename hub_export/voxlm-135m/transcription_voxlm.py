@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import ModelOutput
 
 from .alignment_voxlm import NO_BYTE, spell_words
+from .attention_times_voxlm import attention_scores
 from .confidence_voxlm import word_confidence
 from .decoding_voxlm import DecodedText, pad_ids
 from .legacy_voxlm import dtw_word_times
@@ -78,7 +79,11 @@ class VoxLMTranscription(ModelOutput):
             text also "reader", its log-probability, and "posterior", see `confidence_voxlm.word_posteriors`.
         segments (`list[dict]`): the segments that the recording was split into: `{"start", "end", "text", "mean_logprob",
             "gates", "fallback", "rejected"}`, see [`Segment`].
-        error (`str`, *optional*): why one recording of several could not be transcribed; a key of the dict in any case.
+        language (`str`, *optional*): code of the language, as given or detected; `None` without a reader, and where the
+            language of a recording without speech was to be detected.
+        language_probability (`float`, *optional*): of a detected language.
+        error (`str`, *optional*): why one recording of several could not be transcribed. This and the language are keys of the
+            dict in any case.
     """
 
     text: str | None = None
@@ -87,11 +92,14 @@ class VoxLMTranscription(ModelOutput):
     truncated: bool | None = None
     word_scores: list[dict] | None = None
     segments: list[dict] | None = None
+    language: str | None = None
+    language_probability: float | None = None
     error: str | None = None
 
     def __post_init__(self):
         super().__post_init__()
-        self["error"] = self.error  # the library leaves out what is `None`
+        for name in ("language", "language_probability", "error"):
+            self[name] = getattr(self, name)  # the library leaves out what is `None`
 
 
 def error_line(error: BaseException) -> str:
@@ -99,8 +107,10 @@ def error_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def join_segments(segments: list[Segment], duration_s: float, error: str | None = None) -> VoxLMTranscription:
-    """The transcription that consists of consecutive segments."""
+def join_segments(
+    segments: list[Segment], duration_s: float, error: str | None = None, spoken: dict | None = None
+) -> VoxLMTranscription:
+    """The transcription that consists of consecutive segments; `spoken` is that of its [`Request`]."""
     return VoxLMTranscription(
         text=join_texts([segment.text for segment in segments]),
         words=[word for segment in segments for word in segment.words],
@@ -108,6 +118,7 @@ def join_segments(segments: list[Segment], duration_s: float, error: str | None 
         truncated=any(segment.truncated for segment in segments),
         word_scores=[score for segment in segments for score in segment.word_scores],
         segments=[segment.summary() for segment in segments],
+        **(spoken or {}),
         error=error,
     )
 
@@ -196,17 +207,11 @@ def timed_words(
     Returns:
         for each text its `words` (times in seconds from the start of `audio`) and `word_scores`, see [`VoxLMTranscription`].
     """
-    results = []
-    for text, times in zip(texts, find_times(model, processor, texts, audio, durations_s)):
-        raw = word_scores(text)
-        words = [
-            {"word": word, "start": start, "end": end, "confidence": round(confidence, 4)}
-            for word, (start, end), confidence in zip(
-                text.words, times, (word_confidence(score, model.config.confidence_calibration) for score in raw)
-            )
-        ]
-        results.append((words, raw))
-    return results
+    if model.times_by_attention:
+        times = attention_times(model, processor, texts, audio, durations_s)
+    else:
+        times = find_times(model, processor, texts, audio, durations_s)
+    return [words_with_times(model, text, found) for text, found in zip(texts, times)]
 
 
 def find_times(
@@ -244,6 +249,30 @@ def score_texts(model, texts: list[DecodedText], audio: VoxLMAudioOutput) -> tup
     states = pad_sequence([text.states if text.ids else empty for text in texts], batch_first=True)
     scores = model.align_scores(states, pad_ids([text.ids for text in texts], states.device), audio)
     return scores, [text.token_words for text in texts]
+
+
+def attention_times(
+    model, processor: VoxLMProcessor, texts: list[DecodedText], audio: VoxLMAudioOutput, durations_s: list[float]
+) -> list[list[tuple[float, float]]]:
+    """As `find_times`, for texts of the reader, by its cross-attention."""
+    scores, results = attention_scores(model, texts, audio), []
+    for row, (text, count) in enumerate(zip(texts, audio.frame_mask.sum(-1).tolist())):
+        frames = min(count, max(1, round(durations_s[row] / processor.frame_s)))
+        results.append(
+            word_times(scores, row, text.reader_words, frames, processor.frame_s, durations_s[row], text.words)
+        )
+    return results
+
+
+def words_with_times(model, text: DecodedText, times: list[tuple[float, float]]) -> tuple[list[dict], list[dict]]:
+    """`words` and `word_scores` of one text, see [`VoxLMTranscription`]."""
+    raw = word_scores(text)
+    confidences = [word_confidence(score, model.config.confidence_calibration) for score in raw]
+    words = [
+        {"word": word, "start": start, "end": end, "confidence": round(confidence, 4)}
+        for word, (start, end), confidence in zip(text.words, times, confidences)
+    ]
+    return words, raw
 
 
 def frame_counts(model, processor: VoxLMProcessor, audio: VoxLMAudioOutput, durations_s: list[float]) -> list[int]:
