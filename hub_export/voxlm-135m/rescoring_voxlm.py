@@ -259,8 +259,10 @@ def rescore(
     # In languages that neither knows, the reader alone decides.
     weights = [request.judging(settings) for request in batch.requests]
     hypotheses = [
-        texts if any(own[name] for name in JUDGES) else [max(texts, key=lambda text: text.reader_score)]
-        for texts, own in zip(hypotheses, weights)
+        texts
+        if request.own_language or any(own[name] for name in JUDGES)
+        else [max(texts, key=lambda text: text.reader_score)]
+        for texts, request, own in zip(hypotheses, batch.requests, weights)
     ]
     judged = judge(model, prompt, batch, hypotheses, with_ctc=bool(settings["ctc_weight"]))
     totals = [known @ weights_of(own) for known, own in zip(judged, weights)]
