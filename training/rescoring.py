@@ -21,6 +21,7 @@ from tqdm import tqdm
 from voxlm_hf.app.files import write_atomically
 from voxlm_hf.decoding_voxlm import encode, pack_prompt, token_budgets
 from voxlm_hf.processing_voxlm import context_length
+from voxlm_hf.request_voxlm import make_requests
 from voxlm_hf.rescoring_voxlm import judge, propose, weights_of
 from voxlm_hf.segmentation_voxlm import AudioSegment
 
@@ -125,7 +126,7 @@ def score_rows(model, rows: list[Row]) -> list[tuple[list[str], np.ndarray]]:
     """The texts and the evidence for them of recordings of at most the model's window, as `transcribe` would have them."""
     processor = model.processor
     segments = [AudioSegment(processor.load_audio(row.audio), processor.sampling_rate) for row in rows]
-    batch = encode(model, processor, segments, [processor.render_prompt(None)] * len(rows))
+    batch = encode(model, processor, segments, make_requests(model, processor, len(rows)))
     budgets = token_budgets(batch, None, context_length(model.config))
     hypotheses = propose(model, processor, budgets, batch, look_twice=True, in_window=False)
     judged = judge(model, pack_prompt(model, batch), batch, hypotheses, with_ctc=scores_all_tokens(model.config))
