@@ -103,7 +103,11 @@ BAD_VALUES = {
         for name in ("llm_weight", "ctc_weight", "word_bonus")
         for value in ("x", None, NAN, True)
     ]
-    + [{**READER, name: value} for name in ("llm_prompt", "ctc_text") for value in ("text", None, True, 0)],
+    + [
+        {**READER, name: value}
+        for name in ("llm_prompt", "ctc_text", "distinct_words")
+        for value in ("text", None, 3, 0)
+    ],
     "lora_config": [
         "r=4",
         [4],

@@ -173,6 +173,16 @@ def test_loops_are_left_out_where_there_is_another_text(texts, kept):
     assert [text.decoded.text for text in found] == [[*texts, ""][number] for number in kept]
 
 
+@pytest.mark.parametrize("distinct", [True, False])
+def test_the_search_compares_texts_by_their_words_where_it_is_told_to(distinct):
+    model, spellers = tiny.with_reader("Hé,", distinct_words=distinct), []
+    model.reader.register_forward_pre_hook(lambda _, inputs: spellers.append(inputs[4]))
+    model.transcribe(tiny.noise(0.7))
+    assert [spell is not None for spell in spellers] == [distinct] * len(spellers) and spellers
+    if distinct:
+        assert [spellers[0](token) for token in (3, 4, 5)] == ["h", "é", ""]
+
+
 # Scores of the LLM
 
 
@@ -275,10 +285,9 @@ def test_the_weighted_sum_by_hand():
 
 
 def test_what_was_said_earns_no_bonus_again():
-    texts = [
-        hypothesis([5], words=text.split(), llm_logprobs=[0.0]) for text in ("go on", "go on, Go on go on", "no no")
-    ]
-    assert totals(texts, word_bonus=1.0) == pytest.approx([2.0, 2.0, 1.0])
+    said = ("go on", "go on, Go on", "go on, Go on go on")
+    texts = [hypothesis([5], words=text.split(), llm_logprobs=[0.0]) for text in said]
+    assert totals(texts, word_bonus=1.0) == pytest.approx([2.0, 4.0, 2.0])
 
 
 def test_frames_have_their_weight(monkeypatch):

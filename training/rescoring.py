@@ -36,7 +36,7 @@ GRID = {
     "word_bonus": (-0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0),
 }
 # The other settings that may change without training the reader again.
-CHANGEABLE = {*GRID, "num_beams", "llm_prompt", "plain_text", "ctc_text"}
+CHANGEABLE = {*GRID, "num_beams", "distinct_words", "llm_prompt", "plain_text", "ctc_text"}
 # A few errors more or less say little, so each combination counts with its neighbours: so many values of each weight.
 NEIGHBOURS = 3
 # Recordings that are scored together, whose scores an interrupted run loses at most. Chosen by hand, not tuned.

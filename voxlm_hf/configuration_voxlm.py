@@ -64,6 +64,7 @@ DEFAULT_READER = {
     "end_frames": 100,
     "spelling_size": 0,
     "num_beams": 5,
+    "distinct_words": False,
     "llm_weight": 0.3,
     "ctc_weight": 0.0,
     "word_bonus": 1.0,
@@ -203,6 +204,7 @@ READER_FIELDS = {
     "end_frames": (lambda value: _is_count(value, 0, 10_000), "an integer from 0 to 10000"),
     "spelling_size": (lambda value: _is_count(value, 0, 2**28), "the length of a table"),
     "num_beams": (lambda value: _is_count(value, 1, 1000), "an integer from 1 to 1000"),
+    "distinct_words": (lambda value: isinstance(value, bool), "true or false"),
     "llm_weight": (is_number, "a finite number"),
     "ctc_weight": (is_number, "a finite number"),
     "word_bonus": (is_number, "a finite number"),
@@ -348,7 +350,8 @@ class VoxLMConfig(PreTrainedConfig):
         reader_config (`dict`, *optional*):
             Settings of the reader, the audio model's own decoder (see `reader_voxlm`); `model.add_reader` makes them.
             "prompt_ids" and "eos_token_id": tokens that its texts begin and end with. "end_frames": number of learned frames
-            behind the audio. "spelling_size": length of the table of the LLM's tokens for its own. "num_beams". How `transcribe`
+            behind the audio. "spelling_size": length of the table of the LLM's tokens for its own. "num_beams"; "distinct_words", whether
+            only the likeliest of those that differ in capitals and punctuation alone goes on. How `transcribe`
             rescores its hypotheses (see `rescoring_voxlm`): "llm_weight" and "ctc_weight", weights of the log-probabilities
             beside the reader's; "word_bonus" for each word; "llm_prompt", "audio" for the LLM with LoRA behind audio and prompt,
             "none" for the base LLM as a plain language model, which never hears anything; "plain_text", whether the LLM with

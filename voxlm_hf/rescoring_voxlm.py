@@ -266,7 +266,8 @@ def propose(
         return pieces[token]
 
     def decode(audio, budgets, padded=False):
-        n_best = model.reader(audio.last_hidden_state, audio.frame_mask, budgets, padded, spell)
+        speller = spell if model.config.reader_config["distinct_words"] else None
+        n_best = model.reader(audio.last_hidden_state, audio.frame_mask, budgets, padded, speller)
         return [hypotheses_of(model, processor, *row) for row in zip(n_best, budgets)]
 
     if in_window:

@@ -175,14 +175,16 @@ def longest_loop(words: list[str]) -> int:
 
 
 def novel_words(words: list[str]) -> int:
-    """How many words do not repeat the phrase right before them, nor are in a run of `REPEATED_WORDS` that came before."""
+    """How many words are neither in a phrase that was just said twice, nor in a run of `REPEATED_WORDS` that came before."""
     repeated: set[int] = set()
     for distance in range(1, len(words)):
         same = 0
         for place in range(distance, len(words)):
             same = same + 1 if words[place] == words[place - distance] else 0
-            if same >= min(distance, REPEATED_WORDS):
-                repeated.update(range(place - same + 1, place + 1))
+            if same >= REPEATED_WORDS:
+                repeated.update(range(place + 1 - same, place + 1))
+            elif same >= 2 * distance:
+                repeated.update(range(place + 1 - distance, place + 1))
     return len(words) - len(repeated)
 
 
