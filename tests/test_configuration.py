@@ -108,7 +108,7 @@ BAD_VALUES = {
     + [{**READER, "previous_id": value} for value in ("1", -1, NAN, True)]
     + [{**READER, "languages": value} for value in (["en"], None, {"de": 1}, {"en": 2}, {"en": "1"}, {3: 1})]
     + [{**READER, "languages": {"en": 1, "de": 2}, "llm_weights": value} for value in ({"fr": 1.0}, {"de": NAN}, 1.0)]
-    + [{**READER, "llm_prompt": value} for value in ("text", None, True, 0)],
+    + [{**READER, name: value} for name in ("llm_prompt", "distinct_words") for value in ("text", None, 3, 0)],
     "lora_config": [
         "r=4",
         [4],

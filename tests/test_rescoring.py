@@ -160,7 +160,13 @@ def test_with_capitals_in_training_the_llm_scores_the_text_as_it_is():
 
 
 @pytest.mark.parametrize(
-    "texts, kept", [(["hhhh", "h h h h h", "h"], [0, 2, 3]), (["h h h h h", "h h h h h h"], [0, 1, 2])]
+    "texts, kept",
+    [
+        (["hhhh", "h h h h h", "h"], [0, 2, 3]),
+        (["h h h h h", "h h h h h h"], [0, 1, 2]),
+        (["h hh hhh hhhh", "h hh hhh hhhh h hh hhh hhhh", "h hh h hh"], [0, 2, 3]),  # said twice
+        (["h hh hhh hhhh h hh hhh hhhh", "h hh hhh hhhh"], [0, 1, 2]),
+    ],
 )
 def test_loops_are_left_out_where_there_is_another_text(texts, kept):
     model = tiny.with_reader("h ")
@@ -168,6 +174,16 @@ def test_loops_are_left_out_where_there_is_another_text(texts, kept):
     n_best.append(ReaderHypothesis([], []))
     found = hypotheses_of(model, model.processor, n_best)
     assert [text.decoded.text for text in found] == [[*texts, ""][number] for number in kept]
+
+
+@pytest.mark.parametrize("distinct", [True, False])
+def test_the_search_compares_texts_by_their_words_where_it_is_told_to(distinct):
+    model, spellers = tiny.with_reader("Hé,", distinct_words=distinct), []
+    model.reader.register_forward_pre_hook(lambda _, inputs: spellers.append(inputs[4]))
+    model.transcribe(tiny.noise(0.7))
+    assert [spell is not None for spell in spellers] == [distinct] * len(spellers) and spellers
+    if distinct:
+        assert [spellers[0](token) for token in (3, 4, 5)] == ["h", "é", ""]
 
 
 # Scores of the LLM
@@ -271,11 +287,10 @@ def test_the_weighted_sum_by_hand():
     assert totals([text], llm_weight=0.5, word_bonus=1.5) == pytest.approx([-4.0 + 0.5 * -4.0 + 3 * 1.5])
 
 
-def test_what_was_just_said_earns_no_bonus_again():
-    texts = [
-        hypothesis([5], words=text.split(), llm_logprobs=[0.0]) for text in ("go on", "go on, Go on go on", "no no")
-    ]
-    assert totals(texts, word_bonus=1.0) == pytest.approx([2.0, 2.0, 1.0])
+def test_what_was_said_earns_no_bonus_again():
+    said = ("go on", "go on, Go on", "go on, Go on go on")
+    texts = [hypothesis([5], words=text.split(), llm_logprobs=[0.0]) for text in said]
+    assert totals(texts, word_bonus=1.0) == pytest.approx([2.0, 4.0, 2.0])
 
 
 def test_frames_have_their_weight(monkeypatch):
