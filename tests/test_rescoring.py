@@ -157,7 +157,13 @@ def test_with_capitals_in_training_the_llm_scores_the_text_as_it_is():
 
 
 @pytest.mark.parametrize(
-    "texts, kept", [(["hhhh", "h h h h h", "h"], [0, 2, 3]), (["h h h h h", "h h h h h h"], [0, 1, 2])]
+    "texts, kept",
+    [
+        (["hhhh", "h h h h h", "h"], [0, 2, 3]),
+        (["h h h h h", "h h h h h h"], [0, 1, 2]),
+        (["h hh hhh hhhh", "h hh hhh hhhh h hh hhh hhhh", "h hh h hh"], [0, 2, 3]),  # said twice
+        (["h hh hhh hhhh h hh hhh hhhh", "h hh hhh hhhh"], [0, 1, 2]),
+    ],
 )
 def test_loops_are_left_out_where_there_is_another_text(texts, kept):
     model = tiny.with_reader("h ")
@@ -268,7 +274,7 @@ def test_the_weighted_sum_by_hand():
     assert totals([text], llm_weight=0.5, word_bonus=1.5) == pytest.approx([-4.0 + 0.5 * -4.0 + 3 * 1.5])
 
 
-def test_what_was_just_said_earns_no_bonus_again():
+def test_what_was_said_earns_no_bonus_again():
     texts = [
         hypothesis([5], words=text.split(), llm_logprobs=[0.0]) for text in ("go on", "go on, Go on go on", "no no")
     ]

@@ -317,7 +317,10 @@ def test_rapidfuzz_is_asked_for_by_name(monkeypatch):
         ("a b a", 3),
         ("x a b c a b c y", 5),
         ("a a b a a b", 2),
+        ("a b c d e f g h i j a b c d e f g h i j", 10),
+        ("a b c d e f b c d e g", 7),
+        ("a b c d e b c d f", 9),
     ],
 )
-def test_words_that_repeat_what_was_just_said_are_not_novel(text, count):
+def test_words_that_repeat_others_are_not_novel(text, count):
     assert novel_words(text.split()) == count

@@ -33,7 +33,7 @@ from .features import audio_key, weights_key
 GRID = {
     "llm_weight": (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0),
     "ctc_weight": (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0),
-    "word_bonus": (-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0),
+    "word_bonus": (-0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0),
 }
 # The other settings that may change without training the reader again.
 CHANGEABLE = {*GRID, "num_beams", "llm_prompt", "plain_text", "ctc_text"}
