@@ -8,7 +8,7 @@ import torch
 
 from tests import tiny
 from tests.tiny import READER_END
-from voxlm_hf.biasing_voxlm import EARNED_TIMES, BiasState, Hotwords, ReaderVocabulary, most_like
+from voxlm_hf.biasing_voxlm import BiasState, Hotwords, ReaderVocabulary, most_like
 from voxlm_hf.reader_voxlm import BeamSearch, ReaderHypothesis, token_table, with_hotword_texts
 
 
@@ -52,14 +52,14 @@ def test_a_text_has_the_hotwords_that_it_has_as_whole_words(vocabulary, text):
     found = Hotwords(words, vocabulary).found_in(vocabulary.encode(text))
     for number, word in enumerate(words):
         times = len(re.findall(rf"(?<!\w){word}(?!\w)", text.lower()))
-        assert found.count(number) == min(times, EARNED_TIMES)
+        assert found.count(number) == min(times, 1)  # a loop would earn the bonus again and again
 
 
 @pytest.mark.parametrize(
     "words, text, found",
     [
         (["世界"], " 你好世界你好", ["世界"]),
-        (["สวัสดี"], "สวัสดีสวัสดี", ["สวัสดี"] * 2),
+        (["สวัสดี"], "สวัสดีสวัสดี", ["สวัสดี"]),
         (["lazy", "lazy dog"], " the lazy dog", ["lazy dog"]),
         (["lazy", "lazy dog"], " the lazy fox", ["lazy"]),
         (["O'Brien"], " O'Brien's", ["O'Brien"]),

@@ -387,8 +387,8 @@ def weights_of(settings: dict) -> np.ndarray:
 def evidence(texts: list[Hypothesis], frames: CTCFrames | None, embeddings: torch.Tensor) -> np.ndarray:
     """
     What hypotheses are chosen by, `(hypotheses, 5)`: the log-probabilities of reader (with the bonus of hotwords), LLM and CTC,
-    the number of words that do not repeat others, and the number of tokens in words that only the reader can judge. The reader's
-    is minus infinity for the empty text where CTC is
+    the number of words that do not repeat others, and the number of tokens in words that only the reader can judge. The
+    reader's is minus infinity for the empty text where CTC is
     sure of speech.
 
     Args:
