@@ -19,8 +19,6 @@ from .words_voxlm import has_no_spaces
 
 # Bonus in nats for beginning a hotword, and for each byte of it. Chosen by hand, not tuned: 6 nats for a name of ten letters.
 START_BONUS, BYTE_BONUS = 1.0, 0.5
-# A hotword earns its bonus so often in a segment: a loop would earn it again and again. Chosen by hand.
-EARNED_TIMES = 2
 # Longer runs of letters are tokenized piece by piece, since the cost grows with their square.
 LONGEST_PIECE = 64
 # The roots of the tree: where a word may begin, and inside a word, where only spaces and scripts without spaces begin one.
@@ -134,7 +132,7 @@ class BiasState:
 
     Args:
         node (`int`): how far a hotword is spelt; a root where none is.
-        found (`tuple[int]`): completed hotwords.
+        found (`tuple[int]`): completed hotwords, each once.
         complete (`int`): a hotword that is complete within the one that is being spelt ("Ann" in "Ann Lee"), -1 for none.
     """
 
@@ -216,7 +214,8 @@ class Hotwords:
             outside (`bool`): whether the token begins with something else than a letter.
         """
         complete = self._complete(state, outside)
-        return (*state.found, complete) if complete >= 0 and state.found.count(complete) < EARNED_TIMES else state.found
+        # Once in a segment: "Baxendale, Baxendale" won where it earned the bonus twice.
+        return (*state.found, complete) if complete >= 0 and complete not in state.found else state.found
 
     def _complete(self, state: BiasState, outside: bool) -> int:
         end = self.ends[state.node]

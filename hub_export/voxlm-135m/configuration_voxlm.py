@@ -230,7 +230,8 @@ class VoxLMConfig(PreTrainedConfig):
         reader_config (`dict`, *optional*):
             Settings of the reader, the audio model's own decoder (see `reader_voxlm`); `model.add_reader` makes them.
             "prompt_ids" and "eos_token_id": tokens that its texts begin and end with. "end_frames": number of learned frames
-            behind the audio. "spelling_size": length of the table of the LLM's tokens for its own. "num_beams". How `transcribe`
+            behind the audio. "spelling_size": length of the table of the LLM's tokens for its own. "num_beams"; "distinct_words", whether
+            only the likeliest of those that differ in capitals and punctuation alone goes on. How `transcribe`
             rescores its hypotheses (see `rescoring_voxlm`): "llm_weight" and "ctc_weight", weights of the log-probabilities
             beside the reader's; "word_bonus" for each word; "llm_prompt", "audio" for the LLM with LoRA behind audio and prompt,
             "none" for the base LLM as a plain language model, which never hears anything; "plain_text", whether the LLM with

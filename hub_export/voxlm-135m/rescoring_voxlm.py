@@ -34,7 +34,7 @@ from .loading_voxlm import without_lora
 from .placeholders_voxlm import cache_of
 from .processing_voxlm import VoxLMProcessor
 from .reader_voxlm import LENGTH_REWARD, ReaderHypothesis, plain_piece
-from .words_voxlm import encode_words, longest_loop, loop_units, novel_words, plain_words
+from .words_voxlm import REPEATED_WORDS, encode_words, longest_loop, loop_units, novel_words, plain_words
 
 
 # Text tokens that are scored over the LLM's whole vocabulary at once. Chosen for memory: from 256 to 160 the first 7 minutes
@@ -150,8 +150,17 @@ def hypotheses_of(model, processor: VoxLMProcessor, n_best: list, budget: float 
 
 
 def without_loops(texts: list[Hypothesis]) -> list[Hypothesis]:
-    """The hypotheses in which no phrase comes more often in a row than anybody says it; all if there is no other with words."""
-    kept = [text for text in texts if longest_loop(loop_units(text.decoded.words)) <= LOOP_TIMES]
+    """
+    The hypotheses in which no phrase comes more often in a row than anybody says it, and of which not much more is a repetition
+    than of the first one; all of them if there is no such text with words.
+    """
+    units = [loop_units(text.decoded.words) for text in texts]
+    repeated = [len(words) - novel_words(words) for words in units]
+    kept = [
+        text
+        for text, words, count in zip(texts, units, repeated)
+        if longest_loop(words) <= LOOP_TIMES and count < repeated[0] + REPEATED_WORDS
+    ]
     return kept if any(text.decoded.ids for text in kept) else texts
 
 
@@ -325,7 +334,8 @@ def propose(
             for request in requests
         ]
         states, mask = audio.last_hidden_state, audio.frame_mask
-        n_best = model.reader(states, mask, budgets, padded, prompts, searches, spell)
+        speller = spell if settings["distinct_words"] else None
+        n_best = model.reader(states, mask, budgets, padded, prompts, searches, speller)
         return [hypotheses_of(model, processor, *row) for row in zip(n_best, budgets)]
 
     if in_window or settings["in_window"] and batch.clips is not None:
@@ -377,8 +387,8 @@ def weights_of(settings: dict) -> np.ndarray:
 def evidence(texts: list[Hypothesis], frames: CTCFrames | None, embeddings: torch.Tensor) -> np.ndarray:
     """
     What hypotheses are chosen by, `(hypotheses, 5)`: the log-probabilities of reader (with the bonus of hotwords), LLM and CTC,
-    the number of words that do not repeat what was just said, and the number of tokens in words that only the reader can judge.
-    The reader's is minus infinity for the empty text where CTC is
+    the number of words that do not repeat others, and the number of tokens in words that only the reader can judge. The
+    reader's is minus infinity for the empty text where CTC is
     sure of speech.
 
     Args:

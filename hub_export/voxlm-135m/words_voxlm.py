@@ -19,6 +19,8 @@ except ImportError:
 NO_SPACE_SCRIPTS = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
 # Longest phrase, in words, that is looked for in loops. Chosen by hand.
 LOOP_WORDS = 8
+# So many words in a row that were said before are a repetition, wherever it was. Chosen by hand.
+REPEATED_WORDS = 4
 # More characters without a space than this are a text in a script without spaces. Chosen by hand.
 LONGEST_WORD = 30
 # Costs of `match_words`: a substitution costs at most this, by how differently the words are spelt, and a word on one
@@ -176,12 +178,16 @@ def longest_loop(words: list[str]) -> int:
 
 
 def novel_words(words: list[str]) -> int:
-    """How many words are not in a phrase of one to `LOOP_WORDS` words that has just been said."""
-    repeated = set()
-    for length in range(1, min(LOOP_WORDS, len(words) // 2) + 1):
-        for end in range(2 * length, len(words) + 1):
-            if words[end - length : end] == words[end - 2 * length : end - length]:
-                repeated.update(range(end - length, end))
+    """How many words are neither in a phrase that was just said twice, nor in a run of `REPEATED_WORDS` that came before."""
+    repeated: set[int] = set()
+    for distance in range(1, len(words)):
+        same = 0
+        for place in range(distance, len(words)):
+            same = same + 1 if words[place] == words[place - distance] else 0
+            if same >= REPEATED_WORDS:
+                repeated.update(range(place + 1 - same, place + 1))
+            elif same >= 2 * distance:
+                repeated.update(range(place + 1 - distance, place + 1))
     return len(words) - len(repeated)
 
 
