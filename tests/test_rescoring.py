@@ -179,7 +179,7 @@ def test_loops_are_left_out_where_there_is_another_text(texts, kept):
 @pytest.mark.parametrize("distinct", [True, False])
 def test_the_search_compares_texts_by_their_words_where_it_is_told_to(distinct):
     model, spellers = tiny.with_reader("Hé,", distinct_words=distinct), []
-    model.reader.register_forward_pre_hook(lambda _, inputs: spellers.append(inputs[4]))
+    model.reader.register_forward_pre_hook(lambda _, inputs: spellers.append(inputs[6]))
     model.transcribe(tiny.noise(0.7))
     assert [spell is not None for spell in spellers] == [distinct] * len(spellers) and spellers
     if distinct:
