@@ -18,7 +18,7 @@ from .words_voxlm import has_no_spaces
 
 
 # Bonus in nats for beginning a hotword and for each byte of it, until it is complete, and what a complete one keeps. Chosen by
-# hand on six sentences by synthetic voices and six of real speech: behind a prompt with the hotwords right ones are about as likely
+# hand on nine sentences by synthetic voices and nine of real speech: behind a prompt with the hotwords right ones are about as likely
 # as what is heard without them, or likelier. With much more for each, lists of wrong ones win.
 START_BONUS, BYTE_BONUS, KEPT_BONUS = 1.0, 0.5, 0.5
 # Longer runs of letters are tokenized piece by piece, since the cost grows with their square.
