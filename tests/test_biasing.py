@@ -8,7 +8,8 @@ import torch
 
 from tests import tiny
 from tests.tiny import READER_END
-from voxlm_hf.biasing_voxlm import BiasState, Hotwords, ReaderVocabulary, most_like
+from voxlm_hf import biasing_voxlm
+from voxlm_hf.biasing_voxlm import KEPT_BONUS, BiasState, Hotwords, ReaderVocabulary, most_like
 from voxlm_hf.reader_voxlm import BeamSearch, ReaderHypothesis, token_table, with_hotword_texts
 
 
@@ -74,7 +75,7 @@ def test_another_tokenization_of_a_hotword_is_found_too(vocabulary):
     letters = [vocabulary.ranks[letter.encode()] for letter in " café"[:-1]] + vocabulary.encode("é")
     tree = Hotwords(["café"], vocabulary)
     assert tree.found_in(letters) == (0,)
-    assert tree.bonus(BiasState(found=(0,))) == tree.value(0)
+    assert tree.bonus(BiasState(found=(0,))) == KEPT_BONUS
 
 
 def test_each_change_of_the_bonus_is_that_of_the_state_it_leads_to(vocabulary):
@@ -102,7 +103,7 @@ def search(vocabulary, words: list[str], likely: dict[str, float]):
     """The n-best list of searches in which texts have these log-probabilities, token by token alike."""
     tree = Hotwords(words, vocabulary)
     plain, biased = (search_with(vocabulary, hotwords, likely) for hotwords in (None, tree))
-    return with_hotword_texts(plain, biased, tree, 0.0)
+    return with_hotword_texts(plain, biased, tree, 20.0)
 
 
 def search_with(vocabulary, hotwords: Hotwords | None, likely: dict[str, float]):
@@ -128,8 +129,8 @@ def test_a_hotword_is_proposed_that_is_too_unlikely_without(vocabulary):
     spelt = tiny.tokenizer().decode
     assert " the quick fox" not in [spelt(text.ids) for text in plain]
     (hot,) = [text for text in texts if spelt(text.ids) == " the quick fox"]
-    assert hot.bonus == Hotwords(["fox"], vocabulary).value(0)
-    assert hot.logprob < plain[0].logprob - 2
+    assert hot.bonus == KEPT_BONUS
+    assert hot.logprob - 20.0 < plain[0].logprob - 2
 
 
 def test_wrong_hotwords_leave_the_list_as_it_is(vocabulary):
@@ -160,8 +161,11 @@ def test_the_likeness_is_the_edit_distance_to_the_closest_part():
 def test_log_probabilities_behind_another_prompt_are_shifted_to_those_of_the_first(vocabulary):
     tree = Hotwords(["fox"], vocabulary)
     plain, biased = (search_with(vocabulary, hotwords, LIKELY) for hotwords in (None, tree))
-    hot = [with_hotword_texts(plain, biased, tree, lost)[-2].logprob for lost in (0.0, 3.0)]
+    hot = [with_hotword_texts(plain, biased, tree, lost)[-2].logprob for lost in (20.0, 23.0)]
     assert hot[1] == pytest.approx(hot[0] + 3.0)
+    assert len(with_hotword_texts(plain, biased, tree, 0.0)) == len(
+        plain
+    )  # heard less likely than without, even with its bonus
 
 
 # In a reader
@@ -185,9 +189,10 @@ def test_prompts_of_unlike_length_are_each_searched_as_if_alone():
 
 
 @torch.no_grad()
-def test_a_search_for_hotwords_begins_behind_its_own_prompt(vocabulary):
+def test_a_search_for_hotwords_begins_behind_its_own_prompt(monkeypatch):
     """The shift is what the best text without hotwords gains or loses by the prompt, as the decoder scores it."""
     reader, (states, mask) = tiny.with_reader().reader, tiny.encoder_states(9)
+    monkeypatch.setattr(biasing_voxlm, "KEPT_BONUS", 50.0)  # so that they win
     words = reader.vocabulary(tiny.tokenizer())
     found = []
 
