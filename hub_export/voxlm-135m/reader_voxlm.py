@@ -551,7 +551,7 @@ def with_hotword_texts(
 ) -> list[ReaderHypothesis]:
     """
     The n-best list of a search without hotwords and, between it and the empty text, the hypotheses of a search with them that
-    have more of them than its best one.
+    have more of them than its best one and, with their bonus, are likelier.
 
     Both searches started from other prompts. So that their log-probabilities can be compared, those of the second are shifted by
     what the best text of the first lost by the other prompt, and by what its variants add to it.
@@ -564,6 +564,8 @@ def with_hotword_texts(
     plain, biased = ([with_found(text, hotwords) for text in texts] for texts in (plain, biased))
     had, known = plain[0].bonus, [text.ids for text in plain]
     more = [text for text in biased[:-1] if text.bonus > had and text.ids not in known]
+    # LLM and frames do not judge hotwords, so a text with one has to be the likelier one by the reader already.
+    more = [text for text in more if text.logprob + lost + text.bonus > plain[0].logprob + had]
     return [*plain[:-1], *(replace(text, shift=lost + plain[0].variants) for text in more), plain[-1]]
 
 

@@ -67,6 +67,8 @@ class Request:
             if len(glossary) + len(ids) > room // 2:
                 break
             glossary += ids
+        if glossary:  # which ends, or the decoder goes on with the list
+            glossary += self.vocabulary.encode(".")
         text = self.vocabulary.encode(" " + self.context)[-(room - len(glossary)) :] if self.context else []
         return [settings["previous_id"], *glossary, *text, *start]
 
