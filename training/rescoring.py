@@ -34,7 +34,8 @@ from .features import audio_key, weights_key
 GRID = {
     "llm_weight": (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0),
     "ctc_weight": (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0),
-    "word_bonus": (-0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0),
+    # No more, or texts that say something twice would win.
+    "word_bonus": (-0.5, 0.0, 0.25, 0.5, 0.75, 1.0),
 }
 # The other settings that may change without training the reader again.
 CHANGEABLE = {*GRID, "num_beams", "distinct_words", "llm_prompt", "plain_text"}
@@ -118,7 +119,8 @@ def change_settings(model, settings: dict):
 
 def scores_all_tokens(config) -> bool:
     """Whether the projector's frames can score any of the LLM's tokens."""
-    return config.projector_readout == "token_mixture" and not config.projector_vocab_size
+    scores_all = not config.projector_vocab_size or config.projector_merges is not None
+    return config.projector_readout == "token_mixture" and scores_all
 
 
 @torch.no_grad()
