@@ -139,3 +139,11 @@ def test_without_context_and_hotwords_the_prompt_is_the_configs(model):
     (request,) = make_requests(model, model.processor, 1)
     assert request.reader_prompt(model.config.reader_config, 100) == model.config.reader_config["prompt_ids"]
     assert request.prompt == model.processor.render_prompt()
+
+
+@pytest.mark.parametrize("options", [{"use_reader": False}, {"num_beams": 2}])
+def test_the_llm_alone_may_be_asked_for_its_own_language(options):
+    model, clip = tiny.with_reader(languages={"en": 1, "de": 2}), tiny.noise(0.6)
+    assert model.transcribe(clip, language="English", **options).text == model.transcribe(clip, **options).text
+    with pytest.raises(ValueError, match="for the reader"):
+        model.transcribe(clip, language="de", **options)

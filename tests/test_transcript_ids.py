@@ -236,7 +236,10 @@ def test_language_and_task_are_those_of_whisper(options):
 
 @pytest.mark.parametrize(
     "options, message",
-    [({"task": "translate"}, "`task` must be 'transcribe'"), ({"language": "en", "num_beams": 2}, "is for the reader")],
+    [
+        ({"task": "translate"}, "`task` must be 'transcribe'"),
+        ({"language": "de", "num_beams": 2}, "does not know the language 'de'"),
+    ],
     ids=str,
 )
 def test_what_the_reader_is_not_asked_for(model, options, message):

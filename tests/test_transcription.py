@@ -436,18 +436,18 @@ def test_confidence_grows_with_the_readers_probability():
 
 
 def test_confidence_falls_with_entropy():
-    mapped = [confidence(0.8, entropy, CALIBRATED) for entropy in (0.0, 0.5, 3.0)]
+    mapped = [confidence(0.8, entropy, CALIBRATED, reader=-0.5) for entropy in (0.0, 0.5, 3.0)]
     assert mapped == sorted(set(mapped), reverse=True)
 
 
 @pytest.mark.parametrize(
     "reader, log_odds",
     [
-        ({}, 0.6 * math.log(4) - 0.1 - 0.5),
+        ({}, math.log(4)),  # the map is for the reader's words
         ({"reader": math.log(0.99)}, 0.6 * math.log(4) + 0.3 * math.log(99) - 0.6),
         ({"reader": math.log(0.99), "posterior": 0.8}, 1.0 * math.log(4) + 0.3 * math.log(99) - 0.6),
-        ({"posterior": 0.0}, 0.6 * math.log(4) - 0.4 * math.log(9999) - 0.6),
-        ({"posterior": 1.0}, 0.6 * math.log(4) + 0.4 * math.log(9999) - 0.6),
+        ({"reader": math.log(0.5), "posterior": 0.0}, 0.6 * math.log(4) - 0.4 * math.log(9999) - 0.6),
+        ({"reader": math.log(0.5), "posterior": 1.0}, 0.6 * math.log(4) + 0.4 * math.log(9999) - 0.6),
     ],
     ids=["LLM", "LLM and reader", "and list", "impossible", "certain"],
 )

@@ -181,7 +181,7 @@ class VoxLMGenerationMixin(GenerationMixin):
             budget = new_token_budget(kwargs, 0 if only_new else inputs.shape[1])
             rows = transcript_ids(self, processor, batch, budget, use_reader)
             return padded_output(self, None if only_new else inputs, rows, kwargs)
-        check_own_language(language)
+        check_own_language(self, language)
         return self._generate_by_llm(inputs, audio, only_new, *args, **kwargs)
 
     def _writes_transcripts(self, input_ids, audio, kwargs: dict, use_reader: bool) -> bool:

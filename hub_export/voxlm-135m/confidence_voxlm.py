@@ -43,10 +43,15 @@ def word_confidence(score: dict, calibration: dict) -> float:
     there is a reader and, since a distribution that is spread out says more about errors than its maximum does (Laptev and
     Ginsburg 2023), of the highest entropy h among the word's tokens. Monotone in each.
 
+    Where the map was fitted with a reader and the word is not the reader's, as in `align` and in texts that the LLM writes alone,
+    the confidence is p as it is.
+
     Args:
         score (`dict`): one of `word_scores` of [`VoxLMTranscription`].
         calibration (`dict`): `config.confidence_calibration`.
     """
+    if "reader" in calibration and "reader" not in score:
+        return 1 / (1 + math.exp(-probability_logit(score["logprob"])))
     terms = [calibration[name] * term(score) for name, term in CONFIDENCE_TERMS.items() if name in calibration]
     return 1 / (1 + math.exp(-sum(terms) - calibration["bias"]))
 
@@ -60,7 +65,7 @@ def probability_logit(logprob: float) -> float:
 # What each weight of `config.confidence_calibration` multiplies, from one of `word_scores`; 0 for a word without it.
 CONFIDENCE_TERMS = {
     "scale": lambda score: probability_logit(score["logprob"]),
-    "reader": lambda score: probability_logit(score["reader"]) if "reader" in score else 0.0,
+    "reader": lambda score: probability_logit(score["reader"]),
     "posterior": lambda score: (
         probability_logit(math.log(max(score["posterior"], LEAST_PROBABILITY))) if "posterior" in score else 0.0
     ),

@@ -127,13 +127,21 @@ def make_requests(
     if len(languages) != count:
         raise ValueError(f"Got {len(languages)} languages for {count} recordings")
     lists = hotwords_for_each(hotwords, count)
-    for_reader = any(lists) or any(item != OWN_LANGUAGE for item in languages)
+    for_reader = any(lists) or not all(is_own_language(model, item) for item in languages)
     if for_reader and (model.reader is None or not use_reader):
         without = "this model does not have" if model.reader is None else "`use_reader=False` turns off"
         raise ValueError(
             f"`hotwords` and `language` are for the reader, which {without}: the LLM alone writes the language it was trained on"
         )
     return [request_for(model, processor, *row) for row in zip(prompts, contexts, lists, languages)]
+
+
+def is_own_language(model, language) -> bool:
+    """Whether what the caller says of the language is, by default or by name, the one that the LLM was trained on."""
+    if language is None or language == OWN_LANGUAGE or model.reader is None:
+        return language == OWN_LANGUAGE
+    settings = model.config.reader_config
+    return language_code(language, settings) == settings["language"]
 
 
 def request_for(

@@ -9,7 +9,7 @@ from .features_voxlm import active_seconds
 from .outputs_voxlm import VoxLMAudioOutput
 from .placeholders_voxlm import full_mask
 from .processing_voxlm import VoxLMProcessor
-from .request_voxlm import OWN_LANGUAGE, Request
+from .request_voxlm import OWN_LANGUAGE, Request, is_own_language
 from .segmentation_voxlm import SegmentSpan
 
 
@@ -88,12 +88,12 @@ def popped_language(kwargs: dict):
     return OWN_LANGUAGE if language is None else language
 
 
-def check_own_language(language):
+def check_own_language(model, language):
     """
     Raises:
-        ValueError: for another language than the checkpoint's default, where the LLM writes alone.
+        ValueError: for another language than the checkpoint's own, where the LLM writes alone.
     """
-    if language != OWN_LANGUAGE:
+    if not is_own_language(model, language):
         raise ValueError(
             f"`language={language!r}` is for the reader; the LLM alone, which these options or inputs ask for, writes the language "
             "it was trained on"
