@@ -74,3 +74,17 @@ def test_an_interrupted_run_skips_what_it_has_finished(manifest, tmp_path):
     assert [row["text"] for row in rows] == ["Good day?", "Cased already.", "So long."]
     assert [path.rpartition("/")[2] for path in seen] == ["c.wav"]
     assert not (tmp_path / "cased.jsonl.unfinished").exists()
+
+
+def test_a_recording_that_cannot_be_read_is_left_out_alone(manifest, tmp_path, monkeypatch):
+    path, model, _ = manifest
+    texts = cased_text.reader_texts
+
+    def failing(model, audio):
+        if any(item.endswith("a.wav") for item in audio):
+            raise ValueError("damaged")
+        return texts(model, audio)
+
+    monkeypatch.setattr(cased_text, "reader_texts", failing)
+    report = write_cased(model, path, tmp_path / "cased.jsonl")
+    assert report.kept == 2 and dict(report.left_out) == {"unreadable audio": 1}

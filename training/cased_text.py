@@ -169,6 +169,17 @@ def reader_texts(model, audio: list) -> list[str]:
     return [processor.decode_text([token for group in row for token in group]).strip() for row in groups]
 
 
+def readings(model, rows: list[dict], report: Report) -> list[tuple[dict, str]]:
+    """Rows with the reader's texts; one that cannot be read, or is longer than the window, is left out by itself."""
+    try:
+        return list(zip(rows, reader_texts(model, [row["audio"] for row in rows])))
+    except READ_ERRORS as error:
+        if len(rows) > 1:
+            return [pair for row in rows for pair in readings(model, [row], report)]
+        report.leave_out("unreadable audio", f"{rows[0]['where']}: {error}")
+        return []
+
+
 def is_cased(text: str) -> bool:
     """Whether a text has both capitals and small letters."""
     return text not in (text.lower(), text.upper())
@@ -188,12 +199,7 @@ def cased_rows(model, rows: list[dict], report: Report):
     for first in tqdm(range(0, len(rows), POOL), unit=f"{POOL} recordings"):
         pool = sorted(rows[first : first + POOL], key=lambda row: row.get("duration") or longest_s)
         for batch in padded_batches(pool, lambda row: row.get("duration") or longest_s, SECONDS_PER_BATCH):
-            try:
-                texts = reader_texts(model, [row["audio"] for row in batch])
-            except READ_ERRORS as error:
-                report.leave_out("unreadable audio", f"{batch[0]['where']} to {batch[-1]['where']}: {error}")
-                continue
-            for row, reading in zip(batch, texts):
+            for row, reading in readings(model, batch, report):
                 text, agreement = restore_case(row["text"], reading)
                 report.kept += 1
                 yield {**row, "text": text, "spoken": row["text"], "agreement": round(agreement, 3)}

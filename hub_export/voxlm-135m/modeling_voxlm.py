@@ -309,14 +309,19 @@ class VoxLMForSpeechSeq2Seq(VoxLMPreTrainedModel, VoxLMGenerationMixin, VoxLMInf
         self.projector.token_ids = torch.tensor(token_ids, device=self.projector.linear_in.weight.device)
 
     def set_alignment_head(self, kind: str):
-        """Start a new alignment head of this `config.alignment_kind`, unless the model's is one."""
-        if kind == self.config.alignment_kind:
+        """Start a new alignment head of this `config.alignment_kind`, which has yet to be trained, unless the model's is one."""
+        before = self.config.alignment_kind
+        if kind == before:
             return
         self.config.alignment_kind = kind
-        self.config.validate()
+        try:
+            self.config.validate()
+        except ValueError:
+            self.config.alignment_kind = before
+            raise
         head = make_alignment_head(self.config).to(next(self.projector.parameters()))
         head.apply(self._init_weights)
-        self.alignment = head
+        self.alignment, self.config.alignment_trained = head, False
 
     def encode_audio(
         self,
