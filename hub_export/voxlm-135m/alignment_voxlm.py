@@ -46,25 +46,18 @@ def spell_words(words: list[str]) -> tuple[list[int], list[int]]:
     return ids, owners
 
 
-class VoxLMAlignmentHead(nn.Module):
+class VoxLMFrameKeys(nn.Module):
     """
-    Scores every encoder frame against every text token, for being a pause, and for being the first of a word.
-
-    A token's query is the LLM's hidden state that predicted it, so the pass that generated the text can be used, plus the
-    embedding of the token itself. Keys are the encoder's own frames (50 Hz for Whisper, whose states encode their
-    position), with convolutions over neighbouring frames.
+    What alignment heads share: the encoder's own frames (50 Hz for Whisper, whose states encode their position) as keys, with
+    convolutions over neighbouring frames, and each frame's scores for being a pause and for being the first of a word.
     """
 
     frames_per_key = 1
-    from_spelling = False
     # A token's state is the one that predicted it, not the one at it.
     states_at_tokens = False
 
-    def __init__(self, text_size: int, audio_size: int, hidden_size: int, num_blocks: int):
+    def __init__(self, audio_size: int, hidden_size: int, num_blocks: int):
         super().__init__()
-        self.state_norm = nn.LayerNorm(text_size)
-        self.state_proj = nn.Linear(text_size, hidden_size)
-        self.token_proj = nn.Linear(text_size, hidden_size, bias=False)
         self.frame_norm = nn.LayerNorm(audio_size)
         self.frame_proj = nn.Linear(audio_size, hidden_size)
         self.blocks = nn.ModuleList([VoxLMConvNeXtBlock(hidden_size, 9, 2) for _ in range(num_blocks)])
@@ -74,6 +67,40 @@ class VoxLMAlignmentHead(nn.Module):
     def keys_of(self, audio: VoxLMAudioOutput) -> tuple[torch.Tensor, torch.Tensor]:
         """The frames that `forward` takes and their mask: the encoder's."""
         return audio.last_hidden_state, audio.frame_mask
+
+    def score(self, queries, frames, frame_mask) -> AlignmentScores:
+        """
+        Scores of queries `(batch, queries, hidden_size)` at each frame, unnormalised and in float32.
+
+        Args:
+            frames (`torch.Tensor` of shape `(batch, frames, audio_size)`): encoder states.
+            frame_mask (`torch.Tensor` of shape `(batch, frames)`): 1 for real frames.
+        """
+        mask = frame_mask.unsqueeze(-1).to(queries.dtype)
+        keys = self.frame_proj(self.frame_norm(frames.to(queries.dtype)))
+        for block in self.blocks:
+            keys = block(keys, mask)
+        keys = self.key_norm(keys)
+        scores = queries @ keys.transpose(1, 2) / math.sqrt(keys.shape[-1])
+        pause, onset = self.frame_scores(keys).float().unbind(-1)
+        return AlignmentScores(scores.float(), pause, onset)
+
+
+class VoxLMAlignmentHead(VoxLMFrameKeys):
+    """
+    Scores every encoder frame against every text token, for being a pause, and for being the first of a word.
+
+    A token's query is the LLM's hidden state that predicted it, so the pass that generated the text can be used, plus the
+    embedding of the token itself.
+    """
+
+    from_spelling = False
+
+    def __init__(self, text_size: int, audio_size: int, hidden_size: int, num_blocks: int):
+        super().__init__(audio_size, hidden_size, num_blocks)
+        self.state_norm = nn.LayerNorm(text_size)
+        self.state_proj = nn.Linear(text_size, hidden_size)
+        self.token_proj = nn.Linear(text_size, hidden_size, bias=False)
 
     def forward(self, text_states, token_embeds, frames, frame_mask) -> AlignmentScores:
         """
@@ -89,45 +116,27 @@ class VoxLMAlignmentHead(nn.Module):
         dtype = self.state_proj.weight.dtype
         queries = self.state_proj(self.state_norm(text_states.to(dtype)))
         queries = queries + self.token_proj(nn.functional.normalize(token_embeds.to(dtype), dim=-1))
-        mask = frame_mask.unsqueeze(-1).to(dtype)
-        keys = self.frame_proj(self.frame_norm(frames.to(dtype)))
-        for block in self.blocks:
-            keys = block(keys, mask)
-        keys = self.key_norm(keys)
-        tokens = queries @ keys.transpose(1, 2) / math.sqrt(keys.shape[-1])
-        pause, onset = self.frame_scores(keys).float().unbind(-1)
-        return AlignmentScores(tokens.float(), pause, onset)
+        return self.score(queries, frames, frame_mask)
 
 
-class VoxLMSpellingAlignmentHead(nn.Module):
+class VoxLMSpellingAlignmentHead(VoxLMFrameKeys):
     """
     Scores every encoder frame against every letter of the text (`spell_words`), for being a pause, and for being the first
     of a word.
 
     Knows nothing of the LLM, so that word times do not depend on which LLM judged the text, on its prompt, or on whether one
-    did; letters, unlike tokens, are shared by rare and frequent words. Queries are embedded bytes and keys the encoder's
-    frames, both with convolutions over their neighbours.
+    did; letters, unlike tokens, are shared by rare and frequent words. Queries are embedded bytes with convolutions over their
+    neighbours.
     """
 
-    frames_per_key = 1
     from_spelling = True
-    states_at_tokens = False
 
     def __init__(self, audio_size: int, hidden_size: int, num_blocks: int):
-        super().__init__()
+        super().__init__(audio_size, hidden_size, num_blocks)
         self.spelling = nn.Embedding(256, hidden_size)
         self.text_norm = nn.LayerNorm(hidden_size)
         self.text_blocks = nn.ModuleList([VoxLMConvNeXtBlock(hidden_size, 9, 2) for _ in range(num_blocks)])
         self.query_norm = nn.LayerNorm(hidden_size)
-        self.frame_norm = nn.LayerNorm(audio_size)
-        self.frame_proj = nn.Linear(audio_size, hidden_size)
-        self.blocks = nn.ModuleList([VoxLMConvNeXtBlock(hidden_size, 9, 2) for _ in range(num_blocks)])
-        self.key_norm = nn.LayerNorm(hidden_size)
-        self.frame_scores = nn.Linear(hidden_size, 2)
-
-    def keys_of(self, audio: VoxLMAudioOutput) -> tuple[torch.Tensor, torch.Tensor]:
-        """The frames that `forward` takes and their mask: the encoder's."""
-        return audio.last_hidden_state, audio.frame_mask
 
     def forward(self, spelling, frames, frame_mask) -> AlignmentScores:
         """
@@ -143,11 +152,4 @@ class VoxLMSpellingAlignmentHead(nn.Module):
         queries, text_mask = self.text_norm(self.spelling(spelling)), (spelling != NO_BYTE).unsqueeze(-1).to(dtype)
         for block in self.text_blocks:
             queries = block(queries, text_mask)
-        mask = frame_mask.unsqueeze(-1).to(dtype)
-        keys = self.frame_proj(self.frame_norm(frames.to(dtype)))
-        for block in self.blocks:
-            keys = block(keys, mask)
-        keys = self.key_norm(keys)
-        letters = self.query_norm(queries) @ keys.transpose(1, 2) / math.sqrt(keys.shape[-1])
-        pause, onset = self.frame_scores(keys).float().unbind(-1)
-        return AlignmentScores(letters.float(), pause, onset)
+        return self.score(self.query_norm(queries), frames, frame_mask)

@@ -317,7 +317,6 @@ def propose(
     Args:
         model, processor, budgets, batch, look_twice, in_window: see `rescore`.
     """
-
     settings = model.config.reader_config
 
     def spell(token: int) -> str:
@@ -338,7 +337,7 @@ def propose(
         n_best = model.reader(states, mask, budgets, padded, prompts, searches, speller)
         return [hypotheses_of(model, processor, *row) for row in zip(n_best, budgets)]
 
-    if in_window or settings["in_window"] and batch.clips is not None:
+    if in_window or (settings["in_window"] and batch.clips is not None):
         audio = encode_with_silence(model, processor, batch.clips, None)
         return decode(audio, budgets, batch.requests, padded=True)
     hypotheses = decode(batch.audio, budgets, batch.requests)
@@ -388,8 +387,7 @@ def evidence(texts: list[Hypothesis], frames: CTCFrames | None, embeddings: torc
     """
     What hypotheses are chosen by, `(hypotheses, 5)`: the log-probabilities of reader (with the bonus of hotwords), LLM and CTC,
     the number of words that do not repeat others, and the number of tokens in words that only the reader can judge. The
-    reader's is minus infinity for the empty text where CTC is
-    sure of speech.
+    reader's is minus infinity for the empty text where CTC is sure of speech.
 
     Args:
         texts (`list[Hypothesis]`): of one recording, scored by the LLM.
