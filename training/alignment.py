@@ -76,9 +76,7 @@ class AlignmentTrainer(StageTrainer):
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The loss, and the errors of the word times, given the reference text."""
-        inputs = encoded_once(self.voxlm, self._prepare_inputs(inputs))
-        with self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs).detach()
+        inputs, loss = self.encoded_with_loss(self.voxlm, model, inputs)
         if prediction_loss_only:
             return loss, None, None
         frame_s = self.voxlm.get_processor().frame_s

@@ -10,7 +10,6 @@ punctuation of the word that the reader has in their place. An interrupted run r
 
 import argparse
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from voxlm_hf.app.files import write_atomically
 from voxlm_hf.decoding_voxlm import padded_batches
 
 from .data import READ_ERRORS, Report, manifest_rows
+from .manifests import finished_rows, write_row
 from .text import normalise, whisper_normaliser
 
 
@@ -187,8 +187,8 @@ def is_cased(text: str) -> bool:
 
 def cased_rows(model, rows: list[dict], report: Report):
     """
-    Rows of a manifest with cased text, the old one as "spoken", and "agreement", the share of words on which transcript and reader agree. Texts that
-    are cased already stay as they are.
+    Rows of a manifest with cased text, the old one as "spoken", and "agreement", the share of words on which transcript and
+    reader agree. Texts that are cased already stay as they are.
     """
     for row in rows:
         if is_cased(row["text"]):
@@ -205,33 +205,17 @@ def cased_rows(model, rows: list[dict], report: Report):
                 yield {**row, "text": text, "spoken": row["text"], "agreement": round(agreement, 3)}
 
 
-def finished_rows(path: Path) -> dict[str, dict]:
-    """The rows that an interrupted run has written, by id; it may have left half a line at the end."""
-    rows = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        rows[row["id"]] = row
-    return rows
-
-
 def write_cased(model, manifest: Path, output: Path) -> Report:
     """
     Write a manifest with cased text, in the order of the old one; finished rows are kept in `OUTPUT.unfinished` meanwhile.
     """
     report, unfinished = Report(), output.with_name(output.name + ".unfinished")
     rows, done = list(manifest_rows(manifest, report)), finished_rows(unfinished)
-    with unfinished.open("w") as file:
-        for row in done.values():
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        for row in cased_rows(model, [row for row in rows if row["id"] not in done], report):
-            row["audio"] = os.path.relpath(row["audio"], output.parent)
-            done[row["id"]] = {name: value for name, value in row.items() if name != "where"}
-            file.write(json.dumps(done[row["id"]], ensure_ascii=False) + "\n")
-            file.flush()
-    lines = [json.dumps(done[row["id"]], ensure_ascii=False) for row in rows if row["id"] in done]
+    with unfinished.open("a") as file:
+        for row in cased_rows(model, [row for row in rows if str(row["id"]) not in done], report):
+            write_row(file, row, output.parent)
+    done = finished_rows(unfinished)
+    lines = [json.dumps(done[str(row["id"])], ensure_ascii=False) for row in rows if str(row["id"]) in done]
     write_atomically(output, ("\n".join(lines) + "\n").encode())
     unfinished.unlink()
     return report

@@ -13,7 +13,6 @@ alignment, so spelling and punctuation may differ. An interrupted run resumes an
 
 import argparse
 import json
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +27,7 @@ from voxlm_hf import VoxLMForSpeechSeq2Seq
 
 from .aligners import agreed_words, own_words, sphinx_words, tightened
 from .data import Report, sliced_rows
+from .manifests import finished_rows, write_row
 from .text import normalise
 
 
@@ -168,7 +168,7 @@ def main():
         help="skip recordings where the teacher's text has a higher word error rate",
     )
     arguments = parser.parse_args()
-    words_of, done, report = make_source(arguments), finished_ids(arguments.output), Report()
+    words_of, done, report = make_source(arguments), finished_rows(arguments.output), Report()
     chosen = {"every": arguments.every, "exclude_speakers": arguments.exclude_speakers}
     rows = [row for _, row in sliced_rows({"manifest": arguments.manifest, **chosen}, report)]
     rows = [row for row in rows if str(row["id"]) not in done]
@@ -179,20 +179,9 @@ def main():
                 report.leave_out("no word times (row kept without them)", row["where"])
             else:
                 row["words"] = words
-            row["audio"] = os.path.relpath(row["audio"], arguments.output.parent)
-            print(json.dumps({name: value for name, value in row.items() if name != "where"}), file=file, flush=True)
+            write_row(file, row, arguments.output.parent)
             report.kept += 1
     print(report)
-
-
-def finished_ids(output: Path) -> set[str]:
-    """The ids of the recordings that an earlier run wrote to `output`; what it left of a line is removed."""
-    if not output.exists():
-        return set()
-    whole = output.read_bytes()
-    whole = whole[: whole.rfind(b"\n") + 1]
-    output.write_bytes(whole)
-    return {str(json.loads(line)["id"]) for line in whole.splitlines()}
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ A decoder that is tuned on one language forgets others, so the result may be a m
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer
 
 from .reader import ReaderDistillation
 from .trainer import StageTrainer, encoded_once
@@ -104,8 +103,3 @@ class ReaderTuner(StageTrainer):
             for name, parameter in self.voxlm.reader.decoder.named_parameters()
             if parameter.requires_grad
         }
-
-
-def audio_tokenizer(base: str):
-    """The tokenizer of an audio model, by Hub id or folder."""
-    return AutoTokenizer.from_pretrained(base)

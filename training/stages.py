@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Subset
-from transformers import TrainingArguments, set_seed
+from transformers import AutoTokenizer, TrainingArguments, set_seed
 
 from voxlm_hf.app.files import UNFINISHED, write_atomically
 
@@ -111,7 +111,7 @@ def reader_tuning_trainer(
     arguments = training_arguments(folder, seed, False, **{**reader_tuning.ARGUMENTS, **options})
     return reader_tuning.ReaderTuner(
         voxlm=model.to(arguments.device),
-        tokenizer=reader_tuning.audio_tokenizer(base),
+        tokenizer=AutoTokenizer.from_pretrained(base),
         args=arguments,
         noise=noise,
         keep=keep,
@@ -305,8 +305,8 @@ def mark_trained(model, parts: set[str]):
 
 def load_trained(model, path: Path, kind: str) -> bool:
     """
-    Load what `trained_state` saved after a stage of some kind, with the projector's vocabulary of then. Whether it is there and whole; a line says
-    when it is damaged.
+    Load what `trained_state` saved after a stage of some kind, with the projector's vocabulary of then. Whether it is there
+    and whole; a line says when it is damaged.
 
     Raises:
         ValueError: where the model trains other weights, as after a change of the recipe.

@@ -26,6 +26,8 @@ from tqdm import tqdm
 
 from voxlm_hf.audio_voxlm import to_waveform
 
+from .manifests import finished_rows
+
 
 RATE = 16000  # of Whisper
 # The shares, the voices and all ranges below were chosen by hand, not tuned.
@@ -126,7 +128,7 @@ def unfinished_sentences(path: Path, manifest: Path, seed: int, first: int, coun
     Number and text of `count` lines of a file from `first` on (all without a count), without empty lines and those in
     the manifest.
     """
-    done = {json.loads(line)["id"] for line in manifest.open()} if manifest.exists() else set()
+    done = finished_rows(manifest)
     last = None if count is None else first + count
     sentences = list(enumerate(line.strip() for line in path.open()))[first:last]
     return [(number, text) for number, text in sentences if text and sentence_id(seed, number) not in done]

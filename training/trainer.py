@@ -198,6 +198,12 @@ class StageTrainer(Trainer):
         processes = self.accelerator.num_processes if num_items_in_batch is not None else 1
         return losses.sum() * processes / count.clamp(min=at_least)
 
+    def encoded_with_loss(self, voxlm, model, inputs) -> tuple[dict, torch.Tensor]:
+        """A batch of evaluation on the device, its audio encoded once by `voxlm`, and its loss."""
+        inputs = encoded_once(voxlm, self._prepare_inputs(inputs))
+        with self.compute_loss_context_manager():
+            return inputs, self.compute_loss(model, inputs).detach()
+
     def with_all_parameters(self, model, loss):
         """
         The same loss with a gradient, at least of 0, for every parameter that is trained: a batch need not have all that
@@ -234,7 +240,7 @@ class VoxLMTrainer(StageTrainer):
     def train(self, *args, **kwargs):
         """As [`Trainer.train`], with noise on the encoder states; a trained model adds none."""
         hook = self.model.projector.register_forward_pre_hook(
-            lambda projector, inputs: disturb(projector, inputs, self.state_noise)
+            lambda projector, inputs: noise_hook(projector, inputs, self.state_noise)
         )
         try:
             return super().train(*args, **kwargs)
@@ -280,9 +286,7 @@ class VoxLMTrainer(StageTrainer):
         the reference text.
         """
         unwrapped = self.accelerator.unwrap_model(model)
-        inputs = encoded_once(unwrapped, self._prepare_inputs(inputs))
-        with self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs).detach()
+        inputs, loss = self.encoded_with_loss(unwrapped, model, inputs)
         if prediction_loss_only:
             return loss, None, None
         errors = word_time_errors(unwrapped, inputs, self.processor.frame_s)
@@ -348,7 +352,7 @@ def word_time_errors(model, inputs: dict, frame_s: float) -> torch.Tensor:
     return errors
 
 
-def disturb(projector, inputs: tuple, noise: float) -> tuple | None:
+def noise_hook(projector, inputs: tuple, noise: float) -> tuple | None:
     """Forward pre-hook of the projector: adds noise to its input frames in training mode; see `add_noise`."""
     frames, mask, *rest = inputs
     return (add_noise(frames, mask, noise), mask, *rest) if projector.training and noise else None
